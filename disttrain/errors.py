@@ -1,0 +1,18 @@
+"""The two kinds of failure a user is told about in one line, without a traceback."""
+
+
+class UserError(ValueError):
+    """Bad input or a machine that lacks something: the message says what is wrong and what to change.
+
+    The command line prints it in one line and exits with code 2.
+    """
+
+
+class PeerLostError(RuntimeError):
+    """Another rank died or can no longer be reached: the message names it.
+
+    The command line prints it in one line and exits with code 13 (``PEER_LOST_EXIT_CODE``).
+    """
+
+
+PEER_LOST_EXIT_CODE = 13
