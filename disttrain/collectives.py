@@ -1,0 +1,94 @@
+"""What can cross the wire, as plain values.
+
+A compressor yields these, a communicator carries them out, the ledger counts them. By themselves they do nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+ReduceOp = Literal["sum", "mean", "min", "max"]
+
+
+@dataclass(frozen=True, eq=False)
+class AllReduce:
+    """Combine one tensor of equal shape and dtype from every rank; every rank gets the same result, bit for bit.
+
+    The communicator owns ``tensor`` from here on: the result may share its storage. ``mean`` needs a floating dtype.
+    """
+
+    tensor: torch.Tensor
+    op: ReduceOp = "mean"
+
+
+@dataclass(frozen=True, eq=False)
+class AllGather:
+    """Give every rank the list of all ranks' tensors, in rank order.
+
+    Sizes may differ along dimension 0 (then 8 bytes a rank are exchanged first). ``same_size=True`` is the caller's
+    promise that they do not, and saves that round.
+    """
+
+    tensor: torch.Tensor
+    same_size: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AllToAll:
+    """Send ``chunks[i]`` to rank i; the result lists what each rank sent here, in rank order.
+
+    Sizes may differ along dimension 0, unless ``same_size=True`` promises that every chunk of every rank is alike.
+    """
+
+    chunks: list[torch.Tensor]
+    same_size: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Broadcast:
+    """Give every rank the tensor of rank ``root``; shape and dtype are equal on all ranks."""
+
+    tensor: torch.Tensor
+    root: int = 0
+
+
+Collective: TypeAlias = AllReduce | AllGather | AllToAll | Broadcast
+Result: TypeAlias = torch.Tensor | list[torch.Tensor]
+
+SIZE_BYTES = 8  # one int64 a rank (or a chunk), exchanged before payloads whose sizes may differ
+
+
+def sent_bytes(collective: Collective, world_size: int, rank: int) -> int:
+    """Bytes that ``rank`` hands to the engine: its payload, and its size where sizes are exchanged first."""
+    if world_size == 1:
+        return 0
+    match collective:
+        case AllReduce(tensor):
+            return tensor.nbytes
+        case AllGather(tensor, same_size):
+            return tensor.nbytes + (0 if same_size else SIZE_BYTES)
+        case AllToAll(chunks, same_size):
+            others = sum(chunk.nbytes for index, chunk in enumerate(chunks) if index != rank)
+            return others + (0 if same_size else SIZE_BYTES * (world_size - 1))
+        case Broadcast(tensor, root):
+            return tensor.nbytes if rank == root else 0
+
+
+def received_bytes(collective: Collective, result: Result, world_size: int, rank: int) -> int:
+    """Bytes that reach ``rank`` from others when the engine uses the bandwidth-optimal algorithm.
+
+    A ring all-reduce of N bytes receives 2 (W-1)/W N, an all-gather the payloads of all the others.
+    """
+    if world_size == 1:
+        return 0
+    match collective:
+        case AllReduce(tensor):
+            return 2 * (world_size - 1) * tensor.nbytes // world_size
+        case AllGather(_, same_size) | AllToAll(_, same_size):
+            others = sum(int(part.nbytes) for index, part in enumerate(result) if index != rank)
+            return others + (0 if same_size else SIZE_BYTES * (world_size - 1))
+        case Broadcast(tensor, root):
+            return 0 if rank == root else tensor.nbytes

@@ -1,0 +1,97 @@
+"""Engines behind one interface. ``init`` finds the one that the launcher started."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from disttrain.comm.base import Communicator, Work
+from disttrain.comm.environment import Environment, detect
+from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
+from disttrain.comm.single import SingleProcess
+from disttrain.errors import UserError
+
+ENGINES = ("single", "torch", "horovod", "mpi")
+_PACKAGES = {
+    "horovod": ("horovod", "launch/install-horovod.sh"),
+    "mpi": ("mpi4py", "pip install 'disttrain[mpi]'"),
+}
+
+__all__ = [
+    "ENGINES",
+    "Communicator",
+    "Environment",
+    "SimulatedCommunicator",
+    "SimulatedWorld",
+    "SingleProcess",
+    "Work",
+    "detect",
+    "init",
+    "simulate",
+]
+
+
+def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0) -> Communicator:
+    """Join the other workers that the launcher started.
+
+    Args:
+        engine: one of ``ENGINES``, or ``auto`` for the one that fits the launcher (torchrun, horovodrun, mpirun, srun;
+            without a launcher: one process).
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. ``cuda`` means the GPU of this local rank.
+        timeout: seconds to wait for the others, here and in any later collective of torch.distributed.
+
+    Raises:
+        UserError: the engine is unknown, is not installed, or does not fit the launcher's variables.
+    """
+    if engine not in (*ENGINES, "auto"):
+        raise UserError(f"unknown engine {engine!r}: choose from auto, {', '.join(ENGINES)}")
+    environment = detect()
+    if engine == "auto":
+        engine = environment.engine
+        # Clusters may start every srun with an MPI plug-in: where that MPI cannot be used, gloo or nccl can.
+        if not _installed(engine) and environment.master_addr is not None:
+            engine = "torch"
+    if not _installed(engine):
+        package, command = _PACKAGES[engine]
+        raise UserError(f"engine {engine!r} needs the package {package}, which is not installed: {command}")
+    if engine == "single" and environment.world_size > 1:
+        raise UserError(
+            f"{environment.launcher} started {environment.world_size} workers, and engine 'single' would train as many "
+            "separate models: use engine=auto, or start one process"
+        )
+    placed = _place(device, environment)
+    match engine:
+        case "torch":
+            from disttrain.comm.torch_dist import TorchCommunicator
+
+            return TorchCommunicator(environment, placed, timeout)
+        case "horovod":
+            from disttrain.comm.horovod import HorovodCommunicator
+
+            return HorovodCommunicator(environment, placed)
+        case "mpi":
+            from disttrain.comm.mpi import MPICommunicator
+
+            return MPICommunicator(environment, placed)
+        case _:
+            return SingleProcess(placed)
+
+
+def _installed(engine: str) -> bool:
+    return engine not in _PACKAGES or importlib.util.find_spec(_PACKAGES[engine][0]) is not None
+
+
+def _place(device: str, environment: Environment) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}: choose from auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(
+            "device 'cuda' was asked for, but torch finds no usable GPU: use device=cpu, or install its driver"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    placed = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(placed)
+    return placed

@@ -1,0 +1,280 @@
+"""The communicator: how tensors travel between ranks, whatever engine carries them.
+
+An engine supplies four primitives over flat, contiguous buffers. Everything that must be alike on all of them - shapes,
+empty and non-contiguous tensors, means, half precision, sizes that differ by rank - is decided here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, overload
+
+import torch
+
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, ReduceOp, Result
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T", covariant=True)
+EngineOp = Literal["sum", "min", "max"]
+
+_REDUCTIONS: dict[ReduceOp, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda rows: rows.sum(0),
+    "mean": lambda rows: rows.mean(0),
+    "min": lambda rows: rows.amin(0),
+    "max": lambda rows: rows.amax(0),
+}
+
+
+class Work(Protocol[T]):
+    """A collective under way."""
+
+    def wait(self) -> T:
+        """Block until it is done; the result. Calling it again gives the same result."""
+
+
+class Finished(Generic[T]):
+    """Work that needed no crossing."""
+
+    def __init__(self, result: T) -> None:
+        self._result = result
+
+    def wait(self) -> T:
+        return self._result
+
+
+class Pending(Generic[T]):
+    """Work whose end is a function to call once."""
+
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+
+    def wait(self) -> T:
+        if self._finish is not None:
+            self._result = self._finish()
+            self._finish = None
+        return self._result
+
+
+class Communicator(ABC):
+    """One rank's end of the wire. Ranks must start the same collectives in the same order.
+
+    Attributes:
+        rank, world_size: this worker among all workers.
+        local_rank, local_size: this worker among those of its host.
+        device: where this rank's model lives.
+    """
+
+    engine: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    # What an engine supplies: flat contiguous tensors in, flat tensors out.
+
+    @abstractmethod
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+        """Reduce ``flat`` in place."""
+
+    @abstractmethod
+    def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        """All ranks' elements one after another; ``sizes[i]`` elements come from rank i."""
+
+    @abstractmethod
+    def _all_to_all(
+        self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+    ) -> Work[torch.Tensor]:
+        """Send the i-th stretch of ``flat`` to rank i; the stretches received, one after another."""
+
+    @abstractmethod
+    def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        """Overwrite ``flat`` with the root's."""
+
+    def _reduces_natively(self, dtype: torch.dtype) -> bool:
+        """Whether ``_all_reduce`` takes this dtype. If not, the base sums by all-to-all and all-gather."""
+        return True
+
+    @property
+    def _control_device(self) -> torch.device:
+        """Where small tensors for agreement live."""
+        return torch.device("cpu")
+
+    def close(self) -> None:  # noqa: B027 - an engine with nothing to release needs no override
+        """Leave the group. Pending work must have been waited for."""
+
+    # Starting collectives.
+
+    @overload
+    def start(self, collective: AllReduce | Broadcast) -> Work[torch.Tensor]: ...
+    @overload
+    def start(self, collective: AllGather | AllToAll) -> Work[list[torch.Tensor]]: ...
+    @overload
+    def start(self, collective: Collective) -> Work[Result]: ...
+    def start(self, collective: Collective) -> Work[Result]:
+        """Start a collective and return at once.
+
+        Raises:
+            ValueError: the dtype cannot be reduced by this operation, the root is no rank, or the number of chunks is
+                not the world size.
+        """
+        match collective:
+            case AllReduce(tensor, op):
+                return self._start_all_reduce(tensor, op)
+            case AllGather(tensor, same_size):
+                return self._start_all_gather(tensor, same_size)
+            case AllToAll(chunks, same_size):
+                return self._start_all_to_all(chunks, same_size)
+            case Broadcast(tensor, root):
+                if not 0 <= root < self.world_size:
+                    raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}; got {root}")
+                if self.world_size == 1 or tensor.numel() == 0:
+                    return Finished(tensor)
+                flat = tensor.contiguous().view(-1)
+                return _then(self._broadcast(flat, root), lambda result: result.view(tensor.shape))
+
+    def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise ValueError(f"all_reduce takes integers and real floats, not {tensor.dtype}: convert it first")
+        if op == "mean" and not tensor.is_floating_point():
+            raise ValueError(f"the mean of {tensor.dtype} is not defined: use op='sum', or a floating dtype")
+        if self.world_size == 1 or tensor.numel() == 0:
+            return Finished(tensor)
+        shape = tensor.shape
+        flat = tensor.contiguous().view(-1)
+        if not self._reduces_natively(flat.dtype):
+            return _then(self._all_reduce_by_exchange(flat, op), lambda result: result.view(shape))
+        if op != "mean":
+            return _then(self._all_reduce(flat, op), lambda result: result.view(shape))
+        if flat.itemsize < 4:
+            # Half precision overflows as a sum although the mean would fit: divide first. For a power of two exact.
+            return _then(self._all_reduce(flat.div_(self.world_size), "sum"), lambda result: result.view(shape))
+        return _then(self._all_reduce(flat, "sum"), lambda result: result.div_(self.world_size).view(shape))
+
+    def _all_reduce_by_exchange(self, flat: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
+        """All-to-all, a local reduction in float32 in rank order, all-gather: as many bytes as a ring, one rounding."""
+        chunk = math.ceil(flat.numel() / self.world_size)
+        padded = flat.new_zeros(chunk * self.world_size)
+        padded[: flat.numel()] = flat
+        sizes = [chunk] * self.world_size
+        first = self._all_to_all(padded, sizes, sizes)
+
+        def finish() -> torch.Tensor:
+            wide = first.wait().view(self.world_size, chunk).float()
+            reduced = _REDUCTIONS[op](wide).to(flat.dtype)
+            return self._all_gather(reduced, sizes).wait()[: flat.numel()]
+
+        return Pending(finish)
+
+    def _start_all_gather(self, tensor: torch.Tensor, same_size: bool) -> Work[list[torch.Tensor]]:
+        if self.world_size == 1:
+            return Finished([tensor])
+        rows, row_shape = _rows(tensor)
+        flat = tensor.contiguous().view(-1)
+        width = math.prod(row_shape)
+
+        def split(result: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+            parts = result.split([count * width for count in counts])
+            if tensor.dim() == 0:
+                return [part.view(()) for part in parts]
+            return [part.view(count, *row_shape) for part, count in zip(parts, counts, strict=True)]
+
+        if same_size or tensor.dim() == 0:
+            counts = [rows] * self.world_size
+            if flat.numel() == 0:
+                return Finished(split(flat, counts))
+            return _then(self._all_gather(flat, [flat.numel()] * self.world_size), lambda result: split(result, counts))
+        size_work = self._all_gather(self._control_tensor([rows]), [1] * self.world_size)
+
+        def finish() -> list[torch.Tensor]:
+            counts: list[int] = size_work.wait().tolist()
+            if sum(counts) * width == 0:
+                return split(flat.new_empty(0), counts)
+            return split(self._all_gather(flat, [count * width for count in counts]).wait(), counts)
+
+        return Pending(finish)
+
+    def _start_all_to_all(self, chunks: list[torch.Tensor], same_size: bool) -> Work[list[torch.Tensor]]:
+        if len(chunks) != self.world_size:
+            raise ValueError(f"all_to_all needs one chunk for each of {self.world_size} ranks; got {len(chunks)}")
+        if self.world_size == 1:
+            return Finished(list(chunks))
+        _, row_shape = _rows(chunks[0])
+        width = math.prod(row_shape)
+        send = [_rows(chunk)[0] for chunk in chunks]
+        flat = torch.cat([chunk.reshape(-1) for chunk in chunks])
+
+        def exchange(receive: Sequence[int]) -> Work[torch.Tensor]:
+            return self._all_to_all(flat, [n * width for n in send], [n * width for n in receive])
+
+        def split(result: torch.Tensor, receive: Sequence[int]) -> list[torch.Tensor]:
+            parts = result.split([count * width for count in receive])
+            return [part.view(count, *row_shape) for part, count in zip(parts, receive, strict=True)]
+
+        if same_size:
+            return _then(exchange(send), lambda result: split(result, send))
+        ones = [1] * self.world_size
+        size_work = self._all_to_all(self._control_tensor(send), ones, ones)
+
+        def finish() -> list[torch.Tensor]:
+            receive: list[int] = size_work.wait().tolist()
+            return split(exchange(receive).wait(), receive)
+
+        return Pending(finish)
+
+    def _control_tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._control_device)
+
+    # The blocking spelling, for everything that is not a gradient; arguments are left untouched.
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        return self.start(AllReduce(tensor.clone(), op)).wait()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return self.start(AllGather(tensor)).wait()
+
+    def all_to_all(self, chunks: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.start(AllToAll(chunks)).wait()
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        return self.start(Broadcast(tensor.clone(), root)).wait()
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.start(AllReduce(self._control_tensor([1]), "sum")).wait()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order. Values are what JSON can hold: nothing that arrives is ever executed."""
+        encoded = bytearray(json.dumps(value).encode())
+        tensor = torch.frombuffer(encoded, dtype=torch.uint8).to(self._control_device)
+        return [json.loads(bytes(part.cpu().numpy())) for part in self.all_gather(tensor)]
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """The root's value, on every rank (JSON values)."""
+        return self.all_gather_object(value if self.rank == root else None)[root]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size}, device={str(self.device)!r})"
+
+
+def _rows(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Length along dimension 0 and the shape of one row; a 0-d tensor is one row of one element."""
+    return (tensor.shape[0], tuple(tensor.shape[1:])) if tensor.dim() else (1, ())
+
+
+def _then(work: Work[Any], change: Callable[[Any], Any]) -> Work[Any]:
+    return cast("Work[Any]", Pending(lambda: change(work.wait())))

@@ -1,0 +1,109 @@
+"""Horovod, as an engine only: its collectives are used, its hooks, compression and optimizer are not."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.environment import Environment
+from disttrain.errors import UserError
+
+# The reducer hands over whole buckets: fusing them again would only copy them once more.
+_DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_CYCLE_TIME": "1"}
+
+
+class HorovodCommunicator(Communicator):
+    """Collectives of ``horovod.torch``. Its settings can be changed by its own environment variables."""
+
+    engine = "horovod"
+
+    def __init__(self, environment: Environment, device: torch.device) -> None:
+        import horovod.torch as hvd
+
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        hvd.init()
+        self._hvd = hvd
+        self._ops = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max}
+        self.rank, self.world_size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        if environment.world_size not in (1, self.world_size):
+            raise UserError(
+                f"the launcher started {environment.world_size} ranks but Horovod sees {self.world_size}: start with "
+                "horovodrun, or with the mpirun of the MPI that Horovod was built with"
+            )
+        self.device = device
+        self._free_names: defaultdict[str, list[str]] = defaultdict(list)
+        self._num_names: defaultdict[str, int] = defaultdict(int)
+
+    def _reduces_natively(self, dtype: torch.dtype) -> bool:
+        return dtype not in (torch.bfloat16, torch.int16)
+
+    def _submit(
+        self, kind: str, call: Callable[[str], Any], finish: Callable[[Any], torch.Tensor]
+    ) -> Work[torch.Tensor]:
+        """Start under a name that no collective under way has.
+
+        Horovod matches ranks by name and caches what was negotiated under it, so names are used again as soon as they
+        are free. They are taken and given back in program order, which is alike on all ranks.
+        """
+        free = self._free_names[kind]
+        if free:
+            name = free.pop()
+        else:
+            name = f"disttrain.{kind}.{self._num_names[kind]}"
+            self._num_names[kind] += 1
+        handle = call(name)
+
+        def wait() -> torch.Tensor:
+            result = self._hvd.synchronize(handle)
+            free.append(name)
+            return finish(result)
+
+        return Pending(wait)
+
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+        return self._submit(
+            f"{op}.{flat.dtype}.{flat.numel()}",
+            lambda name: self._hvd.allreduce_async_(flat, name=name, op=self._ops[op]),
+            lambda result: flat,
+        )
+
+    def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        return self._submit(
+            f"all_gather.{flat.dtype}",
+            lambda name: self._hvd.allgather_async(_movable(flat), name=name),
+            lambda result: result.view(flat.dtype),
+        )
+
+    def _all_to_all(
+        self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+    ) -> Work[torch.Tensor]:
+        movable = _movable(flat)
+        width = flat.itemsize // movable.itemsize
+        splits = torch.tensor([size * width for size in send_sizes], dtype=torch.int32)
+        return self._submit(
+            f"all_to_all.{flat.dtype}",
+            lambda name: self._hvd.alltoall_async(movable, splits=splits, name=name),
+            lambda result: result[0].view(flat.dtype),
+        )
+
+    def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        return self._submit(
+            f"broadcast.{flat.dtype}.{flat.numel()}.{root}",
+            lambda name: self._hvd.broadcast_async_(_movable(flat), root, name=name),
+            lambda result: flat,
+        )
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a type that Horovod moves (it knows no bfloat16)."""
+    return tensor.view(torch.uint8) if tensor.dtype in (torch.bfloat16, torch.bool, torch.int16) else tensor

@@ -1,0 +1,123 @@
+"""torch.distributed: gloo on CPUs, nccl where every local rank has a GPU of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.environment import Environment
+from disttrain.errors import UserError
+
+_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+class TorchCommunicator(Communicator):
+    """Collectives of torch.distributed's default process group, which it joins unless the user already has."""
+
+    engine = "torch"
+
+    def __init__(self, environment: Environment, device: torch.device, timeout: float) -> None:
+        self.rank, self.world_size = environment.rank, environment.world_size
+        self.local_rank, self.local_size = environment.local_rank, environment.local_size
+        self.device = device
+        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= self.local_size
+        self.backend = "nccl" if own_gpu and dist.is_nccl_available() else "gloo"
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            self._join(environment, timeout)
+        else:
+            self.backend = dist.get_backend()
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def _join(self, environment: Environment, timeout: float) -> None:
+        host, port = environment.rendezvous()
+        if environment.num_hosts == 1:
+            # Workers of one host have no business listening on its network.
+            loopback = _loopback_interface()
+            if loopback is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        limit = timedelta(seconds=timeout)
+        try:
+            if environment.launcher == "torchrun":
+                dist.init_process_group(self.backend, timeout=limit)  # torchrun's agent keeps the store
+            else:
+                store = TCPStore(host, port, self.world_size, is_master=self.rank == 0, timeout=limit)
+                dist.init_process_group(
+                    self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
+                )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise _explain(error, host, port, self.rank, self.world_size, timeout) from error
+
+    @property
+    def _control_device(self) -> torch.device:
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+        return _pending(dist.all_reduce(flat, _OPS[op], async_op=True), flat)
+
+    def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        largest = max(sizes)
+        if min(sizes) == largest:
+            result = flat.new_empty(self.world_size * largest)
+            return _pending(dist.all_gather_into_tensor(result, flat, async_op=True), result)
+        padded = flat.new_zeros(largest)  # torch.distributed gathers equal sizes only
+        padded[: flat.numel()] = flat
+        result = flat.new_empty(self.world_size * largest)
+        work = dist.all_gather_into_tensor(result, padded, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return torch.cat([row[:size] for row, size in zip(result.view(-1, largest), sizes, strict=True)])
+
+        return Pending(finish)
+
+    def _all_to_all(
+        self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+    ) -> Work[torch.Tensor]:
+        result = flat.new_empty(sum(receive_sizes))
+        work = dist.all_to_all_single(result, flat, list(receive_sizes), list(send_sizes), async_op=True)
+        return _pending(work, result)
+
+    def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        return _pending(dist.broadcast(flat, root, async_op=True), flat)
+
+    def close(self) -> None:
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _pending(work: Any, result: torch.Tensor) -> Work[torch.Tensor]:
+    def finish() -> torch.Tensor:
+        work.wait()
+        return result
+
+    return Pending(finish)
+
+
+def _loopback_interface() -> str | None:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
+            return name
+    return None
+
+
+def _explain(error: Exception, host: str, port: int, rank: int, world_size: int, timeout: float) -> UserError:
+    text = str(error)
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return UserError(f"port {port} on {host} is taken: set MASTER_PORT to a free one, the same for every rank")
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return UserError(
+            f"rank {rank} waited {timeout:g} s at {host}:{port} for {world_size} ranks: are all of them started, "
+            "with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+        )
+    first_line = (text.splitlines() or [repr(error)])[0]
+    return UserError(f"rank {rank} could not join the others at {host}:{port}: {first_line}")
