@@ -87,7 +87,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     if local_rank >= local_size:
         raise UserError(f"{launcher.local_rank}={local_rank} must be below the {local_size} workers of this host")
     if local_size > world_size:
-        raise UserError(f"{launcher.local_size}={local_size} must not exceed {world_size_name}={world_size}")
+        raise UserError(f"{local_size} workers on this host cannot be: {world_size_name}={world_size} in all")
 
     num_hosts = 1 if local_size == world_size else None
     if num_hosts is None and any(name in environ for name in launcher.num_hosts):
