@@ -102,7 +102,7 @@ class Communicator(ABC):
         return True
 
     @property
-    def _control_device(self) -> torch.device:
+    def control_device(self) -> torch.device:
         """Where small tensors for agreement live."""
         return torch.device("cpu")
 
@@ -229,7 +229,7 @@ class Communicator(ABC):
         return Pending(finish)
 
     def _control_tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._control_device)
+        return torch.tensor(values, dtype=torch.int64, device=self.control_device)
 
     # The blocking spelling, for everything that is not a gradient; arguments are left untouched.
 
@@ -252,7 +252,7 @@ class Communicator(ABC):
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Values are what JSON can hold: nothing that arrives is ever executed."""
         encoded = bytearray(json.dumps(value).encode())
-        tensor = torch.frombuffer(encoded, dtype=torch.uint8).to(self._control_device)
+        tensor = torch.frombuffer(encoded, dtype=torch.uint8).to(self.control_device)
         return [json.loads(bytes(part.cpu().numpy())) for part in self.all_gather(tensor)]
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:

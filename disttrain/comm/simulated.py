@@ -1,7 +1,7 @@
 """N virtual ranks in one process: one thread a rank, sums in rank order, and a clock.
 
-For tests (64 ranks on a laptop, every run alike) and for planning. The clock follows the usual cost model: a message costs
-``alpha`` seconds and each byte ``beta`` seconds, collectives use the wire one after another.
+For tests (64 ranks on a laptop, every run alike) and for planning. The clock follows the usual cost model: a message
+costs ``alpha`` seconds and each byte ``beta`` seconds, collectives use the wire one after another.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class TorchCommunicator(Communicator):
             raise _explain(error, host, port, self.rank, self.world_size, timeout) from error
 
     @property
-    def _control_device(self) -> torch.device:
+    def control_device(self) -> torch.device:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
@@ -106,7 +106,7 @@ def _pending(work: Any, result: torch.Tensor) -> Work[torch.Tensor]:
 def _loopback_interface() -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
-            return name
+            return str(name)
     return None
 
 

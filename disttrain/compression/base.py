@@ -1,0 +1,166 @@
+"""What a compressor is: an algorithm written as a generator in which every ``yield`` is one crossing of the wire.
+
+A compressor does no I/O. The reducer runs it over real engines, the simulator runs N of them in one process, a test
+drives one by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from disttrain.collectives import Collective
+
+NewState: TypeAlias = dict[str, torch.Tensor]
+Program: TypeAlias = Generator[Collective, Any, tuple[torch.Tensor, NewState]]
+
+REGISTRY: dict[str, type[Compressor]] = {}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The gradients that travel together, as a compressor sees them: several parameters in one flat tensor.
+
+    ``shapes`` are the parameters' shapes, ``dtype`` that of the flat tensor handed to the compressor.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @cached_property
+    def numels(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """One 1-d view per parameter."""
+        return list(flat.split(self.numels))
+
+    def matrices(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """One (rows, columns) view per parameter: dimension 0 against all the others."""
+        return [part.view(rows, -1) for part, (rows, _) in zip(self.split(flat), self.matrix_shapes, strict=True)]
+
+    @cached_property
+    def matrix_shapes(self) -> list[tuple[int, int]]:
+        return [matrix_shape(shape) for shape in self.shapes]
+
+    def generator(self, seed: int, step: int, *, per_rank: bool) -> torch.Generator:
+        """A private random generator, another one each step; alike on all ranks unless ``per_rank``."""
+        key = (seed, step, self.names[0], self.rank if per_rank else None)
+        return seeded_generator(self.device, key)
+
+
+class StateTensor(NamedTuple):
+    """A flat tensor kept between steps: ``sizes[i]`` of its elements belong to the bucket's i-th parameter."""
+
+    tensor: torch.Tensor
+    sizes: Sequence[int]
+    replicated: bool
+
+
+class State:
+    """What a compressor remembers of one bucket: named tensors, and ``step``, the number of steps committed.
+
+    Tensors are read as attributes (``state.residual``). A program never writes them: it returns their new values, which
+    the reducer commits once all ranks agree that the step is sound. A skipped step therefore leaves no trace.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.tensors: dict[str, StateTensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool) -> None:
+        """Declare a tensor. ``replicated``: equal on all ranks. Otherwise each rank has its own, whose mean counts."""
+        assert tensor.numel() == sum(sizes), (name, tensor.numel(), sum(sizes))
+        self.tensors[name] = StateTensor(tensor, sizes, replicated)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        tensors: dict[str, StateTensor] = self.__dict__.get("tensors", {})
+        if name not in tensors:
+            raise AttributeError(f"no state tensor {name!r}; declared are {list(tensors)}")
+        return tensors[name].tensor
+
+    def commit(self, new: Mapping[str, torch.Tensor]) -> None:
+        """Take over the values that a program returned."""
+        for name, value in new.items():
+            self.tensors[name].tensor.copy_(value.view(-1))
+        self.step += 1
+
+    def slices(self, names: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
+        """(parameter name, tensor name, view, replicated): keyed by parameter, so buckets may change between runs."""
+        for name, (tensor, sizes, replicated) in self.tensors.items():
+            for parameter, view in zip(names, tensor.split(list(sizes)), strict=True):
+                yield parameter, name, view, replicated
+
+
+class Compressor(BaseModel, ABC):
+    """One algorithm of gradient exchange. Its fields are its hyper-parameters: config schema, command line and docs.
+
+    A subclass with a ``name`` is registered under it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    name: ClassVar[str]
+    bucket_mb: ClassVar[float] = 25.0
+    """Gradient MiB that one bucket should hold. Compressed payloads are small: few rounds matter more than overlap."""
+    needs_float32: ClassVar[bool] = True
+    """Whether half-precision gradients are handed over as float32 (float64 always stays as it is)."""
+
+    min_numel: int = Field(default=1024, ge=0, description="parameters of fewer elements, or of one dimension, travel dense")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        name = cls.__dict__.get("name")
+        if name is not None:
+            assert name not in REGISTRY, f"two compressors are called {name!r}"
+            REGISTRY[name] = cls
+
+    def accepts(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape is worth compressing. The others travel dense, fused."""
+        return len(shape) >= 2 and math.prod(shape) >= self.min_numel
+
+    def init_state(self, bucket: Bucket) -> State:
+        """The state before the first step."""
+        return State()
+
+    @abstractmethod
+    def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        """The program that turns this rank's gradient into the mean over ranks.
+
+        Args:
+            grad: (bucket.numel,), this rank's raw gradient in true units; the program may overwrite it.
+            bucket: names and shapes of the parameters within ``grad``.
+            state: what earlier steps left; only to be read.
+
+        Yields:
+            Collectives; it is sent their results.
+
+        Returns:
+            The mean, (bucket.numel,), bit-identical on all ranks, and the new values of the state's tensors.
+        """
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def seeded_generator(device: torch.device, key: Sequence[object]) -> torch.Generator:
+    """A generator seeded by a hash of the key: the same on every host, run and Python version."""
+    digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))

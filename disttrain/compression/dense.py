@@ -1,0 +1,27 @@
+"""No compression: the mean by one all-reduce. A compressor like any other, so that nothing has to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from disttrain.collectives import AllReduce
+from disttrain.compression.base import Bucket, Compressor, Program, State
+
+
+class Dense(Compressor):
+    """Send gradients as they are, in their own dtype."""
+
+    name = "dense"
+    # Uncompressed gradients are what the wire is busy with: small buckets start sooner and hide behind backward.
+    bucket_mb: ClassVar[float] = 4.0
+    needs_float32: ClassVar[bool] = False
+
+    def accepts(self, shape: Sequence[int]) -> bool:
+        return True
+
+    def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        mean = yield AllReduce(grad, op="mean")
+        return mean, {}

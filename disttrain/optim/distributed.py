@@ -1,0 +1,221 @@
+"""The distributed optimizer: any torch optimizer, stepping on the mean gradient of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from disttrain import compression
+from disttrain.comm.base import Communicator
+from disttrain.compression import Compressor
+from disttrain.errors import UserError
+from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
+from disttrain.reduction import Ledger, Reducer
+from disttrain.reduction.state import load_state, state_dict
+
+logger = logging.getLogger(__name__)
+
+
+class DistributedOptimizer(Optimizer):
+    """Wraps an optimizer so that every rank steps on the mean of all ranks' gradients.
+
+    Gradients leave while backward is still running, bucket by bucket; ``step`` waits for their means. A step in which
+    any rank's gradient holds an inf or NaN is skipped by all ranks and leaves no trace.
+
+    Args:
+        optimizer: any torch optimizer over parameters of ``model``. It keeps its state and its ``param_groups``, which
+            this wrapper shares, so learning-rate schedulers take either.
+        model: the module that is trained. Rank 0's parameters and buffers are copied to all ranks.
+        comm: from ``disttrain.init``.
+        compressor: an instance, a name (``"topk"``), or a mapping as in a config (``{"name": "topk", "ratio": 0.01}``).
+        bucket_mb: MiB of gradient that travel together; None leaves it to the compressor.
+        clip_norm: largest global norm of the mean gradient; None does not clip.
+
+    Attributes:
+        wire: the ledger of bytes, ``wire.last_step`` and ``wire.total``.
+        grad_norm: global norm of the last mean gradient before clipping, if ``clip_norm`` is set.
+        skipped_steps: number of steps skipped because of a non-finite gradient.
+
+    Raises:
+        UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer wants sparse
+            gradients; the model differs between ranks.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: torch.nn.Module,
+        *,
+        comm: Communicator,
+        compressor: Compressor | str | Mapping[str, Any] = "dense",
+        bucket_mb: float | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
+        if isinstance(optimizer, DistributedOptimizer):
+            raise UserError("the optimizer is a DistributedOptimizer already: wrap the plain torch optimizer, once")
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise UserError("SparseAdam wants sparse gradients, and means are exchanged dense: use Adam")
+        if bucket_mb is not None and bucket_mb <= 0:
+            raise UserError(f"bucket_mb must be above 0; got {bucket_mb}")
+        if clip_norm is not None and clip_norm <= 0:
+            raise UserError(f"clip_norm must be above 0; got {clip_norm}")
+        self.inner = optimizer
+        self.clip_norm = clip_norm
+        self.grad_norm: torch.Tensor | None = None
+        self.skipped_steps = 0
+        self._model, self._comm = model, comm
+        self._synchronized: bool | None = None
+        trained = _trained_parameters(optimizer, model)
+        check_same_model(model, comm)
+        broadcast_model(model, comm)
+        self.reducer = Reducer(trained, comm, compression.build(compressor), bucket_mb)
+        self._reduced = {parameter for _, parameter in trained}
+
+    @property
+    def wire(self) -> Ledger:
+        return self.reducer.ledger
+
+    def __getattr__(self, name: str) -> Any:
+        """All else - ``param_groups``, ``state``, ``defaults``, hooks - is the wrapped optimizer's."""
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer({self.inner!r}, world_size={self._comm.world_size})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a DistributedOptimizer holds live connections: save its state_dict() instead")
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
+        return self.reducer.no_sync()
+
+    def synchronize(self) -> bool:
+        """Wait until every ``parameter.grad`` is the mean over ranks, to clip or look at it before ``step``.
+
+        Returns:
+            False if some rank had a non-finite gradient: all gradients are NaN then, and ``step`` will skip.
+        """
+        if self._synchronized is None:
+            self._check_parameters()
+            self._synchronized = self.reducer.synchronize()
+        return self._synchronized
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Wait for the means, clip if asked, and take the wrapped optimizer's step.
+
+        A closure is evaluated with its gradients exchanged, and returns the loss averaged over ranks, so optimizers
+        that evaluate it repeatedly (LBFGS) take the same decisions everywhere.
+        """
+        if closure is not None:
+            return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
+        is_sound = self.synchronize()
+        self._synchronized = None
+        if not is_sound:
+            self.skipped_steps += 1
+            logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
+            return None
+        if self.clip_norm is not None:
+            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
+        return self.inner.step()
+
+    def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor:
+        with torch.enable_grad():
+            loss = closure()
+        is_sound = self.synchronize()
+        self._synchronized = None
+        if not is_sound:
+            raise FloatingPointError(
+                "a gradient was inf or NaN on some rank, and a step with a closure cannot be skipped"
+            )
+        if self.clip_norm is not None:
+            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
+        return self._comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the mean gradients so that their global 2-norm is at most ``max_norm``; the norm before, 0-d.
+
+        The same rule as ``torch.nn.utils.clip_grad_norm_``, on whole buckets.
+        """
+        self.synchronize()
+        flats = [bucket.flat for bucket in self.reducer.buckets]
+        norms = [torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)) for flat in flats]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for flat in flats:
+            flat.mul_(factor.to(flat.device, flat.dtype))
+        return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop (or zero) all gradients, also those of an exchange whose ``step`` was left out."""
+        if self._synchronized is None and self.reducer.has_sent:
+            self.reducer.synchronize()  # what is on the wire must arrive before its buffers are used again
+        self._synchronized = None
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise UserError(
+            "parameters cannot be added to a DistributedOptimizer: add them to the optimizer before wrapping it"
+        )
+
+    def _check_parameters(self) -> None:
+        for group in self.inner.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter not in self._reduced:
+                    raise UserError(
+                        "a parameter has a gradient but was frozen when the DistributedOptimizer was made: "
+                        "unfreeze it first, then wrap the optimizer"
+                    )
+
+    def synchronize_buffers(self) -> None:
+        """Average the model's floating-point buffers (BatchNorm statistics) over ranks, copy the others from rank 0.
+
+        Training leaves each rank with statistics of its own samples: call this before evaluation and before saving.
+        """
+        average_buffers(self._model, self._comm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state, plus the compressor's under ``"compression"``.
+
+        ``compression["per_rank"]`` (residuals) is this rank's own: save one a rank, or the sums not yet sent are lost.
+        """
+        return {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self._comm)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, from this class or from the plain optimizer.
+
+        Residuals that another rank saved are not taken: they start at zero, with a warning.
+        """
+        inner = dict(state_dict)
+        saved = inner.pop("compression", None)
+        self.inner.load_state_dict(inner)
+        if saved is not None:
+            load_state(self.reducer.buckets, saved, self._comm)
+
+
+def _trained_parameters(optimizer: Optimizer, model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters that the optimizer steps and that require a gradient, in the model's order."""
+    optimized: Iterable[torch.nn.Parameter] = (
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    wanted = set(optimized)
+    for parameter in wanted:
+        if parameter not in names:
+            shape = tuple(parameter.shape)
+            raise UserError(
+                f"the optimizer has a parameter of shape {shape} that is not the model's: pass its own model"
+            )
+        if parameter.is_complex():
+            raise UserError(f"parameter {names[parameter]!r} is complex: hold it as torch.view_as_real(...)")
+    trained = [(name, p) for p, name in names.items() if p in wanted and p.requires_grad]
+    if not trained:
+        raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
+    return trained

@@ -1,0 +1,143 @@
+"""Buckets: parameters whose gradients travel together, in one flat buffer of which the gradients are views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from disttrain.compression import Bucket, Compressor, Dense
+from disttrain.compression.base import NewState, Program, State
+
+NamedParameter = tuple[str, torch.nn.Parameter]
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter's place in its bucket: ``view`` is its stretch of the flat buffer, shaped like the parameter.
+
+    Attributes:
+        ready: a gradient has come in the present backward pass.
+        used: it had a gradient when its bucket left.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    view: torch.Tensor
+    bucket: GradientBucket
+    ready: bool = False
+    used: bool = False
+
+    def take_in(self) -> None:
+        """Move a gradient that autograd made elsewhere into the buffer; ``parameter.grad`` becomes the view of it."""
+        grad = self.parameter.grad
+        if grad is self.view:
+            return
+        if grad is None:
+            self.view.zero_()
+            return
+        self.view.copy_(grad.to_dense() if grad.is_sparse else grad)
+        self.parameter.grad = self.view
+
+
+@dataclass(eq=False)
+class GradientBucket:
+    """A flat buffer of gradients, the compressor that exchanges it, and the compressor's state."""
+
+    description: Bucket
+    compressor: Compressor
+    state: State
+    flat: torch.Tensor
+    slots: list[Slot] = field(default_factory=list)
+    num_ready: int = 0
+    has_left: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_ready == len(self.slots)
+
+    @property
+    def has_gradient(self) -> bool:
+        return any(slot.parameter.grad is not None for slot in self.slots)
+
+    def program(self) -> Program:
+        """The compressor's program over what the buffer holds now. It works in the buffer itself if dtypes agree."""
+        return self.compressor.reduce(self.flat.to(self.description.dtype), self.description, self.state)
+
+    def land(self, mean: torch.Tensor, new_state: NewState) -> None:
+        """Commit a finished program: its state, and its mean to the buffer."""
+        self.state.commit(new_state)  # first, since a new residual may lie in the buffer
+        if mean.data_ptr() != self.flat.data_ptr():
+            self.flat.copy_(mean)
+
+
+def build_buckets(
+    parameters: Sequence[NamedParameter],
+    compressor: Compressor,
+    *,
+    rank: int,
+    world_size: int,
+    bucket_mb: float | None = None,
+) -> list[GradientBucket]:
+    """Group parameters, in the order in which backward reaches them, into buckets of one compressor, dtype and device.
+
+    What the compressor does not accept goes dense. Buckets are ordered by when their last gradient is due; the grouping
+    depends on nothing but the parameters, so it is alike on all ranks.
+    """
+    dense = compressor if isinstance(compressor, Dense) else Dense()
+    open_groups: dict[tuple[bool, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
+    groups: list[tuple[Compressor, list[tuple[int, NamedParameter]]]] = []
+    for due, (name, parameter) in enumerate(reversed(parameters)):  # backward starts at the model's end
+        compressed = compressor.accepts(tuple(parameter.shape)) and parameter.numel() > 0
+        chosen = compressor if compressed else dense
+        key = (compressed, parameter.dtype, parameter.device)
+        group = open_groups.setdefault(key, [])
+        if not group:
+            groups.append((chosen, group))
+        group.append((due, (name, parameter)))
+        capacity = (bucket_mb if bucket_mb is not None else chosen.bucket_mb) * 2**20
+        if sum(member.numel() * member.itemsize for _, (_, member) in group) >= capacity:
+            del open_groups[key]
+    groups.sort(key=lambda item: item[1][-1][0])  # by the member that is due last
+    return [
+        _build(chosen, [member for _, member in group], rank=rank, world_size=world_size) for chosen, group in groups
+    ]
+
+
+def _build(compressor: Compressor, members: Sequence[NamedParameter], *, rank: int, world_size: int) -> GradientBucket:
+    first = members[0][1]
+    # Residuals and factors are kept in float32 at least.
+    dtype = torch.promote_types(first.dtype, torch.float32) if compressor.needs_float32 else first.dtype
+    description = Bucket(
+        names=tuple(name for name, _ in members),
+        shapes=tuple(tuple(parameter.shape) for _, parameter in members),
+        dtype=dtype,
+        device=first.device,
+        rank=rank,
+        world_size=world_size,
+    )
+    flat = torch.zeros(description.numel, dtype=first.dtype, device=first.device)
+    bucket = GradientBucket(description, compressor, compressor.init_state(description), flat)
+    for (name, parameter), part in zip(members, description.split(flat), strict=True):
+        bucket.slots.append(Slot(name, parameter, _view_like(part, parameter), bucket))
+    return bucket
+
+
+def _view_like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """``part`` in the parameter's shape and, where the parameter is dense with dimension 0 outermost, in its strides.
+
+    So a channels_last weight gets a channels_last gradient, and dimension 0 of the buffer's matrix view is its own.
+    """
+    strides = parameter.stride()
+    by_stride = sorted(range(parameter.dim()), key=lambda dim: strides[dim], reverse=True)
+    expected = 1
+    for dim in reversed(by_stride):
+        if parameter.shape[dim] > 1 and strides[dim] != expected:
+            return part.view(parameter.shape)
+        expected *= parameter.shape[dim]
+    rows = parameter.shape[0] if parameter.dim() else 1
+    if rows > 1 and strides[0] != math.prod(parameter.shape[1:]):
+        return part.view(parameter.shape)
+    return part.as_strided(parameter.shape, strides)

@@ -1,0 +1,44 @@
+"""A compressor's program on its way over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from disttrain.collectives import Result
+from disttrain.comm.base import Work
+from disttrain.compression.base import NewState, Program
+from disttrain.reduction.ledger import Ledger
+
+Outcome = tuple[torch.Tensor, NewState]
+
+
+class Exchange:
+    """One bucket's program: its first collective starts at once, ``advance`` takes it to the next one."""
+
+    def __init__(self, program: Program, ledger: Ledger) -> None:
+        self._program, self._ledger = program, ledger
+        self._work: Work[Result] | None = None
+        self.outcome: Outcome | None = None
+        self._resume(None)
+
+    def advance(self) -> None:
+        """Wait for the collective under way, hand its result to the program, start the next one."""
+        assert self._work is not None
+        self._resume(self._work.wait())
+
+    def _resume(self, result: Result | None) -> None:
+        try:
+            self._work = self._ledger.start(self._program.send(result))
+        except StopIteration as stop:
+            self._work, self.outcome = None, cast("Outcome", stop.value)
+
+
+def finish(exchanges: Sequence[Exchange]) -> list[Outcome]:
+    """Take every program to its end, step by step and in order, so that all ranks start the same collectives alike."""
+    while unfinished := [exchange for exchange in exchanges if exchange.outcome is None]:
+        for exchange in unfinished:
+            exchange.advance()
+    return [exchange.outcome for exchange in exchanges if exchange.outcome is not None]

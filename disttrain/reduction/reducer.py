@@ -1,0 +1,181 @@
+"""The reducer: hooks gather gradients into buckets, full buckets leave while backward goes on, means come back.
+
+Rules that it keeps:
+
+* Collectives start in one order on all ranks - by bucket, then by program step - never by who is ready first.
+* Whether a step counts is judged on raw gradients and agreed on by all ranks before any state changes.
+* A parameter without a gradient takes part with zeros, so it cannot hold up the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+
+from disttrain.collectives import AllReduce
+from disttrain.comm.base import Communicator
+from disttrain.compression.base import Compressor
+from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
+from disttrain.reduction.exchange import Exchange, finish
+from disttrain.reduction.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+
+class Reducer:
+    """Exchanges the gradients of some parameters between ranks.
+
+    Until its bucket leaves, ``parameter.grad`` is a view of the bucket's buffer. While the bucket is on the wire it is
+    None, so nothing can write into what travels: a further backward pass leaves its gradient there, and ``synchronize``
+    sends it after the first. After ``synchronize`` it is the mean over ranks, or None where no rank had a gradient.
+
+    Args:
+        parameters: names and parameters, in the order of the model's modules; all require a gradient.
+        comm: the ranks to exchange with.
+        compressor: how; what it does not accept travels dense.
+        bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[NamedParameter],
+        comm: Communicator,
+        compressor: Compressor,
+        bucket_mb: float | None = None,
+    ) -> None:
+        self.buckets = build_buckets(
+            parameters, compressor, rank=comm.rank, world_size=comm.world_size, bucket_mb=bucket_mb
+        )
+        self.ledger = Ledger(comm)
+        self._comm = comm
+        self._slots = [slot for bucket in self.buckets for slot in bucket.slots]
+        self._num_elements = sum(bucket.description.numel for bucket in self.buckets)
+        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._make_hook(slot)) for slot in self._slots]
+        self._sending = True
+        self._sent: list[Exchange] = []  # of the buckets that have left, by index
+        self._finite: list[torch.Tensor] = []  # one flag for each of them
+        self._warned_late = False
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether something is on the wire."""
+        return bool(self._sent)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only add up local gradients; the first one outside sends the sum."""
+        before, self._sending = self._sending, False
+        try:
+            yield
+        finally:
+            self._sending = before
+
+    def _make_hook(self, slot: Slot) -> Callable[[torch.Tensor], None]:
+        def on_gradient(_: torch.Tensor) -> None:
+            bucket = slot.bucket
+            if bucket.has_left:
+                return  # this gradient is late: ``synchronize`` finds it where autograd put it
+            slot.take_in()
+            if self._sending and not slot.ready:
+                slot.ready = True
+                bucket.num_ready += 1
+                self._send_full()
+
+        return on_gradient
+
+    def _send_full(self) -> None:
+        """Send the buckets that are next in order, as far as they are full."""
+        while len(self._sent) < len(self.buckets) and self.buckets[len(self._sent)].is_full:
+            self._send(self.buckets[len(self._sent)])
+
+    def _send(self, bucket: GradientBucket) -> None:
+        for slot in bucket.slots:
+            slot.take_in()
+            slot.used = slot.parameter.grad is not None
+            slot.parameter.grad = None
+        bucket.has_left = True
+        self._finite.append(_all_finite(bucket.flat))
+        self._sent.append(Exchange(bucket.program(), self.ledger))
+
+    def synchronize(self) -> bool:
+        """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.
+
+        Returns:
+            Whether the step is sound. If any rank had a gradient with an inf or NaN, no compressor state has changed,
+            and the gradients of all ranks are NaN.
+        """
+        late = [bucket.has_left and bucket.has_gradient for bucket in self.buckets]
+        for slot in self._slots:
+            if slot.bucket.has_left and slot.parameter.grad is not None:
+                slot.used = True
+                self._finite.append(_all_finite(slot.parameter.grad))
+        for bucket in self.buckets[len(self._sent) :]:
+            self._send(bucket)
+        agreement = self.ledger.start(AllReduce(self._local_flags(late), "max"))
+        outcomes = finish(self._sent)
+        unsound, *flags = cast("torch.Tensor", agreement.wait()).tolist()
+        late, used = flags[: len(self.buckets)], flags[len(self.buckets) :]
+
+        if unsound:
+            for bucket in self.buckets:
+                bucket.flat.fill_(math.nan)
+        else:
+            for bucket, outcome in zip(self.buckets, outcomes, strict=True):
+                bucket.land(*outcome)
+            if any(late):
+                self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
+        for slot, is_used in zip(self._slots, used, strict=True):
+            slot.parameter.grad = slot.view if is_used else None
+            slot.ready = False
+        for bucket in self.buckets:
+            bucket.num_ready, bucket.has_left = 0, False
+        self._sent, self._finite = [], []
+        self.ledger.end_step(self._num_elements)
+        return not unsound
+
+    def _local_flags(self, late: list[bool]) -> torch.Tensor:
+        """What the ranks must agree on, as one small tensor: unsound, late (by bucket), used (by parameter)."""
+        finite = torch.stack([flag.to(self._comm.control_device) for flag in self._finite]).all()
+        flags = torch.tensor([False, *late, *(slot.used for slot in self._slots)], device=finite.device)
+        flags[0] = ~finite
+        return flags.to(torch.uint8)
+
+    def _exchange_late(self, buckets: Sequence[GradientBucket]) -> None:
+        """Send what backward passes added after their bucket had left, and add its mean."""
+        if not self._warned_late:
+            self._warned_late = True
+            logger.warning(
+                "several backward passes before one step: gradients were sent twice. "
+                "Put all but the last under optimizer.no_sync() to send their sum once."
+            )
+        first_means = [bucket.flat.clone() for bucket in buckets]
+        for bucket in buckets:
+            for slot in bucket.slots:
+                slot.take_in()
+        outcomes = finish([Exchange(bucket.program(), self.ledger) for bucket in buckets])
+        for bucket, outcome, first_mean in zip(buckets, outcomes, first_means, strict=True):
+            bucket.land(*outcome)
+            bucket.flat.add_(first_mean)
+
+
+def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether there is no inf and no NaN, as a 0-d tensor on the same device (so that a GPU need not be waited for)."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=_wide(tensor.dtype)).item()):
+        return torch.tensor(True)  # a finite sum proves it in one pass; an overflown one needs the second look
+    return torch.isfinite(tensor).all()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
