@@ -1,0 +1,1 @@
+"""Optimizers: the distributed one, torch's by name, learning-rate schedules."""

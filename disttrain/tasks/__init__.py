@@ -1,0 +1,79 @@
+"""The registry of tasks: registered names, and a user's own by import path.
+
+Each task's module is imported when it is asked for, so one task's libraries are not needed for another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from pydantic import BaseModel
+
+from disttrain.errors import UserError
+from disttrain.tasks.base import Task, TensorData
+from disttrain.validation import Registry
+
+__all__ = ["Task", "TensorData", "registry"]
+
+_PATHS = {
+    "digits": "disttrain.tasks.digits:Digits",
+    "text": "disttrain.tasks.text:Text",
+}
+
+
+def _load(name: str) -> type[Task] | None:
+    path = _PATHS.get(name, name)
+    if ":" not in path:
+        if "." in path:
+            module_path, _, cls = path.rpartition(".")
+            raise UserError(f"task.name={name!r} must have a colon before the class: '{module_path}:{cls}'")
+        return None
+    module_name, _, class_name = path.partition(":")
+    if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look where the user is
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            where = f"no module {missing!r} in {os.getcwd()} (the current directory) or on PYTHONPATH"
+        else:
+            where = f"it imports {missing!r}, which is not installed"
+        raise UserError(f"task.name={name!r}: {where}") from error
+    except Exception as error:
+        raise UserError(f"task.name={name!r}: importing {module_name} fails: {_one_line(error)}") from error
+    found = getattr(module, class_name, None)
+    tasks = [key for key, value in vars(module).items() if _is_task(value) and value.__module__ == module_name]
+    if found is None:
+        instead = f"; its tasks are: {', '.join(tasks)}" if tasks else ", nor any other Task"
+        raise UserError(f"task.name={name!r}: module {module_name} has no {class_name!r}{instead}")
+    if not _is_task(found):
+        raise UserError(f"task.name={name!r}: {class_name} must be a subclass of disttrain.tasks.Task")
+    if abstract := sorted(found.__abstractmethods__):
+        raise UserError(f"task.name={name!r}: {class_name} must define {', '.join(abstract)}")
+    return found  # type: ignore[no-any-return]
+
+
+def _is_task(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Task) and value is not Task
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class _Tasks(Registry[Task]):
+    """Registered names are loaded like import paths, when first asked for."""
+
+    def names(self) -> list[str]:
+        return sorted(_PATHS)
+
+    def name_of(self, instance: BaseModel) -> str:
+        path = super().name_of(instance)
+        return next((name for name, listed in _PATHS.items() if listed == path), path)
+
+
+registry = _Tasks("task", Task, {}, find=_load)  # type: ignore[type-abstract]

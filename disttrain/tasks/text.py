@@ -1,0 +1,182 @@
+"""Any text as bytes, and a small GPT that predicts the next one.
+
+The default text is the Python standard library's own source code: real text that is on every machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+import sysconfig
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import nn
+from torch.utils.data import Dataset
+
+from disttrain.errors import UserError
+from disttrain.tasks.base import Task
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_END_OF_FILE = b"\0"
+
+
+class Text(Task):
+    """Byte-level language modelling. Whole files are held out, chosen by a hash of their path."""
+
+    path: str | None = Field(
+        default=None,
+        description="a folder (all files in it), a file, or a glob; null: the standard library's .py files",
+    )
+    held_out: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the files that is evaluated, not trained on"
+    )
+    eval_windows: int | None = Field(
+        default=1024,
+        ge=1,
+        description="evaluate on so many windows, spread evenly over the held-out text; null: on all",
+    )
+    context: int = Field(default=128, ge=2, description="bytes a sample")
+    width: int = Field(default=128, ge=1)
+    heads: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Text:
+        if self.width % self.heads:
+            raise UserError(f"task.width={self.width} must be a multiple of task.heads={self.heads}")
+        return self
+
+    def build_model(self) -> nn.Module:
+        return GPT(self.context, self.width, self.heads, self.layers, self.dropout)
+
+    def train_data(self) -> Dataset[Any]:
+        return Windows(self._split[0], self.context)
+
+    def eval_data(self) -> Dataset[Any]:
+        return Windows(self._split[1], self.context, self.eval_windows)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        inputs, targets = _next_bytes(batch)
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:
+        inputs, targets = _next_bytes(batch)
+        nats = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+        return {"bits_per_byte": (nats / math.log(2), targets.numel()), "loss": (nats, targets.numel())}
+
+    @cached_property
+    def _split(self) -> tuple[bytes, bytes]:
+        """All training text, and all held-out text, files in the order of their paths."""
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        for name, file in self._files():
+            is_held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < self.held_out
+            parts[is_held_out].append(file.read_bytes() + _END_OF_FILE)
+        train, held_out = (b"".join(part) for part in parts)
+        for text, which in ((train, "train on"), (held_out, "hold out")):
+            if len(text) <= self.context:
+                raise UserError(
+                    f"task.path={self.path!r} has {len(text)} bytes to {which}, too few for one window of "
+                    f"{self.context + 1}: add files, or change task.held_out={self.held_out} or task.context"
+                )
+        return train, held_out
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """The files and their names relative to where the search began: equal wherever the folder lies."""
+        if self.path is None:
+            root = Path(sysconfig.get_path("stdlib"))
+            files = [file for file in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(file.relative_to(root).parts)]
+        elif Path(self.path).is_dir():
+            root = Path(self.path)
+            files = [file for file in root.rglob("*") if "/." not in f"/{file.relative_to(root).as_posix()}"]
+        else:
+            files = [Path(name) for name in glob.glob(self.path, recursive=True)]
+            root = Path(self.path.split("*")[0]).parent
+        found = sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
+        if not found:
+            raise UserError(
+                f"task.path={self.path!r} matches no file: give a folder, a file, or a glob like 'texts/*.txt'"
+            )
+        return found
+
+
+class Windows(Dataset[torch.Tensor]):
+    """Stretches of ``context + 1`` bytes that begin ``context`` apart, so every byte but the first is predicted once.
+
+    A batch is an int64 tensor of shape (samples, context + 1), picked in one indexing operation.
+    """
+
+    def __init__(self, text: bytes, context: int, limit: int | None = None) -> None:
+        self._bytes = np.frombuffer(text, dtype=np.uint8)
+        count = (len(text) - 1) // context
+        kept = count if limit is None else min(count, limit)
+        self._starts = np.arange(kept, dtype=np.int64) * count // kept * context
+        self._span = np.arange(context + 1)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self._bytes[self._starts[indices, None] + self._span].astype(np.int64))
+
+
+def _next_bytes(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch[:, :-1], batch[:, 1:]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over bytes (Radford et al. 2019): pre-norm blocks, learned positions, tied output.
+
+    Takes int64 (samples, length), length at most ``context``; gives scores of shape (samples, length, 256).
+    """
+
+    def __init__(self, context: int, width: int, heads: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, width)
+        self.positions = nn.Parameter(torch.empty(context, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                # What is added to the residual stream by each of 2 * layers branches is scaled so that the sum is not.
+                branches = 2 * layers if name.endswith("out.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.tokens(tokens) + self.positions[: tokens.shape[1]])
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.tokens.weight)
+
+
+class Block(nn.Module):
+    """Causal self-attention, then two linear layers, each added to its input."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.attention_norm, self.attention_in = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_norm, self.feed_in = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.feed_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples, length, width = x.shape
+        dropout = self.dropout if self.training else 0.0
+        parts = self.attention_in(self.attention_norm(x)).view(samples, length, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        x = x + F.dropout(self.attention_out(mixed.transpose(1, 2).reshape(x.shape)), dropout)
+        return x + F.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))), dropout)

@@ -1,0 +1,1 @@
+"""Training runs: config, data, trainer, checkpoints, metrics."""

@@ -1,0 +1,177 @@
+"""Users' mistakes in one line: unknown keys and names get the nearest valid one, wrong values get their bounds.
+
+Everything a config can choose by name (optimizer, schedule, compressor, task) is a pydantic class whose fields are its
+section of the config. A ``Registry`` turns the section into an instance.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from disttrain.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of all config sections: immutable, no unknown keys, no NaN, and ``true`` is not a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_bool_as_number(cls, value: Any, info: Any) -> Any:
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and ("int" in annotation or "float" in annotation) and "bool" not in annotation:
+            raise UserError("should be a number")
+        return value
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Registry(Generic[S]):
+    """Classes by name.
+
+    Args:
+        key: the config key whose section is built here, for messages ("optimizer").
+        base: the class that all of them derive from.
+        classes: the classes by the name that a config gives; later additions to the mapping count.
+        find: called with a name that is not listed; returns a class, or None where it knows none either.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        base: type[S],
+        classes: Mapping[str, type[S]],
+        find: Callable[[str], type[S] | None] = lambda name: None,
+    ) -> None:
+        self.key, self._base, self._classes, self._find = key, base, classes, find
+
+    def names(self) -> list[str]:
+        return sorted(self._classes)
+
+    def get(self, name: str) -> type[S]:
+        """The class of that name.
+
+        Raises:
+            UserError: there is none; names the nearest.
+        """
+        found = self._classes.get(name) or self._find(name)
+        if found is None:
+            raise UserError(f"unknown {self.key} {name!r}{hint(name, self.names())}")
+        return found
+
+    def name_of(self, instance: BaseModel) -> str:
+        """The name under which ``get`` finds the instance's class: an import path if it is not a listed one."""
+        cls = type(instance)
+        listed = (name for name, known in self._classes.items() if known is cls)
+        return next(listed, f"{cls.__module__}:{cls.__qualname__}")
+
+    def build(self, spec: Any) -> S:
+        """An instance from an instance, a name, or a mapping with ``name`` and the fields of that class.
+
+        Raises:
+            UserError: no such name, an unknown field, or a value out of bounds.
+        """
+        if isinstance(spec, self._base):
+            return spec
+        fields = {"name": spec} if isinstance(spec, str) else spec
+        if not isinstance(fields, Mapping):
+            raise UserError(f"{self.key}={spec!r} should be a name or a section with a name: {', '.join(self.names())}")
+        fields = dict(fields)
+        name = fields.pop("name", None)
+        if not isinstance(name, str):
+            raise UserError(f"missing key '{self.key}.name': choose from {', '.join(self.names())}")
+        return validate(self.get(name), fields, self.key)
+
+
+def validate(model: type[S], fields: Mapping[str, Any], key: str = "") -> S:
+    """``model(**fields)``.
+
+    Raises:
+        UserError: one line for all that is wrong, every key written from ``key`` down.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        raise UserError(explain(error, model, key)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], key: str = "") -> str:
+    """What is wrong with each key, and what would be right, on one line."""
+    return "; ".join(_explain_one(details, model, key) for details in error.errors(include_url=False))
+
+
+def _explain_one(details: ErrorDetails, model: type[BaseModel], prefix: str) -> str:
+    *above, _ = (prefix, *map(str, details["loc"])) if details["loc"] else (prefix, "")
+    section, key = _join(*above), _join(prefix, *map(str, details["loc"]))
+    value, kind, context = details["input"], details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = keys_of(_model_at(model, details["loc"][:-1]))
+        return unknown_key(key, value, (_join(section, name) for name in known))
+    if kind == "missing":
+        description = _field_description(model, details["loc"])
+        return f"missing key {key!r}" + (f": {description}" if description else "")
+    if isinstance(cause := context.get("error"), UserError):
+        message = str(cause)
+        # A message that stands for itself (a named section's own) needs no key in front.
+        return f"{key}={value!r} {message}" if message.startswith(("should", "must")) else message
+    if kind == "model_type":
+        return f"{key}={value!r} should be a section with keys {', '.join(keys_of(_model_at(model, details['loc'])))}"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if kind == "literal_error":
+        choices = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
+        return f"unknown {key} {value!r}{hint(str(value), choices)}"
+    return f"{key}={value!r} {message}"
+
+
+def unknown_key(key: str, value: Any, known: Iterable[str]) -> str:
+    """The message for a key that no section has."""
+    given = "" if isinstance(value, Mapping) else f" (given {value!r})"
+    return f"unknown key {key!r}{given}{hint(key, known)}"
+
+
+def hint(word: str, choices: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where one choice is near, else all the choices."""
+    choices = list(choices)
+    nearest = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if not nearest:  # `lr` for `optimizer.lr`: the end of a dotted key was given, or a near spelling of it
+        ends = {choice.rpartition(".")[2]: choice for choice in choices}
+        nearest = [ends[end] for end in difflib.get_close_matches(word.rpartition(".")[2], ends, n=1, cutoff=0.7)]
+    if nearest:
+        return f"; did you mean {nearest[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if choices else ""
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """All keys of a section, those of sections within it dotted."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{inner}" for inner in keys_of(field.annotation)]
+    return keys
+
+
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section at a dotted key, or the last one on the way to it."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return model
+
+
+def _field_description(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    field = _model_at(model, location[:-1]).model_fields.get(str(location[-1]))
+    return field.description if field else None
+
+
+def _join(*parts: str) -> str:
+    return ".".join(filter(None, parts))
