@@ -1,15 +1,16 @@
 """A guard that notices a dead, stopped or unreachable peer, whatever the engine.
 
-Engines differ in what they do when a worker dies: gloo fails at once, MPI and Horovod may wait for ever inside C code. So
-every rank keeps a small TCP connection to rank 0, watched by a thread. When one ends without a goodbye, or is silent for
-too long, rank 0 tells everyone which rank was lost. Each survivor prints that in one line at once (launchers kill the
-survivors soon after), and ends with code 13 if its main thread, which may be stuck in the engine, does not react.
+Engines differ in what they do when a worker dies: gloo fails at once, MPI and Horovod may wait for ever inside C code.
+So every rank keeps a small TCP connection to rank 0, watched by a thread. When one ends without a goodbye, or is silent
+for too long, rank 0 tells everyone which rank was lost. Each survivor prints that in one line at once (launchers kill
+the survivors soon after), and ends with code 13 if its main thread, which may be stuck in the engine, does not react.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import selectors
 import socket
@@ -29,6 +30,7 @@ _BEATS_PER_SILENCE = 6
 _MAX_REASON = 500
 # An engine's error is often the echo of a peer's death; the guard's own news of it may take this long to arrive.
 _ECHO_SECONDS = 2.0
+_FAREWELL_SECONDS = 1.0
 
 
 class Guard:
@@ -53,7 +55,8 @@ class Guard:
         self.lost: str | None = None
         self.warning: str | None = None
         self._silence, self._interval, self._grace = silence, silence / _BEATS_PER_SILENCE, grace
-        self._news, self._noticed, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._news, self._noticed = threading.Event(), threading.Event()
+        self._leave_by = math.inf
         self._peers: dict[int, Connection] = {}
         if group.world_size == 1:
             return
@@ -89,19 +92,18 @@ class Guard:
         Raises:
             PeerLostError: the error is the consequence of another rank's loss.
         """
-        if not self._peers or self._closing.is_set():
+        if not self._peers:
             return
         if isinstance(error, Exception) and not isinstance(error, UserError | PeerLostError):
             self._news.wait(_ECHO_SECONDS)
-        if self.lost is not None:
+        if self.lost is not None and not isinstance(error, UserError):
             self._noticed.set()
             raise PeerLostError(self.lost) from error
         self._leave({"kind": "failed", "reason": _describe(error)})
 
     def close(self) -> None:
         """Say goodbye: this rank's end from here on is no loss."""
-        if self._peers and not self._closing.is_set():
-            self._noticed.set()
+        if self._peers:
             self._leave({"kind": "goodbye"})
 
     def __enter__(self) -> Self:
@@ -115,22 +117,27 @@ class Guard:
         self.close()
 
     def _leave(self, message: Message) -> None:
-        self._closing.set()
-        for peer in list(self._peers.values()):
+        self._noticed.set()
+        self._leave_by = time.monotonic() + _FAREWELL_SECONDS
+        for peer in self._peers.values():
             peer.send(message)
             peer.finish()
         self._wake.send(b"x")
-        if self.lost is None:
-            self._thread.join(1.0)
+        # The thread reads on until the others hang up: closing with unread data would reset the connection, and our
+        # last words with it.
+        self._thread.join(2 * _FAREWELL_SECONDS)
+        self._drop()
         atexit.unregister(self.close)
         if sys.excepthook == self._on_unhandled:
             sys.excepthook = self._previous_hook
 
     def _drop(self) -> None:
-        """In a forked child: this is no rank."""
+        """Be no rank any more, without a word: also in a forked child."""
         for peer in self._peers.values():
             peer.close()
-        self._closing.set()
+        self._wake.close()
+        self._woken.close()
+        self._peers = {}
 
     def _on_unhandled(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:
@@ -144,57 +151,57 @@ class Guard:
         """The thread: read, send signs of life, count silence."""
         # The watch's own time: it stands still while this process does (a suspended job, a debugger), so that on waking
         # the others are not taken for dead because of our sleep.
-        watched, previous, last_beat = 0.0, time.monotonic(), 0.0
+        watched, previous, next_beat = 0.0, time.monotonic(), 0.0
         heard = dict.fromkeys(self._peers, 0.0)
+        peers = dict(self._peers)
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
-            for rank, peer in self._peers.items():
+            for rank, peer in peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
-            while not self._closing.is_set() and heard:
-                events = selector.select(self._interval)
+            while heard and self.lost is None and previous < self._leave_by:
+                leaving = self._leave_by < math.inf
+                events = selector.select(_FAREWELL_SECONDS if leaving else self._interval)
                 now = time.monotonic()
                 watched += min(now - previous, self._interval)
                 previous = now
-                for key, _ in events:
-                    if key.data is None:
+                for rank in [key.data for key, _ in events]:
+                    if rank is None:
+                        self._woken.recv(1)
                         continue
-                    heard[key.data] = watched
-                    if self._said_goodbye(key.data):
-                        selector.unregister(key.fileobj)
-                        del heard[key.data]
-                if watched - last_beat >= self._interval:
-                    last_beat = watched
+                    heard[rank] = watched
+                    if self._has_left(rank, peers[rank]):
+                        selector.unregister(peers[rank])
+                        peers[rank].close()
+                        del heard[rank]
+                if watched >= next_beat:
+                    next_beat = watched + 0.9 * self._interval
                     for rank in heard:
-                        self._peers[rank].send({"kind": "alive"})
+                        peers[rank].send({"kind": "alive"})
                     silent = [rank for rank, moment in heard.items() if watched - moment > self._silence]
                     if silent:
-                        self._lose(silent[0], f"was lost: it gave no sign of life for {self._silence:g} s")
-                if self.lost is not None:
-                    return self._end()
-        return None
+                        self._lose(f"{self._names[silent[0]]} was lost: no sign of life for {self._silence:g} s")
+        if self.lost is not None and not self._noticed.wait(self._grace):
+            _exit()
 
-    def _said_goodbye(self, rank: int) -> bool:
+    def _has_left(self, rank: int, peer: Connection) -> bool:
         try:
-            messages = self._peers[rank].receive()
+            messages = peer.receive()
         except BrokenConnectionError:
-            if not self._closing.is_set():
-                self._lose(rank, "was lost: its process ended or its connection broke")
+            self._lose(f"{self._names[rank]} was lost: its process ended or its connection broke")
             return True
         for message in messages:
             match message.get("kind"):
                 case "goodbye":
                     return True
                 case "failed":
-                    self._lose(rank, f"failed: {message.get('reason')}")
+                    self._lose(f"{self._names[rank]} failed: {message.get('reason')}")
+                    return True  # it knows, and prints its own error
                 case "lost":
-                    self._lose_as_told(str(message.get("message")))
+                    self._lose(str(message.get("message")))
         return False
 
-    def _lose(self, rank: int, what: str) -> None:
-        self._lose_as_told(f"{self._names[rank]} {what}")
-
-    def _lose_as_told(self, message: str) -> None:
-        if self.lost is not None:
+    def _lose(self, message: str) -> None:
+        if self.lost is not None or self._leave_by < math.inf:
             return
         self.lost = message
         _print(f"error: {message}")
@@ -202,10 +209,6 @@ class Guard:
             for peer in self._peers.values():
                 peer.send({"kind": "lost", "message": message})
         self._news.set()
-
-    def _end(self) -> None:
-        if not self._noticed.wait(self._grace):
-            _exit()
 
 
 def _describe(error: BaseException) -> str:

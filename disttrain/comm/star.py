@@ -171,7 +171,9 @@ def _listen(group: Group) -> socket.socket:
     for address in addresses(group):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            return socket.create_server((address, 0), family=family, backlog=min(group.world_size, 1024))
+            return socket.create_server(
+                (address, 0), family=family, backlog=min(group.world_size + _MAX_STRANGERS, 4096)
+            )
         except OSError as error:  # MASTER_ADDR may be a forwarder's address, that this host does not have
             failure = error
     assert failure is not None

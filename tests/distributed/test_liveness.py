@@ -1,0 +1,243 @@
+"""The guard over real processes: every way for a worker to go, and what the others then do and say.
+
+The workers talk through a directory instead of an engine, so that nothing but the guard can notice a loss.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from disttrain.comm import star
+from disttrain.comm.liveness import Guard
+from tests.lab.directory_group import DirectoryGroup
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+ENDED = "was lost: its process ended or its connection broke"
+SILENT = "was lost: no sign of life for 1.5 s"
+
+
+WORKER = """
+import os, pathlib, signal, sys, time, types
+sys.path.insert(0, {root!r})
+for name in ("disttrain", "disttrain.comm"):  # the packages without what their __init__ imports: torch takes seconds
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [os.path.join({root!r}, *name.split("."))]
+from disttrain.comm.liveness import Guard
+from tests.lab.directory_group import DirectoryGroup
+
+rank = {rank}
+comm = DirectoryGroup(pathlib.Path({path!r}), rank, {world_size})
+
+def stuck():
+    "As in an engine's C code: nothing in Python gets through to the main thread."
+    (comm.path / f"stuck-{{rank}}").touch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    while True:
+        time.sleep(60)
+
+{body}
+"""
+GUARDED = "with Guard(comm, silence=1.5, grace=0.5) as guard:\n    "
+
+
+def start(stack: ExitStack, tmp_path: Path, *bodies: str) -> list[subprocess.Popen[str]]:
+    workers = []
+    for rank, body in enumerate(bodies):
+        values = {"root": str(ROOT), "rank": rank, "path": str(tmp_path), "world_size": len(bodies)}
+        command = [sys.executable, "-c", WORKER.format(body=body, **values)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        workers.append(stack.enter_context(subprocess.Popen(command, **pipes)))
+        stack.callback(workers[-1].kill)
+    return workers
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, "the workers did not start"
+        time.sleep(0.01)
+
+
+def ends(worker: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = worker.communicate(timeout=30)
+    return worker.returncode, errors
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGKILL, ENDED), (signal.SIGSTOP, SILENT)])
+def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim, number, what):
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, *[GUARDED + "stuck()"] * 3)
+        wait_for(*(tmp_path / f"stuck-{rank}" for rank in range(3)))
+        workers[victim].send_signal(number)
+        expected = f"error: rank {victim} (host {socket.gethostname()}, pid {workers[victim].pid}) {what}\n"
+        survivors = [worker for worker in workers if worker is not workers[victim]]
+        assert [ends(worker) for worker in survivors] == [(13, expected)] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (GUARDED + "raise KeyError('no such thing')", "failed: KeyError: 'no such thing'"),
+        ("guard = Guard(comm)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
+        (GUARDED + "sys.exit(3)", "failed: it left with exit status 3 before the others were done"),
+        (GUARDED + "raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
+        (GUARDED + "raise ValueError('x' * 100_000)", "failed: ValueError: " + "x" * 488),
+    ],
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_reason_of_a_failed_rank_is_told(tmp_path, victim, body, reason):
+    bodies = [GUARDED + "stuck()"] * 3
+    bodies[victim] = body
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, *bodies)
+        results = [ends(worker) for worker in workers]
+    own_code, own_errors = results.pop(victim)
+    assert own_code not in (0, 13)
+    assert "rank" not in own_errors
+    expected = f"error: rank {victim} (host {socket.gethostname()}, pid {workers[victim].pid}) {reason}\n"
+    assert results == [(13, expected)] * 2
+
+
+def test_clean_ends_at_different_times_are_no_loss(tmp_path):
+    with ExitStack() as stack:
+        bodies = [
+            GUARDED + "time.sleep(1.0)",
+            GUARDED + "pass",
+            "guard = Guard(comm, silence=1.5)\ntime.sleep(0.5)",  # no close: the program just ends
+            GUARDED + "time.sleep(4.0)",  # longer than the silence, and longer than rank 0
+        ]
+        assert [ends(worker) for worker in start(stack, tmp_path, *bodies)] == [(0, "")] * 4
+
+
+def test_check_raises_in_time_for_an_orderly_end(tmp_path):
+    body = GUARDED + "\n    ".join(
+        ["try:", "    while True: guard.check(); time.sleep(0.05)", "finally: time.sleep(2); print('saved')"]
+    )
+    with ExitStack() as stack:
+        survivor, victim = start(stack, tmp_path, body, GUARDED + "stuck()")
+        wait_for(tmp_path / "stuck-1")
+        victim.kill()
+        output, errors = survivor.communicate(timeout=30)
+        # Reacting ends the grace: the two seconds of work after it are not cut off.
+        assert (survivor.returncode, output) == (13, "saved\n")
+        assert errors == f"error: rank 1 (host {socket.gethostname()}, pid {victim.pid}) {ENDED}\n"
+
+
+def test_error_that_a_loss_caused_is_reported_as_the_loss(tmp_path):
+    echo = """guard = Guard(comm)
+while not (comm.path / 'dead').exists(): time.sleep(0.01)
+raise RuntimeError('connection closed')"""
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, GUARDED + "stuck()", GUARDED + "stuck()", echo)
+        wait_for(tmp_path / "stuck-0", tmp_path / "stuck-1")
+        (tmp_path / "dead").touch()
+        workers[1].kill()
+        expected = f"error: rank 1 (host {socket.gethostname()}, pid {workers[1].pid}) {ENDED}\n"
+        assert [ends(workers[0]), ends(workers[2])] == [(13, expected)] * 2
+
+
+def test_death_is_seen_though_a_forked_child_lives_on(tmp_path):
+    forks = (
+        GUARDED
+        + "child = os.fork()\n    if child == 0: time.sleep(20); os._exit(0)\n    print(child, flush=True); stuck()"
+    )
+    with ExitStack() as stack:
+        survivor, victim = start(stack, tmp_path, GUARDED.replace("1.5", "60") + "stuck()", forks)
+        wait_for(tmp_path / "stuck-0", tmp_path / "stuck-1")
+        child = int(victim.stdout.readline())
+        stack.callback(os.kill, child, signal.SIGKILL)
+        victim.kill()
+        assert ends(survivor)[0] == 13
+
+
+def test_all_ranks_stopped_and_continued_are_no_loss(tmp_path):
+    with ExitStack() as stack:
+        body = GUARDED + "(comm.path / f'ready-{rank}').touch(); time.sleep(4)"
+        workers = start(stack, tmp_path, body, body)
+        wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for worker in workers:
+                worker.send_signal(number)
+            if number == signal.SIGSTOP:
+                time.sleep(2.5)
+        assert [ends(worker) for worker in workers] == [(0, "")] * 2
+
+
+def run_ranks(tmp_path, target, world_size=2, local_size=None):
+    results = [None] * world_size
+
+    def run(rank):
+        results[rank] = target(DirectoryGroup(tmp_path, rank, world_size, local_size))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
+    """Callers that know the port, but not the token, neither get in nor keep the others out."""
+    strangers = []
+    listen = star._listen
+
+    def listen_and_be_called(group):
+        listener = listen(group)
+        for words in (b'{"rank": 1, "token": "guess"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9000, b"[1]\n", b""):
+            stranger = socket.create_connection(listener.getsockname(), timeout=20)
+            stranger.sendall(words)
+            strangers.append(stranger)
+        return listener
+
+    monkeypatch.setattr(star, "_listen", listen_and_be_called)
+    (to_others, no_error), (to_first, _) = run_ranks(tmp_path, star.connect)
+    assert (list(to_others), list(to_first), no_error) == ([1], [0], None)
+    to_first[0].send({"kind": "alive"})
+    deadline = time.monotonic() + 20
+    while not (messages := to_others[1].receive()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert messages == [{"kind": "alive"}]
+    for stranger in strangers:
+        with stranger, suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    for connection in (*to_others.values(), *to_first.values()):
+        connection.close()
+
+
+def test_network_that_stops_the_star_is_warned_about_on_all_ranks(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(star, "_ADMIT_SECONDS", 0.5)
+
+    def refuse(*_):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(star, "_join", refuse)
+    guards = run_ranks(tmp_path, Guard)
+    assert guards[0].warning == guards[1].warning
+    assert "rank 1" in guards[0].warning
+    assert "Connection refused" in guards[0].warning
+    assert capfd.readouterr().err.count("GLOO_SOCKET_IFNAME") == 1
+    guards[0].check()
+    guards[0].close()
+
+
+def test_address_of_the_interface_asked_for_comes_first(monkeypatch):
+    several_hosts = DirectoryGroup(Path(), 0, 4, local_size=2)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert star.addresses(several_hosts)[0] == "127.0.0.1"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert star.addresses(several_hosts)[-1] == "127.0.0.1"  # another host could not call it
+    assert star.addresses(DirectoryGroup(Path(), 0, 4)) == ["127.0.0.1"]
