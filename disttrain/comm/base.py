@@ -25,7 +25,7 @@ EngineOp = Literal["sum", "min", "max"]
 
 _REDUCTIONS: dict[ReduceOp, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum": lambda rows: rows.sum(0),
-    "mean": lambda rows: rows.mean(0),
+    "mean": lambda rows: rows.div(len(rows)).sum(0),  # divided first: the sum might overflow
     "min": lambda rows: rows.amin(0),
     "max": lambda rows: rows.amax(0),
 }
@@ -158,7 +158,7 @@ class Communicator(ABC):
         return _then(self._all_reduce(flat, "sum"), lambda result: result.div_(self.world_size).view(shape))
 
     def _all_reduce_by_exchange(self, flat: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
-        """All-to-all, a local reduction in float32 in rank order, all-gather: as many bytes as a ring, one rounding."""
+        """All-to-all, a local reduction in a wider dtype, all-gather: as many bytes as a ring, one rounding."""
         chunk = math.ceil(flat.numel() / self.world_size)
         padded = flat.new_zeros(chunk * self.world_size)
         padded[: flat.numel()] = flat
@@ -166,8 +166,8 @@ class Communicator(ABC):
         first = self._all_to_all(padded, sizes, sizes)
 
         def finish() -> torch.Tensor:
-            wide = first.wait().view(self.world_size, chunk).float()
-            reduced = _REDUCTIONS[op](wide).to(flat.dtype)
+            rows = first.wait().view(self.world_size, chunk)
+            reduced = _REDUCTIONS[op](rows.float() if rows.is_floating_point() else rows).to(flat.dtype)
             return self._all_gather(reduced, sizes).wait()[: flat.numel()]
 
         return Pending(finish)

@@ -15,6 +15,8 @@ from disttrain.errors import UserError
 
 # The reducer hands over whole buckets: fusing them again would only copy them once more.
 _DEFAULTS = {"HOROVOD_FUSION_THRESHOLD": "0", "HOROVOD_CYCLE_TIME": "1"}
+# What Horovod's torch all-reduce takes. The base class sums other dtypes by exchange.
+_REDUCIBLE = {torch.float16, torch.float32, torch.float64, torch.int32, torch.int64}
 
 
 class HorovodCommunicator(Communicator):
@@ -42,7 +44,7 @@ class HorovodCommunicator(Communicator):
         self._num_names: defaultdict[str, int] = defaultdict(int)
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
-        return dtype not in (torch.bfloat16, torch.int16)
+        return dtype in _REDUCIBLE
 
     def _submit(
         self, kind: str, call: Callable[[str], Any], finish: Callable[[Any], torch.Tensor]

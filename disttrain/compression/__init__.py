@@ -53,6 +53,8 @@ def build(spec: Compressor | str | Mapping[str, Any]) -> Compressor:
         return spec
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
+    if name is None:
+        raise UserError(f"the compressor needs a name, one of {', '.join(names())}; got {options}")
     if name not in REGISTRY:
         raise UserError(f"unknown compressor {name!r}{_nearest(str(name), names())}: choose from {', '.join(names())}")
     compressor = REGISTRY[name]

@@ -122,7 +122,9 @@ class Compressor(BaseModel, ABC):
     needs_float32: ClassVar[bool] = True
     """Whether half-precision gradients are handed over as float32 (float64 always stays as it is)."""
 
-    min_numel: int = Field(default=1024, ge=0, description="parameters of fewer elements, or of one dimension, travel dense")
+    min_numel: int = Field(
+        default=1024, ge=0, description="parameters of fewer elements, or of one dimension, travel dense"
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -57,7 +57,7 @@ class PowerSGD(Compressor):
         shapes = self._shapes(bucket)
         old_qs = _split(state.q, [(columns, rank) for _, columns, rank in shapes])
 
-        joined = _join([matrix @ q for matrix, q in zip(matrices, old_qs, strict=True)])
+        joined = _join([matrix @ _scaled(q) for matrix, q in zip(matrices, old_qs, strict=True)])
         joined = yield AllReduce(joined, op="mean")
         ps = [_orthogonal(p) for p in _split(joined, [(rows, rank) for rows, _, rank in shapes])]
 
@@ -90,5 +90,11 @@ def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.
 
 def _orthogonal(p: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns that span those of ``p`` (rows, rank), also where these are zero or dependent."""
-    orthonormal: torch.Tensor = torch.linalg.qr(p).Q
+    orthonormal: torch.Tensor = torch.linalg.qr(_scaled(p)).Q
     return orthonormal
+
+
+def _scaled(matrix: torch.Tensor) -> torch.Tensor:
+    """The same directions at a size of one, so that products of huge or tiny gradients neither overflow nor vanish."""
+    largest = matrix.abs().amax()
+    return matrix / torch.where(largest > 0, largest, 1.0)

@@ -33,7 +33,9 @@ class QSGD(Codec):
     def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
         blocks = acc.new_zeros(-(-acc.numel() // self.block_size), self.block_size)
         blocks.view(-1)[: acc.numel()] = acc
-        norms = blocks.norm(dim=1)
+        largest = blocks.abs().amax(dim=1, keepdim=True)
+        scaled = blocks / torch.where(largest > 0, largest, 1.0)  # squares of the raw entries could overflow
+        norms = largest.squeeze(1) * scaled.norm(dim=1)
         # Ranks must round independently, or their errors would add up instead of averaging out.
         generator = bucket.generator(self.seed, state.step, per_rank=True)
         noise = torch.rand(blocks.shape, generator=generator, dtype=blocks.dtype, device=blocks.device)

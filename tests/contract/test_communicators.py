@@ -1,0 +1,48 @@
+"""One contract for all communicators: virtual ranks, and real processes under every launcher."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from disttrain.comm import SingleProcess, simulate
+from tests.contract.communicator_checks import CHECKS
+from tests.support.workers import LAUNCHERS, run_workers, unavailable
+
+SCRIPT = Path(__file__).with_name("communicator_checks.py")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_single(check: str) -> None:
+    CHECKS[check](SingleProcess())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_simulated(world_size: int, check: str) -> None:
+    simulate(world_size, CHECKS[check])
+
+
+@functools.cache
+def outcomes(launcher: str, world_size: int) -> dict[str, str]:
+    """One launch runs all checks: what went wrong in each, or an empty string."""
+    done = run_workers(launcher, world_size, [SCRIPT])
+    lines = [line.partition("CHECK ")[2] for line in done.stdout.splitlines() if "CHECK " in line]
+    assert lines, f"no check was run; exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return {**dict(json.loads(line) for line in lines), "exit code": str(done.returncode), "log": done.stderr[-4000:]}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", [*CHECKS, "exit code"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_real_processes(launcher: str, world_size: int, check: str) -> None:
+    reason = unavailable(launcher)
+    if reason is not None:
+        pytest.skip(reason)
+    result = outcomes(launcher, world_size)
+    assert check in result, f"the launch ended before this check\n{result['log']}"
+    assert result[check] == ("0" if check == "exit code" else ""), result[check]

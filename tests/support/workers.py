@@ -1,0 +1,108 @@
+"""Start real worker processes under real launchers, with a time limit, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def _torchrun(world_size: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+
+
+def _horovodrun(world_size: int) -> list[str]:
+    return [_tool("horovodrun"), "--gloo", "-np", str(world_size), "-H", f"localhost:{world_size}", sys.executable]
+
+
+def _mpirun(world_size: int) -> list[str]:
+    command = [_tool("mpirun"), "-np", str(world_size), "--oversubscribe", "--bind-to", "none"]
+    return [*command, "--mca", "btl", "self,vader", sys.executable]
+
+
+def _tool(name: str) -> str:
+    """A program of this Python environment, or else of the machine."""
+    return str(BIN / name) if (BIN / name).exists() else name
+
+
+# Each way to start workers: (command up to the script, engine, needed package, needed program).
+LAUNCHERS: dict[str, tuple[Callable[[int], list[str]], str, str, str]] = {
+    "torch": (_torchrun, "torch", "torch", "torchrun"),
+    "horovod-gloo": (_horovodrun, "horovod", "horovod", "horovodrun"),
+    "horovod-mpi": (_mpirun, "horovod", "horovod", "mpirun"),
+    "mpi": (_mpirun, "mpi", "mpi4py", "mpirun"),
+}
+
+
+def unavailable(launcher: str) -> str | None:
+    """Why this launcher cannot be used here, or None."""
+    _, _, package, program = LAUNCHERS[launcher]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if shutil.which(_tool(program)) is None:
+        return f"{program} is not installed"
+    return None
+
+
+def worker_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what an outer launcher set, ready for another one."""
+    outer = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "HOROVOD_", "OMPI_", "PMI", "SLURM_", "TORCHELASTIC", "GLOO_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
+    env.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return {**env, **extra}
+
+
+def run(
+    command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process group of its own; after ``timeout`` seconds the whole group is killed."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(env) if env is not None else worker_environment(),
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        pytest.fail(f"{command} ran longer than {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}")
+    finally:
+        kill_group(process.pid)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def kill_group(group: int) -> None:
+    """Kill what is left of a process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def run_workers(
+    launcher: str, world_size: int, script: Sequence[str | Path], *, timeout: float = 100, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` (a file and its arguments) in ``world_size`` workers; skips the test where that cannot be."""
+    reason = unavailable(launcher)
+    if reason is not None:
+        pytest.skip(reason)
+    start, engine, _, _ = LAUNCHERS[launcher]
+    return run([*start(world_size), *script], timeout=timeout, env=worker_environment(ENGINE=engine, **env))
