@@ -1,0 +1,95 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the scripts beside it and by slurm/*.sbatch: finds Python, reads the common arguments, checks the config.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The repository's own environment, unless one is active. Launchers start their helpers by name, so PATH must lead there.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    export PATH="$root/.venv/bin:$PATH"
+fi
+python=$(command -v python || command -v python3 || true)
+# The trainer sets the number of threads itself (num_threads); this only keeps torchrun from warning about its own default.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [ "$(id -u)" = 0 ]; then # Open MPI refuses to run as root otherwise
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+# What a worker on another host needs of this environment, where it is set.
+forwarded=(PATH PYTHONPATH OMP_NUM_THREADS MASTER_ADDR MASTER_PORT GLOO_SOCKET_IFNAME HOROVOD_GLOO_IFACE
+    NCCL_SOCKET_IFNAME NCCL_DEBUG)
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# parse ARGUMENTS: sets config, workers, hosts (host:slots,...; empty: this host), flags, overrides and options.
+parse() {
+    config='' workers='' hosts='' flags=() overrides=() options=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
+        -n | -H | --hostfile)
+            [ $# -ge 2 ] || fail "$1 needs a value"
+            case $1 in
+            -n) workers=$2 ;;
+            -H) hosts=$2 ;;
+            --hostfile) hosts=$(read_hostfile "$2") ;;
+            esac
+            shift
+            ;;
+        --mpi | --gloo) flags+=("$1") ;;
+        --)
+            shift
+            options=("$@")
+            break
+            ;;
+        -*) fail "unknown option $1 (see $(basename "$0") --help; the launcher's own options go after --)" ;;
+        *=*) overrides+=("$1") ;;
+        *)
+            [ -z "$config" ] || fail "one config file, please: '$config' or '$1'? Settings are written key=value"
+            config=$1
+            ;;
+        esac
+        shift
+    done
+    [ -n "$config" ] || fail "which config file? $(sed -n 's/^# usage: //p' "$0")"
+    if [ -n "$hosts" ]; then
+        local slots
+        slots=$(count_slots "$hosts")
+        workers=${workers:-$slots}
+    fi
+    workers=${workers:-2}
+    [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "-n $workers: the number of workers must be a whole number, 1 or more"
+}
+
+# A line a host: "host slots=4", "host:4" or "host" -> host:4,...
+read_hostfile() {
+    [ -r "$1" ] || fail "cannot read the host file $1"
+    sed -E 's/#.*//; s/[[:space:]]+slots[[:space:]]*=[[:space:]]*/:/; s/[[:space:]].*//; /^$/d' "$1" | paste -sd,
+}
+
+count_slots() {
+    local entry total=0
+    for entry in ${1//,/ }; do
+        [[ $entry =~ ^[^:]+(:[1-9][0-9]*)?$ ]] || fail "host '$entry' is not of the form host:slots"
+        [[ $entry == *:* ]] || entry=$entry:1
+        total=$((total + ${entry##*:}))
+    done
+    echo "$total"
+}
+
+# check WORKERS CONFIG [key=value ...]: one clear line and exit code 2 here, rather than a launcher's report of N dead workers.
+check() {
+    local workers=$1
+    shift
+    [ -n "$python" ] || fail "no Python found: run 'make' in $root, or activate the environment that has disttrain"
+    "$python" -m disttrain config "$1" --workers "$workers" "${@:2}" >/dev/null
+}
+
+# need COMMAND HOW-TO-GET-IT
+need() {
+    command -v "$1" >/dev/null || fail "$1 is not installed: $2"
+}
