@@ -1,0 +1,143 @@
+"""The command line. torch is imported by the commands that need it, so that --help is quick."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from disttrain.errors import PEER_LOST_EXIT_CODE, PeerLostError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from disttrain.training.config import Config
+
+USER_ERROR_EXIT_CODE = 2
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train a model with many workers."
+)
+_ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/digits.yaml")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optimizer.lr=0.1 compressor.name=topk")
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+@app.command()
+def train(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
+    """Train what CONFIG says, with all workers that the launcher started."""
+    from disttrain.training.config import load
+
+    _train(load(config, overrides or []))
+
+
+@app.command()
+def config(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
+    """Check CONFIG and print it with all its values."""
+    from disttrain.training.config import load
+
+    print(load(config, overrides or []).to_yaml(), end="")
+
+
+@app.command()
+def doctor(
+    probe: Annotated[
+        bool, typer.Option("--probe", help="under a launcher: measure latency and bandwidth of the engines")
+    ] = False,
+    debug: _Debug = False,
+) -> None:
+    """Show the engines, devices and the launcher that are found, and what to do for those that are not."""
+    from disttrain.doctor import run
+
+    raise typer.Exit(run(probe))
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="show the version")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"disttrain {version_of('disttrain')}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """The console script: exit code 2 for a user's mistake, 13 for a lost worker, 1 for anything else."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        if _reports(error):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave(USER_ERROR_EXIT_CODE)
+    except PeerLostError:
+        if debug:
+            traceback.print_exc()
+        _leave(PEER_LOST_EXIT_CODE)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    sys.exit(0)
+
+
+def _train(config: Config) -> None:
+    from rich.console import Console
+
+    from disttrain import comm
+    from disttrain.comm.liveness import Guard
+    from disttrain.training.agreement import AgreedError
+    from disttrain.training.trainer import Trainer
+
+    agreed: AgreedError | None = None
+    console = Console()
+    with comm.init(config.engine, config.device) as communicator:
+        _set_up_logging(console, communicator.rank)
+        with Guard(communicator):
+            try:
+                trainer = Trainer(config, communicator, console)
+                try:
+                    trainer.run()
+                finally:
+                    trainer.close()
+            except AgreedError as error:  # all ranks know, so the guard need not tell them
+                agreed = error
+    if agreed is not None:
+        raise agreed
+
+
+def _set_up_logging(console: Console, rank: int) -> None:
+    """Messages of disttrain's own through the console, above its progress bar, on rank 0; elsewhere errors only."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("disttrain")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def _reports(error: UserError) -> bool:
+    """Whether this process prints the error: once a launch if all ranks know of it, else once a host."""
+    from disttrain.comm.environment import detect
+    from disttrain.training.agreement import AgreedError
+
+    try:
+        environment = detect()
+    except UserError:
+        return True
+    return environment.rank == 0 or (environment.local_rank == 0 and not isinstance(error, AgreedError))
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: an engine's own orderly exit would wait for ranks that are gone, or gone elsewhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,150 @@
+"""Which samples each rank sees in each step, and loading them.
+
+The samples of a step depend on the seed, the epoch and the position in it alone. So any number of workers, with any
+accumulation, trains on the same batches, and a run that goes on from a checkpoint needs nothing but its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from disttrain.comm import Communicator
+from disttrain.errors import UserError
+from disttrain.training.config import Config
+
+
+@dataclass(frozen=True)
+class Share:
+    """One optimizer step: its samples over all ranks, and this rank's part of each backward pass.
+
+    ``micro_batches[i]`` is a stretch (start, stop) of the epoch's permutation; it may be empty.
+    """
+
+    num_samples: int
+    micro_batches: tuple[tuple[int, int], ...]
+
+
+class ShardedSampler(Sampler[list[int]]):
+    """Goes through a new permutation of the samples each epoch, ``batch_size`` of them a step.
+
+    A step's samples are split over the accumulation's backward passes, then over the ranks, in order and as evenly as
+    possible. The last step of an epoch takes what is left; some ranks may get nothing of it. Every sample is used
+    exactly once an epoch.
+
+    Iterating yields this rank's non-empty micro-batches, from the position on to the end of the epoch. It does not move
+    the position, since a loader reads ahead: ``advance`` does.
+
+    Attributes:
+        epoch: whole epochs done.
+        offset: samples of the present epoch that have been used, over all ranks.
+    """
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        assert batch_size % (accumulation * world_size) == 0, (batch_size, accumulation, world_size)
+        self.num_samples, self.batch_size, self.accumulation, self.seed = num_samples, batch_size, accumulation, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.offset = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def shares(self) -> Iterator[Share]:
+        """The steps from the position on to the end of the epoch."""
+        return (self._share(start) for start in range(self.offset, self.num_samples, self.batch_size))
+
+    def _share(self, start: int) -> Share:
+        stop = min(start + self.batch_size, self.num_samples)
+        passes = (_part(start, stop, index, self.accumulation) for index in range(self.accumulation))
+        return Share(stop - start, tuple(_part(*part, self.rank, self.world_size) for part in passes))
+
+    def advance(self, share: Share) -> None:
+        """Note that a step has been taken."""
+        self.offset += share.num_samples
+        if self.offset >= self.num_samples:
+            self.epoch, self.offset = self.epoch + 1, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._indices(self.epoch, self.shares())  # of the position now, not of the first batch's time
+
+    def _indices(self, epoch: int, shares: Iterator[Share]) -> Iterator[list[int]]:
+        permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        for share in shares:
+            for start, stop in share.micro_batches:
+                if start < stop:
+                    yield permutation[start:stop].tolist()
+
+
+def train_loader(config: Config, data: Dataset[Any], sampler: ShardedSampler, comm: Communicator) -> DataLoader[Any]:
+    """A loader of this rank's micro-batches from the sampler's position to the end of the epoch.
+
+    It draws the seeds of its processes from a private generator, so that iterating leaves torch's global one alone.
+    """
+    key = [sampler.seed, sampler.rank, sampler.epoch, sampler.offset]
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return _loader(config, data, sampler, comm, generator)
+
+
+def eval_loader(config: Config, data: Dataset[Any], comm: Communicator) -> DataLoader[Any]:
+    """A loader of every ``world_size``-th batch: the same batches are evaluated, whatever the number of workers."""
+    num_samples, size = num_samples_of(data), config.evaluation.batch_size
+    starts = range(comm.rank * size, num_samples, comm.world_size * size)
+    batches = [list(range(start, min(start + size, num_samples))) for start in starts]
+    return _loader(config, data, batches, comm, torch.Generator())
+
+
+def _loader(
+    config: Config, data: Dataset[Any], batches: Iterable[list[int]], comm: Communicator, generator: torch.Generator
+) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=config.task.collate,
+        num_workers=config.loader_workers,
+        pin_memory=comm.device.type == "cuda",
+        generator=generator,
+    )
+
+
+def num_samples_of(data: Dataset[Any]) -> int:
+    """The length of a dataset.
+
+    Raises:
+        UserError: it has none, or is empty.
+    """
+    try:
+        num_samples = len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"{type(data).__name__} has no length: data must be map-style, with __len__") from error
+    if num_samples == 0:
+        raise UserError(f"{type(data).__name__} is empty: the task's data holds no sample")
+    return num_samples
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """All tensors of a batch (in tuples, lists, mappings) on the device, floating-point ones as ``dtype``."""
+    if isinstance(batch, torch.Tensor):
+        target = dtype if batch.is_floating_point() else batch.dtype
+        return batch.to(device, target, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [to_device(value, device, dtype) for value in batch]
+        if hasattr(batch, "_fields"):  # a named tuple
+            return type(batch)(*parts)
+        return type(batch)(parts)
+    return batch
+
+
+def _part(start: int, stop: int, index: int, parts: int) -> tuple[int, int]:
+    """The index-th of ``parts`` stretches of start..stop, equal but for one sample."""
+    length = stop - start
+    return start + length * index // parts, start + length * (index + 1) // parts

@@ -1,0 +1,38 @@
+"""Evaluation, shared out among the ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from disttrain.comm import Communicator
+from disttrain.tasks import Task
+from disttrain.training.data import to_device
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, model: nn.Module, batches: Iterable[Any], comm: Communicator, dtype: torch.dtype
+) -> dict[str, float]:
+    """Every metric over all ranks' batches: the sums and counts are added up, so all ranks get the same values."""
+    was_training = model.training
+    model.eval()
+    totals: defaultdict[str, torch.Tensor] = defaultdict(
+        lambda: torch.zeros(2, dtype=torch.float64, device=comm.device)
+    )
+    for batch in batches:
+        for name, (total, count) in task.evaluate(model, to_device(batch, comm.device, dtype)).items():
+            totals[name] += torch.stack(
+                [torch.as_tensor(value, device=comm.device).double() for value in (total, count)]
+            )
+    model.train(was_training)
+    # A rank may have had no batch, and so no names.
+    names = sorted({name for names in comm.all_gather_object(list(totals)) for name in names})
+    if not names:
+        return {}
+    sums, counts = comm.all_reduce(torch.stack([totals[name] for name in names])).unbind(1)
+    return dict(zip(names, (sums / counts).tolist(), strict=True))

@@ -1,0 +1,137 @@
+"""What a run reports: metrics.jsonl, TensorBoard, summary.json, a progress bar and a table. On rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 5.0
+_MIB = 2**20
+
+
+class Recorder:
+    """Writes a run's records and shows its progress. ``Silent`` is its twin on the other ranks.
+
+    Args:
+        directory: the run's. Records of a resumed run that are later than ``step`` are dropped: they will come again.
+        step: optimizer steps done already.
+        num_steps: of the whole run.
+        console: where to report; a terminal gets a progress bar, anything else a line now and then.
+    """
+
+    def __init__(self, directory: Path, step: int, num_steps: int, console: Console) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory, self._console, self._num_steps = directory, console, num_steps
+        path = directory / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+            self._progress = Progress(*columns, TextColumn("{task.description}"), console=console)
+            self._bar = self._progress.add_task("", total=num_steps, completed=step)
+            self._progress.start()
+
+    def step(self, step: int) -> None:
+        """An optimizer step is done."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def train(self, step: int, record: Mapping[str, Any]) -> None:
+        """Note what a training step showed."""
+        self._note("train", step, record)
+        text = f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} samples/s"
+        if self._progress is not None:
+            self._progress.update(self._bar, description=text)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._line(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {text}")
+
+    def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """Note what an evaluation gave."""
+        self._note("evaluation", step, record)
+        if self._progress is None:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
+            self._line(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  held-out {metrics}")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json and show the table."""
+        _write_json(self._directory / "summary.json", summary)
+        self._stop()
+        self._console.print(_table(summary, self._directory))
+
+    def close(self) -> None:
+        self._stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        print(text, file=self._console.file, flush=True)
+
+
+class Silent:
+    """The recorder of all ranks but one."""
+
+    def step(self, step: int) -> None: ...
+    def train(self, step: int, record: Mapping[str, Any]) -> None: ...
+    def evaluation(self, step: int, record: Mapping[str, Any]) -> None: ...
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines; a killed run may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def _table(summary: Mapping[str, Any], directory: Path) -> Table:
+    table = Table(show_header=False, title=str(directory))
+    for name, value in summary["metrics"].items():
+        table.add_row(f"held-out {name.replace('_', ' ')}", f"{value:.4f}")
+    table.add_row("steps", f"{summary['steps']} ({summary['epochs']:g} epochs)")
+    if summary["skipped_steps"]:
+        table.add_row("skipped steps", f"{summary['skipped_steps']} (a gradient was inf or NaN)")
+    table.add_row("workers", f"{summary['world_size']} ({summary['engine']})")
+    table.add_row("seconds", f"{summary['seconds']:.1f}")
+    table.add_row("samples/s", f"{summary['samples_per_second']:.0f}")
+    wire = summary["wire"]
+    table.add_row("bytes sent, a worker", _bytes(wire["sent_bytes"]))
+    table.add_row("bytes as dense fp32", _bytes(wire["dense_bytes"]))
+    if wire["sent_bytes"]:
+        table.add_row("ratio", f"{wire['dense_bytes'] / wire['sent_bytes']:.1f}x fewer")
+    return table
+
+
+def _bytes(number: int) -> str:
+    return f"{number / _MIB:.1f} MiB" if number >= _MIB else f"{number:,} bytes"

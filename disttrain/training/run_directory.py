@@ -1,0 +1,78 @@
+"""Where a run writes: ``<output>/<name>`` is always the newest run of that name, older ones are kept beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from disttrain.errors import UserError
+from disttrain.training import checkpoint_folder
+from disttrain.training.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunDirectory:
+    """The directory, the checkpoint to go on from, and the lock that keeps other runs out until this one ends."""
+
+    path: Path
+    resumed: checkpoint_folder.Found | None
+    lock: IO[str]
+
+
+def open_run(config: Config) -> RunDirectory:
+    """Make the run's directory, or open the one that is resumed. To be called on rank 0 alone.
+
+    An older run of this name is renamed to ``<name>.1``, ``.2``, ... unless it is resumed. If an older checkpoint than
+    its newest is resumed, the newer ones are renamed, so that ``resume=auto`` cannot return to them.
+
+    Raises:
+        UserError: there is no such checkpoint, or a running process uses the directory.
+    """
+    path = config.directory
+    resumed = _resumed(config)
+    goes_on = resumed is not None and path.resolve() in resumed.path.resolve().parents
+    if path.exists():
+        _lock(path).close()
+        if not goes_on:
+            aside = _free(path)
+            path.rename(aside)
+            logger.info("the earlier run %s is now %s", path, aside)
+    path.mkdir(parents=True, exist_ok=True)
+    if goes_on and resumed is not None:
+        for newer in checkpoint_folder.later_than(resumed.path):
+            newer.rename(_free(newer.with_name(f"{newer.name}.superseded")))
+    (path / "config.yaml").write_text(config.to_yaml())
+    return RunDirectory(path, resumed, _lock(path))
+
+
+def _resumed(config: Config) -> checkpoint_folder.Found | None:
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        return checkpoint_folder.newest(config.directory / "checkpoints")
+    return checkpoint_folder.find(Path(config.resume))
+
+
+def _free(path: Path) -> Path:
+    """The first of ``path.1``, ``path.2``, ... that does not exist."""
+    number = 1
+    while (numbered := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return numbered
+
+
+def _lock(path: Path) -> IO[str]:
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{str(path)!r} belongs to a run that is going on: choose another name with name=...") from None
+    except OSError:
+        pass  # a file system without locks
+    return file

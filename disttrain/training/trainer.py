@@ -1,0 +1,269 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from disttrain.comm import Communicator
+from disttrain.errors import UserError
+from disttrain.optim.distributed import DistributedOptimizer
+from disttrain.training import checkpoint
+from disttrain.training.agreement import AgreedError, agreement
+from disttrain.training.config import Checkpoint, Config, Evaluation
+from disttrain.training.data import ShardedSampler, Share, eval_loader, num_samples_of, to_device, train_loader
+from disttrain.training.evaluation import evaluate
+from disttrain.training.metrics import Recorder, Silent
+from disttrain.training.random_state import seed_everything
+from disttrain.training.run_directory import RunDirectory, open_run
+from disttrain.training.setup import set_up_torch
+
+_WIRE = ("sent_bytes", "received_bytes", "dense_bytes")
+
+
+@dataclass
+class Progress:
+    """How far a run has come, saved with it: steps and samples in all, and the position in the data.
+
+    ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    wire: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_WIRE, 0))
+
+
+class Trainer:
+    """One rank's part of a run. All ranks construct it, call ``run``, and ``close`` it.
+
+    Raises:
+        UserError: the config does not fit the workers, the data or the checkpoint; the same on all ranks.
+    """
+
+    def __init__(self, config: Config, comm: Communicator, console: Console | None = None) -> None:
+        self.config, self.comm, self.task = config, comm, config.task
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        with agreement(comm):
+            config.check_world_size(comm.world_size)
+            set_up_torch(comm, config.num_threads, config.deterministic)
+            seed_everything(config.seed)  # alike on all ranks, so that models are
+            self.model = self.task.build_model().to(comm.device, self.dtype)
+            self.train_data, self.eval_data = self.task.train_data(), self.task.eval_data()
+            num_samples = num_samples_of(self.train_data)
+            num_held_out = num_samples_of(self.eval_data) if self.eval_data is not None else 0
+        with agreement(comm):
+            if len(sizes := {tuple(sizes) for sizes in comm.all_gather_object([num_samples, num_held_out])}) > 1:
+                raise UserError(f"ranks have different data, (training, held-out) samples are {sorted(sizes)}")
+            self.sampler = ShardedSampler(
+                num_samples,
+                batch_size=config.batch_size,
+                accumulation=config.accumulation,
+                seed=config.seed,
+                rank=comm.rank,
+                world_size=comm.world_size,
+            )
+            limits = (config.max_steps, config.epochs and config.epochs * self.sampler.steps_per_epoch)
+            self.num_steps = min(limit for limit in limits if limit is not None)
+            config.schedule.check(self.num_steps)
+            self.optimizer = DistributedOptimizer(
+                config.optimizer.build([p for p in self.model.parameters() if p.requires_grad]),
+                self.model,
+                comm=comm,
+                compressor=config.compressor,
+                bucket_mb=config.bucket_mb,
+                clip_norm=config.clip_norm,
+            )
+        self.progress = Progress()
+        self._run = self._open_run()
+        self.schedule = config.schedule.build(self.optimizer, self.num_steps, self.progress.step)
+        self._metrics: dict[str, float] = {}
+        self._evaluated_at: int | None = None
+        self._logged = (self.progress.samples, self.progress.step_seconds)
+        self.recorder: Recorder | Silent = Silent()
+        if self._run is not None:
+            self.recorder = Recorder(self._run.path, self.progress.step, self.num_steps, console or Console())
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluating and saving as the config says; the summary, equal on all ranks."""
+        progress, began = self.progress, time.perf_counter() - self.progress.seconds
+        for share, batches in self._steps():
+            started = time.perf_counter()
+            loss = self.train_step(share, batches)
+            self._advance(share)
+            is_last = progress.step == self.num_steps
+            if is_last or progress.step % self.config.log_every == 0:
+                self._log(self.comm.all_reduce(loss).item(), time.perf_counter() - started)
+            progress.step_seconds += time.perf_counter() - started
+            self.recorder.step(progress.step)
+            if is_last or self._is_due(self.config.evaluation):
+                self.evaluate()
+            progress.seconds = time.perf_counter() - began
+            if self.config.checkpoint.enabled and (is_last or self._is_due(self.config.checkpoint)):
+                self.save()
+        if self._evaluated_at != progress.step:  # a run was resumed that had ended
+            self.evaluate()
+        progress.seconds = time.perf_counter() - began
+        summary = self.summary()
+        self.recorder.finish(summary)
+        return summary
+
+    def train_step(self, share: Share, batches: Iterator[Any]) -> torch.Tensor:
+        """One optimizer step on this rank's part of the samples; its part of the mean loss over all of them."""
+        self.optimizer.zero_grad()
+        mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        last = len(share.micro_batches) - 1
+        for index, (start, stop) in enumerate(share.micro_batches):
+            if start == stop:
+                continue  # the last step of an epoch has too few samples for all ranks
+            batch = to_device(next(batches), self.comm.device, self.dtype)
+            with self.optimizer.no_sync() if index < last else contextlib.nullcontext():
+                loss = self.task.loss(self.model, batch)
+                # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.
+                (loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
+            mean_loss += loss.detach() * ((stop - start) / share.num_samples)
+        self.optimizer.step()
+        self.schedule.step()
+        return mean_loss
+
+    def evaluate(self) -> None:
+        """Evaluate the held-out data, if there is any."""
+        self._evaluated_at = self.progress.step
+        if self.eval_data is None:
+            return
+        self.optimizer.synchronize_buffers()
+        batches = eval_loader(self.config, self.eval_data, self.comm)
+        self._metrics = evaluate(self.task, self.model, batches, self.comm, self.dtype)
+        self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment."""
+        self.optimizer.synchronize_buffers()
+        checkpoint.save(
+            self._checkpoints,
+            self.comm,
+            self.model,
+            self.optimizer,
+            step=self.progress.step,
+            progress={**asdict(self.progress), "wire": self._wire(), "num_samples": self.sampler.num_samples},
+            config=self.config.to_dict(),
+            keep=self.config.checkpoint.keep,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds. ``wire`` counts the bytes of an average worker."""
+        progress = self.progress
+        return {
+            "engine": self.comm.engine,
+            "world_size": self.comm.world_size,
+            "steps": progress.step,
+            "epochs": self._epochs,
+            "seconds": progress.seconds,
+            "samples_per_second": progress.samples / progress.step_seconds if progress.step_seconds else 0.0,
+            "metrics": self._metrics,
+            "wire": self._wire(),
+            "skipped_steps": progress.skipped_steps,
+        }
+
+    def close(self) -> None:
+        """Take down the progress bar and release the run's directory."""
+        self.recorder.close()
+        if self._run is not None:
+            self._run.lock.close()
+
+    @property
+    def _epochs(self) -> float:
+        return round(self.progress.epoch + self.progress.offset / self.sampler.num_samples, 4)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.directory / "checkpoints"
+
+    def _steps(self) -> Iterator[tuple[Share, Iterator[Any]]]:
+        """From the position on to the end of the run: a step's share, and an iterator that its batches are next on."""
+        self.model.train()
+        while self.progress.step < self.num_steps:
+            batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
+            for share in self.sampler.shares():
+                yield share, batches
+                if self.progress.step == self.num_steps:
+                    return
+
+    def _advance(self, share: Share) -> None:
+        self.sampler.advance(share)
+        self.progress.step += 1
+        self.progress.samples += share.num_samples
+        self.progress.epoch, self.progress.offset = self.sampler.epoch, self.sampler.offset
+        self.progress.skipped_steps = self._skipped_before + self.optimizer.skipped_steps
+
+    def _is_due(self, section: Evaluation | Checkpoint) -> bool:
+        by_step = section.every_steps is not None and self.progress.step % section.every_steps == 0
+        ends_epoch = self.progress.offset == 0
+        by_epoch = section.every_epochs is not None and self.progress.epoch % section.every_epochs == 0
+        return by_step or (ends_epoch and by_epoch)
+
+    def _log(self, loss: float, seconds: float) -> None:
+        progress = self.progress
+        step_seconds = progress.step_seconds + seconds
+        samples_before, seconds_before = self._logged
+        self._logged = (progress.samples, step_seconds)
+        record = {
+            "epoch": self._epochs,
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": (progress.samples - samples_before) / (step_seconds - seconds_before),
+            "skipped_steps": progress.skipped_steps,
+            **{name: getattr(self.optimizer.wire.last_step, name) for name in _WIRE},
+        }
+        if self.optimizer.grad_norm is not None:
+            record["grad_norm"] = self.optimizer.grad_norm.item()
+        self.recorder.train(progress.step, record)
+
+    def _wire(self) -> dict[str, int]:
+        """Bytes of an average worker, those before a resumption included."""
+        total = torch.tensor([getattr(self.optimizer.wire.total, name) for name in _WIRE], device=self.comm.device)
+        means = (self.comm.all_reduce(total) // self.comm.world_size).tolist()
+        return {name: self._wire_before[name] + mean for name, mean in zip(_WIRE, means, strict=True)}
+
+    def _open_run(self) -> RunDirectory | None:
+        """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""
+        run = None
+        with agreement(self.comm):
+            if self.comm.rank == 0:
+                run = open_run(self.config)
+        found = run and run.resumed and [str(run.resumed.path), run.resumed.manifest]
+        found = self.comm.broadcast_object(found)
+        restored = found is not None and self._resume(Path(found[0]), found[1])
+        if not restored:  # unlike on each rank: dropout should differ
+            seed_everything(self.config.seed, self.comm.rank, self.progress.step)
+        self._skipped_before, self._wire_before = self.progress.skipped_steps, self.progress.wire
+        return run
+
+    def _resume(self, path: Path, manifest: dict[str, Any]) -> bool:
+        """Take over a checkpoint; whether that restored the random generators."""
+        saved, old = dict(manifest["progress"]), manifest["config"]
+        num_samples = saved.pop("num_samples")
+        was, now = old["optimizer"]["name"], self.config.to_dict()["optimizer"]["name"]
+        if was != now:
+            raise AgreedError(f"optimizer.name={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that")
+        order = (old["seed"], num_samples)
+        if saved["offset"] and order != (self.config.seed, self.sampler.num_samples):
+            raise AgreedError(
+                f"checkpoint {str(path)!r} lies within an epoch of seed={order[0]} and {order[1]} samples, now it is "
+                f"{self.config.seed} and {self.sampler.num_samples}: keep them, or resume from an epoch's end"
+            )
+        restored = checkpoint.load(path, manifest, self.comm, self.model, self.optimizer)
+        self.progress = Progress(**saved)
+        self.sampler.epoch, self.sampler.offset = self.progress.epoch, self.progress.offset
+        return restored
