@@ -8,6 +8,7 @@ import torch
 
 from disttrain.comm.base import Communicator, Work
 from disttrain.comm.environment import Environment, detect
+from disttrain.comm.liveness import Guard
 from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.single import SingleProcess
 from disttrain.errors import UserError
@@ -32,14 +33,18 @@ __all__ = [
 ]
 
 
-def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0) -> Communicator:
+def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, guard: bool = True) -> Communicator:
     """Join the other workers that the launcher started.
+
+    Use it as a context manager, or call ``close`` at the end: a rank that fails or is lost then ends the others within
+    seconds, with an error that names it.
 
     Args:
         engine: one of ``ENGINES``, or ``auto`` for the one that fits the launcher (torchrun, horovodrun, mpirun, srun;
             without a launcher: one process).
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. ``cuda`` means the GPU of this local rank.
         timeout: seconds to wait for the others, here and in any later collective of torch.distributed.
+        guard: watch the other ranks. Without it, what happens when one dies is up to the engine and the launcher.
 
     Raises:
         UserError: the engine is unknown, is not installed, or does not fit the launcher's variables.
@@ -60,22 +65,28 @@ def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0) -> 
             f"{environment.launcher} started {environment.world_size} workers, and engine 'single' would train as many "
             "separate models: use engine=auto, or start one process"
         )
-    placed = _place(device, environment)
+    comm = _join(engine, environment, _place(device, environment), timeout)
+    if guard and comm.world_size > 1:
+        comm.guard = Guard(comm)
+    return comm
+
+
+def _join(engine: str, environment: Environment, device: torch.device, timeout: float) -> Communicator:
     match engine:
         case "torch":
             from disttrain.comm.torch_dist import TorchCommunicator
 
-            return TorchCommunicator(environment, placed, timeout)
+            return TorchCommunicator(environment, device, timeout)
         case "horovod":
             from disttrain.comm.horovod import HorovodCommunicator
 
-            return HorovodCommunicator(environment, placed)
+            return HorovodCommunicator(environment, device)
         case "mpi":
             from disttrain.comm.mpi import MPICommunicator
 
-            return MPICommunicator(environment, placed)
+            return MPICommunicator(environment, device)
         case _:
-            return SingleProcess(placed)
+            return SingleProcess(device)
 
 
 def _installed(engine: str) -> bool:

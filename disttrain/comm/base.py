@@ -20,6 +20,8 @@ from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Col
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from disttrain.comm.liveness import Guard
+
 T = TypeVar("T", covariant=True)
 EngineOp = Literal["sum", "min", "max"]
 
@@ -68,6 +70,7 @@ class Communicator(ABC):
         rank, world_size: this worker among all workers.
         local_rank, local_size: this worker among those of its host.
         device: where this rank's model lives.
+        guard: what notices the loss of another rank; None where there is nobody to lose.
     """
 
     engine: str
@@ -76,6 +79,7 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     device: torch.device
+    guard: Guard | None = None
 
     # What an engine supplies: flat contiguous tensors in, flat tensors out.
 
@@ -106,8 +110,8 @@ class Communicator(ABC):
         """Where small tensors for agreement live."""
         return torch.device("cpu")
 
-    def close(self) -> None:  # noqa: B027 - an engine with nothing to release needs no override
-        """Leave the group. Pending work must have been waited for."""
+    def _close(self) -> None:  # noqa: B027 - an engine with nothing to release needs no override
+        """Leave the engine's group."""
 
     # Starting collectives.
 
@@ -259,13 +263,23 @@ class Communicator(ABC):
         """The root's value, on every rank (JSON values)."""
         return self.all_gather_object(value if self.rank == root else None)[root]
 
+    def close(self) -> None:
+        """Say goodbye to the other ranks and leave. Pending work must have been waited for."""
+        if self.guard is not None:
+            self.guard.close()
+        self._close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        elif self.guard is not None:
+            # The engine is left as it is: closing it could wait for a rank that is gone.
+            self.guard.fail(error)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size}, device={str(self.device)!r})"

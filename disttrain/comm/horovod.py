@@ -102,7 +102,7 @@ class HorovodCommunicator(Communicator):
             lambda result: flat,
         )
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._hvd.shutdown()
 
 

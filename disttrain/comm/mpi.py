@@ -95,7 +95,7 @@ class MPICommunicator(Communicator):
 
         return self._submit(call, flat)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._thread.shutdown(wait=True)
 
 

@@ -17,6 +17,9 @@ from disttrain.comm.base import Communicator, EngineOp, Pending, Work
 from disttrain.comm.environment import Environment
 from disttrain.errors import UserError
 
+# torch 2.13 renamed it.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -68,11 +71,11 @@ class TorchCommunicator(Communicator):
         largest = max(sizes)
         if min(sizes) == largest:
             result = flat.new_empty(self.world_size * largest)
-            return _pending(dist.all_gather_into_tensor(result, flat, async_op=True), result)
+            return _pending(_all_gather_single(result, flat, async_op=True), result)
         padded = flat.new_zeros(largest)  # torch.distributed gathers equal sizes only
         padded[: flat.numel()] = flat
         result = flat.new_empty(self.world_size * largest)
-        work = dist.all_gather_into_tensor(result, padded, async_op=True)
+        work = _all_gather_single(result, padded, async_op=True)
 
         def finish() -> torch.Tensor:
             work.wait()
@@ -90,7 +93,7 @@ class TorchCommunicator(Communicator):
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
         return _pending(dist.broadcast(flat, root, async_op=True), flat)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -6,12 +6,12 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def worker_environment(**extra: str) -> dict[str, str]:
 def run(
     command: Sequence[str | Path], *, timeout: float, env: Mapping[str, str] | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own; after ``timeout`` seconds the whole group is killed."""
+    """Run a command; after ``timeout`` seconds it and all its descendants are killed and the test fails."""
     process = subprocess.Popen(
         [str(part) for part in command],
         stdin=subprocess.DEVNULL,
@@ -83,18 +83,21 @@ def run(
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         stdout, stderr = process.communicate()
         pytest.fail(f"{command} ran longer than {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}")
     finally:
-        kill_group(process.pid)
+        kill_tree(process.pid)
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def kill_group(group: int) -> None:
-    """Kill what is left of a process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants (torchrun and mpirun give workers sessions of their own)."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [*root.children(recursive=True), root]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def run_workers(
