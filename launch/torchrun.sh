@@ -13,13 +13,12 @@ if [ -z "$hosts" ]; then
     exec "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$config" -n "$workers" "${overrides[@]}" -- "${options[@]}"
 fi
 [ "$workers" = "$(count_slots "$hosts")" ] || fail "-n $workers contradicts the slots of -H $hosts: torchrun fills all"
-check "$workers" "$config" engine=torch "${overrides[@]}"
-
 IFS=, read -ra entries <<<"$hosts"
 master=${entries[0]%%:*}
 case $master in
 localhost | 127.*) [ ${#entries[@]} = 1 ] || fail "the other hosts cannot reach rank 0 as '$master': give its name" ;;
 esac
+check "$workers" "$config" engine=torch "${overrides[@]}"
 variables=()
 for name in "${forwarded[@]}"; do
     if [ -n "${!name:-}" ]; then variables+=("$name=${!name}"); fi

@@ -1,0 +1,227 @@
+"""Every launch script for real: one result on all, lost workers named, nothing left running, bad input in one line."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.workers import BIN, ROOT, kill_tree, run, worker_environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+
+CONFIG = """
+task: {name: digits}
+seed: 3
+batch_size: 64
+max_steps: 50
+optimizer: {name: sgd, lr: 0.05, momentum: 0.9}
+schedule: {name: constant}
+compressor: {name: dense}
+evaluation: {every_epochs: null}
+checkpoint: {every_epochs: null}
+log_every: 1
+"""
+
+# Arguments that choose each launcher, what must be installed for it, and the engine it ends up on.
+LAUNCHERS: dict[str, tuple[list[str], list[str], str]] = {
+    "local": (["local.sh", "-n", "2"], [], "torch"),
+    "torchrun": (["torchrun.sh", "-H", "localhost:2"], [], "torch"),
+    "horovod-gloo": (["horovod.sh", "-n", "2", "--gloo"], ["horovod", "horovodrun"], "horovod"),
+    "horovod-mpi": (["horovod.sh", "-n", "2", "--mpi"], ["horovod", "mpirun"], "horovod"),
+    "mpi": (["mpi.sh", "-n", "2"], ["mpi4py", "mpirun"], "mpi"),
+    "mpi-horovod": (["mpi.sh", "-n", "2", "engine=horovod"], ["horovod", "mpirun"], "horovod"),
+}
+launchers = pytest.mark.parametrize("launcher", LAUNCHERS)
+
+
+def command(launcher: str, config: Path, *overrides: str) -> list[str]:
+    (script, *arguments), needed, _ = LAUNCHERS[launcher]
+    for name in needed:
+        there = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}") or importlib.util.find_spec(name.split(".")[0])
+        if not there:
+            pytest.skip(f"{name} is not installed")
+    return [str(ROOT / "launch" / script), str(config), *arguments, *overrides]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "digits.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def losses(directory: Path) -> list[float]:
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@functools.cache
+def losses_of_one_process(directory: Path) -> list[float]:
+    (directory / "single.yaml").write_text(CONFIG)
+    arguments = ["train", directory / "single.yaml", "engine=single", "name=single", f"output={directory}"]
+    done = run([sys.executable, "-m", "disttrain", *arguments], timeout=120)
+    assert done.returncode == 0, done.stderr
+    return losses(directory / "single")
+
+
+@launchers
+def test_two_workers_train_as_one_process_does(launcher, config, tmp_path, tmp_path_factory):
+    expected = losses_of_one_process(tmp_path_factory.getbasetemp())
+    arguments = command(launcher, config, "name=two", f"output={tmp_path}")
+    done = run(arguments, timeout=150, cwd=tmp_path)  # from any directory
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (summary["engine"], summary["world_size"], summary["steps"]) == (LAUNCHERS[launcher][2], 2, 50)
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)
+
+
+class Running:
+    """A launch in the middle of a long run; ``leftovers`` are the processes of it that still live."""
+
+    def __init__(self, arguments: list[str], directory: Path) -> None:
+        self.output = directory / "output"
+        with self.output.open("w") as stream:
+            options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "start_new_session": True}
+            self.launcher = subprocess.Popen(arguments, cwd=directory, env=worker_environment(), **options)
+        self.tree: set[psutil.Process] = set()
+        metrics = directory / "long" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            assert self.launcher.poll() is None, self.text
+            assert time.monotonic() < deadline, f"no step was made\n{self.text}"
+            time.sleep(0.1)
+        self.tree.update(psutil.Process(self.launcher.pid).children(recursive=True))
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def worker(self, rank: int) -> psutil.Process:
+        names = ("HOROVOD_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
+        for process in self.tree:
+            if "train" in process.cmdline() and "disttrain" in process.cmdline():
+                environ = process.environ()
+                if str(rank) in [environ[name] for name in names if name in environ][:1]:
+                    return process
+        raise AssertionError(f"no worker of rank {rank} among {self.tree}")
+
+    def wait(self, timeout: float) -> int:
+        try:
+            return self.launcher.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {timeout} s\n{self.text}")
+
+    def leftovers(self) -> list[psutil.Process]:
+        _, alive = psutil.wait_procs(self.tree, timeout=10)
+        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def start_long_run(config, tmp_path) -> Iterator:
+    started: list[Running] = []
+
+    def start(launcher: str) -> Running:
+        arguments = command(launcher, config, "name=long", f"output={tmp_path}", "max_steps=1000000")
+        started.append(Running(arguments, tmp_path))
+        return started[-1]
+
+    yield start
+    for running in started:
+        kill_tree(running.launcher.pid)
+        for process in running.leftovers():
+            process.kill()
+
+
+@launchers
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_worker_ends_the_run_and_is_named(launcher, victim, start_long_run):
+    running = start_long_run(launcher)
+    worker = running.worker(victim)
+    worker.kill()
+    assert running.wait(60) not in (0, 2)
+    assert re.search(rf"error: rank {victim} \(host \S+, pid {worker.pid}\) was lost", running.text), running.text
+    assert running.leftovers() == []
+
+
+@launchers
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_launcher_leaves_no_orphan(launcher, number, start_long_run):
+    running = start_long_run(launcher)
+    if number == signal.SIGINT:  # a terminal sends it to the whole foreground group
+        os.killpg(running.launcher.pid, number)
+    else:
+        running.launcher.send_signal(number)
+    assert running.wait(60) != 0
+    assert running.leftovers() == []
+
+
+@pytest.mark.parametrize("script", ["local.sh", "torchrun.sh", "horovod.sh", "mpi.sh"])
+def test_bad_config_is_one_line_before_any_worker_starts(script, config):
+    done = run([ROOT / "launch" / script, config, "-n", "3", "optimizer.lr=0.1"], timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: batch_size=64 .*3.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("local.sh", [], "which config file? launch/local.sh CONFIG"),
+        ("local.sh", ["a.yaml", "b.yaml"], "one config file, please: 'a.yaml' or 'b.yaml'?"),
+        ("local.sh", ["a.yaml", "-n", "0"], "-n 0: the number of workers must be a whole number, 1 or more"),
+        ("local.sh", ["a.yaml", "-n"], "-n needs a value"),
+        ("local.sh", ["a.yaml", "--nodes", "2"], "unknown option --nodes"),
+        ("local.sh", ["a.yaml", "-H", "a:1"], "use torchrun.sh for hosts"),
+        ("mpi.sh", ["a.yaml", "-H", "a:b"], "host 'a:b' is not of the form host:slots"),
+        ("mpi.sh", ["a.yaml", "--hostfile", "/nowhere"], "cannot read the host file /nowhere"),
+        ("horovod.sh", ["a.yaml", "--gloo", "--mpi"], "--gloo or --mpi, not both"),
+        ("torchrun.sh", ["a.yaml", "-H", "a:2,b:2", "-n", "3"], "-n 3 contradicts the slots"),
+        ("torchrun.sh", ["a.yaml", "-H", "localhost:2,b:2"], "cannot reach rank 0 as 'localhost'"),
+        ("local.sh", ["nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_arguments_are_one_line(script, arguments, message):
+    if script == "horovod.sh" and not (BIN / "horovodrun").exists():
+        pytest.skip("horovodrun is not installed")
+    done = run([ROOT / "launch" / script, *arguments], timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(("script", "program"), [("horovod.sh", "horovodrun"), ("mpi.sh", "mpirun")])
+def test_missing_launcher_comes_with_what_installs_it(script, program, config, tmp_path):
+    for name in ("bash", "dirname", "id", "env"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    environ = {**worker_environment(), "PATH": str(tmp_path), "VIRTUAL_ENV": str(tmp_path)}
+    done = run([ROOT / "launch" / script, config], timeout=60, env=environ)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {program} is not installed: .*install.*\n", done.stderr), done.stderr
+
+
+def test_host_file_and_options_reach_the_launcher(config, tmp_path):
+    """A stand-in for mpirun shows what it is started with."""
+    (tmp_path / "mpirun").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4" || echo "$@"\n')
+    (tmp_path / "mpirun").chmod(0o755)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the lab\nnode-a slots=2\nnode-b:1\n\nnode-c   # one\n")
+    environ = {**worker_environment(), "VIRTUAL_ENV": str(BIN.parent), "GLOO_SOCKET_IFNAME": "lo"}
+    environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
+    arguments = ["--hostfile", hosts, "seed=4", "--", "--mca", "btl", "tcp,self"]
+    done = run([ROOT / "launch" / "mpi.sh", config, *arguments], timeout=60, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("-n 4 ")
+    assert " -H node-a:2,node-b:1,node-c " in done.stdout
+    assert " -x GLOO_SOCKET_IFNAME " in done.stdout
+    assert re.search(rf"--mca btl tcp,self \S+ -m disttrain train {config} engine=mpi seed=4\n", done.stdout)
