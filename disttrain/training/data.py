@@ -34,8 +34,8 @@ class ShardedSampler(Sampler[list[int]]):
     """Goes through a new permutation of the samples each epoch, ``batch_size`` of them a step.
 
     A step's samples are split over the accumulation's backward passes, then over the ranks, in order and as evenly as
-    possible. The last step of an epoch takes what is left; some ranks may get nothing of it. Every sample is used
-    exactly once an epoch.
+    possible. The last step of an epoch takes what is left; some ranks may get nothing of it. So every sample is used
+    exactly once an epoch, unless ``drop_last`` leaves that smaller step out.
 
     Iterating yields this rank's non-empty micro-batches, from the position on to the end of the epoch. It does not move
     the position, since a loader reads ahead: ``advance`` does.
@@ -46,20 +46,26 @@ class ShardedSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, accumulation: int, seed: int, rank: int, world_size: int
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool = False,
     ) -> None:
         assert batch_size % (accumulation * world_size) == 0, (batch_size, accumulation, world_size)
+        self.steps_per_epoch = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
         self.num_samples, self.batch_size, self.accumulation, self.seed = num_samples, batch_size, accumulation, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.offset = 0, 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        self._end = min(num_samples, self.steps_per_epoch * batch_size)
 
     def shares(self) -> Iterator[Share]:
         """The steps from the position on to the end of the epoch."""
-        return (self._share(start) for start in range(self.offset, self.num_samples, self.batch_size))
+        return (self._share(start) for start in range(self.offset, self._end, self.batch_size))
 
     def _share(self, start: int) -> Share:
         stop = min(start + self.batch_size, self.num_samples)
@@ -69,7 +75,7 @@ class ShardedSampler(Sampler[list[int]]):
     def advance(self, share: Share) -> None:
         """Note that a step has been taken."""
         self.offset += share.num_samples
-        if self.offset >= self.num_samples:
+        if self.offset >= self._end:
             self.epoch, self.offset = self.epoch + 1, 0
 
     def __iter__(self) -> Iterator[list[int]]:

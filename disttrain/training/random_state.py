@@ -12,7 +12,8 @@ import torch
 
 def seed_everything(*key: int) -> None:
     """Seed all of them from all the numbers of the key."""
-    torch_seed, numpy_seed, python_seed = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
+    entropy = (len(key), *key)  # numpy takes a key and the same key with zeros behind it for one
+    torch_seed, numpy_seed, python_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)
     random.seed(python_seed)

@@ -73,7 +73,13 @@ class Trainer:
                 seed=config.seed,
                 rank=comm.rank,
                 world_size=comm.world_size,
+                drop_last=config.drop_last,
             )
+            if self.sampler.steps_per_epoch == 0:
+                raise UserError(
+                    f"drop_last=true leaves no step: batch_size={config.batch_size} is more than the data's "
+                    f"{num_samples} samples"
+                )
             limits = (config.max_steps, config.epochs and config.epochs * self.sampler.steps_per_epoch)
             self.num_steps = min(limit for limit in limits if limit is not None)
             config.schedule.check(self.num_steps)
@@ -221,7 +227,7 @@ class Trainer:
         record = {
             "epoch": self._epochs,
             "loss": loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.config.optimizer.lr * self.config.schedule.factor(progress.step - 1, self.num_steps),
             "samples_per_second": (progress.samples - samples_before) / (step_seconds - seconds_before),
             "skipped_steps": progress.skipped_steps,
             **{name: getattr(self.optimizer.wire.last_step, name) for name in _WIRE},
