@@ -38,11 +38,19 @@ def train(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = Fal
 
 
 @app.command()
-def config(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
+def config(
+    config: _ConfigPath,
+    overrides: _Overrides = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="check that N workers can train it")] = None,
+    debug: _Debug = False,
+) -> None:
     """Check CONFIG and print it with all its values."""
     from disttrain.training.config import load
 
-    print(load(config, overrides or []).to_yaml(), end="")
+    loaded = load(config, overrides or [])
+    if workers is not None:
+        loaded.check_world_size(workers)
+    print(loaded.to_yaml(), end="")
 
 
 @app.command()
@@ -78,7 +86,7 @@ def main() -> NoReturn:
         if _reports(error):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(USER_ERROR_EXIT_CODE)
-    except PeerLostError:
+    except PeerLostError:  # the guard has printed it
         if debug:
             traceback.print_exc()
         _leave(PEER_LOST_EXIT_CODE)
@@ -92,7 +100,6 @@ def _train(config: Config) -> None:
     from rich.console import Console
 
     from disttrain import comm
-    from disttrain.comm.liveness import Guard
     from disttrain.training.agreement import AgreedError
     from disttrain.training.trainer import Trainer
 
@@ -100,15 +107,14 @@ def _train(config: Config) -> None:
     console = Console()
     with comm.init(config.engine, config.device) as communicator:
         _set_up_logging(console, communicator.rank)
-        with Guard(communicator):
+        try:
+            trainer = Trainer(config, communicator, console)
             try:
-                trainer = Trainer(config, communicator, console)
-                try:
-                    trainer.run()
-                finally:
-                    trainer.close()
-            except AgreedError as error:  # all ranks know, so the guard need not tell them
-                agreed = error
+                trainer.run()
+            finally:
+                trainer.close()
+        except AgreedError as error:  # all ranks have it, so they part in good order
+            agreed = error
     if agreed is not None:
         raise agreed
 
@@ -125,7 +131,7 @@ def _set_up_logging(console: Console, rank: int) -> None:
 
 
 def _reports(error: UserError) -> bool:
-    """Whether this process prints the error: once a launch if all ranks know of it, else once a host."""
+    """Whether this process prints the error: one a launch if all ranks have it, else one a host might have it alone."""
     from disttrain.comm.environment import detect
     from disttrain.training.agreement import AgreedError
 
