@@ -16,7 +16,7 @@ class Dense(Compressor):
 
     name = "dense"
     # Uncompressed gradients are what the wire is busy with: small buckets start sooner and hide behind backward.
-    bucket_mb: ClassVar[float] = 4.0
+    bucket_mb: ClassVar[float] = 8.0
     needs_float32: ClassVar[bool] = False
 
     def accepts(self, shape: Sequence[int]) -> bool:

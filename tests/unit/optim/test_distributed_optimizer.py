@@ -1,0 +1,242 @@
+"""The distributed optimizer as its users see it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from disttrain import DistributedOptimizer, UserError, compression
+from disttrain.comm import Communicator, SingleProcess, simulate
+
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    TEMPLATE = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def build(comm: Communicator, **options: Any) -> tuple[nn.Module, DistributedOptimizer]:
+    model = copy.deepcopy(TEMPLATE)
+    return model, DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), model, comm=comm, **options)
+
+
+def data(rank: int, step: int) -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def train(model: nn.Module, optimizer: DistributedOptimizer, rank: int, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(data(rank, step)).square().mean().backward()
+        optimizer.step()
+
+
+def test_is_an_optimizer_and_schedulers_take_it() -> None:
+    _, optimizer = build(SingleProcess())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    for scheduler in (
+        torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10),
+        torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)],
+            milestones=[2],
+        ),
+    ):
+        optimizer.zero_grad()
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.inner.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    before = optimizer.param_groups[0]["lr"]
+    for loss in (1.0, 2.0, 3.0):
+        plateau.step(loss)
+    assert optimizer.inner.param_groups[0]["lr"] < before
+    assert "AdamW" in repr(optimizer)
+
+
+@pytest.mark.parametrize("name", compression.names())
+def test_state_survives_saving_loading_and_other_buckets(name: str) -> None:
+    """Resume equals no stop, bit for bit; state is kept by parameter, so buckets may change for compressors."""
+
+    def run(comm: Communicator) -> bool:
+        spec = {"name": name, "min_numel": 0}
+        straight_model, straight = build(comm, compressor=spec)
+        train(straight_model, straight, comm.rank, range(6))
+
+        model, optimizer = build(comm, compressor=spec)
+        train(model, optimizer, comm.rank, range(3))
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+
+        resumed_model, resumed = build(comm, compressor=spec)
+        resumed_model.load_state_dict(saved["model"])
+        resumed.load_state_dict(saved["optimizer"])
+        train(resumed_model, resumed, comm.rank, range(3, 6))
+
+        _, rebucketed = build(comm, compressor=spec, bucket_mb=1e-6)
+        rebucketed.load_state_dict(saved["optimizer"])
+        again, before = rebucketed.state_dict()["compression"], saved["optimizer"]["compression"]
+        same_state = all(
+            torch.equal(again[kind][key], value)
+            for kind in ("replicated", "per_rank")
+            for key, value in before[kind].items()
+        )
+        return same_state and all(
+            torch.equal(a, b) for a, b in zip(straight_model.parameters(), resumed_model.parameters(), strict=True)
+        )
+
+    assert simulate(2, run) == [True, True]
+
+
+def test_residuals_of_another_rank_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    def run(comm: Communicator) -> tuple[dict[str, Any], bool]:
+        model, optimizer = build(comm, compressor={"name": "topk", "min_numel": 0})
+        train(model, optimizer, comm.rank, range(2))
+        everyone = comm.all_gather(optimizer.state_dict()["compression"]["per_rank"]["0.weight/residual"])
+        state = optimizer.state_dict()
+        state["compression"]["rank"] = 0
+        state["compression"]["per_rank"]["0.weight/residual"] = everyone[0].clone()
+        _, resumed = build(comm, compressor={"name": "topk", "min_numel": 0})
+        resumed.load_state_dict(state)
+        taken = resumed.state_dict()["compression"]["per_rank"]["0.weight/residual"]
+        return torch.equal(taken, everyone[0]), not taken.any()
+
+    with caplog.at_level(logging.WARNING, "disttrain"):
+        assert simulate(2, run) == [(True, False), (False, True)]
+    assert "start at zero" in caplog.text
+
+
+def test_plain_optimizer_state_can_be_loaded_and_a_wrong_one_is_refused() -> None:
+    model, optimizer = build(SingleProcess(), compressor={"name": "topk", "min_numel": 0})
+    train(model, optimizer, 0, range(2))
+    state = optimizer.state_dict()
+    _, plain = build(SingleProcess())
+    with pytest.raises(UserError, match="compressor"):
+        plain.load_state_dict(state)
+    plain.load_state_dict({key: value for key, value in state.items() if key != "compression"})
+
+
+def test_clips_the_mean_gradient_after_synchronize() -> None:
+    def run(comm: Communicator) -> tuple[float, float, float]:
+        model, optimizer = build(comm)
+        model(100 * data(comm.rank, 0)).square().mean().backward()
+        optimizer.synchronize()
+        before = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        reported = float(optimizer.clip_grad_norm_(0.01))
+        return (
+            before,
+            reported,
+            float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])),
+        )
+
+    results = simulate(2, run)
+    assert results[0] == results[1]
+    before, reported, after = results[0]
+    assert reported == pytest.approx(before, rel=1e-5)
+    assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_buffers_are_averaged_on_request() -> None:
+    def run(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model, optimizer = build(comm)
+        train(model, optimizer, comm.rank, range(2))
+        own = model[1].running_mean.clone()
+        optimizer.synchronize_buffers()
+        return own, model[1].running_mean, model[1].num_batches_tracked
+
+    results = simulate(3, run)
+    mean = torch.stack([own for own, _, _ in results]).mean(0)
+    for _, averaged, count in results:
+        torch.testing.assert_close(averaged, mean)
+        assert torch.equal(averaged, results[0][1])
+        assert count == 2
+
+
+def test_the_step_hooks_of_the_wrapped_optimizer_are_called() -> None:
+    _, optimizer = build(SingleProcess())
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.zero_grad()
+    optimizer.step()
+    assert calls == ["after"]
+
+
+def test_the_ledger_counts_dense_bytes() -> None:
+    def run(comm: Communicator) -> tuple[int, int, int]:
+        model, optimizer = build(comm)
+        train(model, optimizer, comm.rank, range(3))
+        total = optimizer.wire.total
+        numel = sum(p.numel() for p in model.parameters())
+        assert optimizer.wire.last_step.dense_bytes == 4 * numel
+        return total.sent_bytes - total.dense_bytes, total.dense_bytes - 3 * 4 * numel, total.num_collectives
+
+    for agreement_bytes, difference, num_collectives in simulate(2, run):
+        assert difference == 0
+        assert 0 < agreement_bytes < 3 * 64, "only the flags that ranks agree on"
+        assert num_collectives == 6
+
+
+def test_refuses_what_cannot_work() -> None:
+    comm = SingleProcess()
+    model = copy.deepcopy(TEMPLATE)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="not the model's"):
+        DistributedOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), model, comm=comm)
+    with pytest.raises(UserError, match="already"):
+        DistributedOptimizer(DistributedOptimizer(sgd, model, comm=comm), model, comm=comm)
+    with pytest.raises(UserError, match="SparseAdam"):
+        DistributedOptimizer(torch.optim.SparseAdam(other.parameters()), other, comm=comm)
+    with pytest.raises(UserError, match="did you mean"):
+        DistributedOptimizer(sgd, model, comm=comm, compressor="power_sgd")
+    with pytest.raises(UserError, match="clip_norm"):
+        DistributedOptimizer(sgd, model, comm=comm, clip_norm=-1.0)
+    with pytest.raises(UserError, match="bucket_mb"):
+        DistributedOptimizer(sgd, model, comm=comm, bucket_mb=0.0)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        DistributedOptimizer(torch.optim.SGD(frozen.parameters(), lr=0.1), frozen, comm=comm)
+    odd = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(UserError, match="complex"):
+        DistributedOptimizer(torch.optim.SGD(odd.parameters(), lr=0.1), odd, comm=comm)
+    optimizer = DistributedOptimizer(sgd, model, comm=comm)
+    with pytest.raises(UserError, match="before wrapping"):
+        optimizer.add_param_group({"params": list(other.parameters())})
+
+
+def test_a_parameter_unfrozen_later_is_an_error() -> None:
+    model = copy.deepcopy(TEMPLATE)
+    model[0].requires_grad_(False)
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=SingleProcess())
+    model[0].requires_grad_(True)
+    model(data(0, 0)).sum().backward()
+    with pytest.raises(UserError, match="unfreeze"):
+        optimizer.step()
+
+
+def test_models_that_differ_are_named() -> None:
+    def run(comm: Communicator) -> None:
+        model = nn.Sequential(nn.Linear(4, 4 + comm.rank))
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+
+    with pytest.raises(UserError, match=r"0\.weight.*rank 1 has"):
+        simulate(2, run)
+
+
+def test_dropping_gradients_that_are_on_the_wire() -> None:
+    def run(comm: Communicator) -> torch.Tensor:
+        model, optimizer = build(comm)
+        model(data(comm.rank, 0)).square().mean().backward()
+        optimizer.zero_grad()  # the user thinks better of it
+        train(model, optimizer, comm.rank, range(1, 3))
+        return torch.cat([p.detach().view(-1) for p in model.parameters()])
+
+    results = simulate(2, run)
+    assert torch.equal(results[0], results[1])
