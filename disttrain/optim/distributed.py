@@ -116,28 +116,26 @@ class DistributedOptimizer(Optimizer):
         """
         if closure is not None:
             return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
-        is_sound = self.synchronize()
-        self._synchronized = None
-        if not is_sound:
+        if not self._take_means():
             self.skipped_steps += 1
             logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
             return None
-        if self.clip_norm is not None:
-            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
         return self.inner.step()
 
     def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor:
         with torch.enable_grad():
             loss = closure()
-        is_sound = self.synchronize()
-        self._synchronized = None
-        if not is_sound:
-            raise FloatingPointError(
-                "a gradient was inf or NaN on some rank, and a step with a closure cannot be skipped"
-            )
-        if self.clip_norm is not None:
-            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
+        if not self._take_means():
+            raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
         return self._comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
+
+    def _take_means(self) -> bool:
+        """Finish this step's exchange, clipped if asked; whether it is sound."""
+        is_sound = self.synchronize()
+        if is_sound and self.clip_norm is not None:
+            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
+        self._synchronized = None
+        return is_sound
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the mean gradients so that their global 2-norm is at most ``max_norm``; the norm before, 0-d.

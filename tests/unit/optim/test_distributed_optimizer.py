@@ -170,7 +170,7 @@ def test_the_step_hooks_of_the_wrapped_optimizer_are_called() -> None:
 
 def test_the_ledger_counts_dense_bytes() -> None:
     def run(comm: Communicator) -> tuple[int, int, int]:
-        model, optimizer = build(comm)
+        model, optimizer = build(comm, clip_norm=1.0)
         train(model, optimizer, comm.rank, range(3))
         total = optimizer.wire.total
         numel = sum(p.numel() for p in model.parameters())
