@@ -15,9 +15,10 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from disttrain.collectives import Collective
+from disttrain.validation import Section
 
 NewState: TypeAlias = dict[str, torch.Tensor]
 Program: TypeAlias = Generator[Collective, Any, tuple[torch.Tensor, NewState]]
@@ -108,13 +109,11 @@ class State:
                 yield parameter, name, view, replicated
 
 
-class Compressor(BaseModel, ABC):
+class Compressor(Section, ABC):
     """One algorithm of gradient exchange. Its fields are its hyper-parameters: config schema, command line and docs.
 
     A subclass with a ``name`` is registered under it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     name: ClassVar[str]
     bucket_mb: ClassVar[float] = 25.0

@@ -17,22 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from disttrain import tasks
+from disttrain import compression, tasks
 from disttrain.compression import Compressor
-from disttrain.compression.base import REGISTRY
 from disttrain.errors import UserError
 from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.schedules import Schedule, schedules
 from disttrain.tasks import Task
 from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
 
-_compressors: Registry[Compressor] = Registry("compressor", Compressor, REGISTRY)  # type: ignore[type-abstract]
 # Sections that a name chooses the fields of.
 _NAMED: dict[str, Registry[Any]] = {
     "task": tasks.registry,
     "optimizer": optimizers,
     "schedule": schedules,
-    "compressor": _compressors,
+    "compressor": compression.registry,
 }
 
 
@@ -82,7 +80,7 @@ class Config(Section):
     )
     optimizer: Annotated[OptimizerSection, BeforeValidator(optimizers.build)] = Field(description="sgd or adamw")
     schedule: Annotated[Schedule, BeforeValidator(schedules.build)] = Field(default="constant")  # type: ignore[assignment]
-    compressor: Annotated[Compressor, BeforeValidator(_compressors.build)] = Field(default="dense")  # type: ignore[assignment]
+    compressor: Annotated[Compressor, BeforeValidator(compression.registry.build)] = Field(default="dense")  # type: ignore[assignment]
     bucket_mb: float | None = Field(
         default=None, gt=0, description="MiB of gradient sent together; null: the compressor's choice"
     )

@@ -357,7 +357,7 @@ def test_build_takes_instances_names_and_mappings() -> None:
     ("spec", "message"),
     [
         ("topkk", "did you mean 'topk'"),
-        ({"name": "topk", "ration": 0.1}, "did you mean 'ratio'"),
+        ({"name": "topk", "ration": 0.1}, "did you mean 'compressor.ratio'"),
         ({"name": "topk", "ratio": 2.0}, "ratio"),
         ({"name": "powersgd", "rank": 0}, "rank"),
         ({"name": "qsgd", "bits": 3}, "bits"),
