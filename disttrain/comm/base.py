@@ -71,6 +71,7 @@ class Communicator(ABC):
         local_rank, local_size: this worker among those of its host.
         device: where this rank's model lives.
         guard: what notices the loss of another rank; None where there is nobody to lose.
+        priority_overtakes: whether a collective started with ``priority`` arrives before those queued ahead of it.
     """
 
     engine: str
@@ -80,11 +81,12 @@ class Communicator(ABC):
     local_size: int
     device: torch.device
     guard: Guard | None = None
+    priority_overtakes = False
 
     # What an engine supplies: flat contiguous tensors in, flat tensors out.
 
     @abstractmethod
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
         """Reduce ``flat`` in place."""
 
     @abstractmethod
@@ -116,13 +118,17 @@ class Communicator(ABC):
     # Starting collectives.
 
     @overload
-    def start(self, collective: AllReduce | Broadcast) -> Work[torch.Tensor]: ...
+    def start(self, collective: AllReduce | Broadcast, *, priority: bool = False) -> Work[torch.Tensor]: ...
     @overload
-    def start(self, collective: AllGather | AllToAll) -> Work[list[torch.Tensor]]: ...
+    def start(self, collective: AllGather | AllToAll, *, priority: bool = False) -> Work[list[torch.Tensor]]: ...
     @overload
-    def start(self, collective: Collective) -> Work[Result]: ...
-    def start(self, collective: Collective) -> Work[Result]:
+    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]: ...
+    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]:
         """Start a collective and return at once.
+
+        Args:
+            collective: what to carry out; all ranks start the same ones in the same order.
+            priority: let a small all-reduce go ahead of the queue, where the engine can.
 
         Raises:
             ValueError: the dtype cannot be reduced by this operation, the root is no rank, or the number of chunks is
@@ -130,7 +136,7 @@ class Communicator(ABC):
         """
         match collective:
             case AllReduce(tensor, op):
-                return self._start_all_reduce(tensor, op)
+                return self._start_all_reduce(tensor, op, priority)
             case AllGather(tensor, same_size):
                 return self._start_all_gather(tensor, same_size)
             case AllToAll(chunks, same_size):
@@ -143,7 +149,7 @@ class Communicator(ABC):
                 flat = tensor.contiguous().view(-1)
                 return _then(self._broadcast(flat, root), lambda result: result.view(tensor.shape))
 
-    def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
+    def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp, priority: bool) -> Work[torch.Tensor]:
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"all_reduce takes integers and real floats, not {tensor.dtype}: convert it first")
         if op == "mean" and not tensor.is_floating_point():
@@ -155,11 +161,13 @@ class Communicator(ABC):
         if not self._reduces_natively(flat.dtype):
             return _then(self._all_reduce_by_exchange(flat, op), lambda result: result.view(shape))
         if op != "mean":
-            return _then(self._all_reduce(flat, op), lambda result: result.view(shape))
+            return _then(self._all_reduce(flat, op, priority), lambda result: result.view(shape))
         if flat.itemsize < 4:
             # Half precision overflows as a sum although the mean would fit: divide first. For a power of two exact.
-            return _then(self._all_reduce(flat.div_(self.world_size), "sum"), lambda result: result.view(shape))
-        return _then(self._all_reduce(flat, "sum"), lambda result: result.div_(self.world_size).view(shape))
+            return _then(
+                self._all_reduce(flat.div_(self.world_size), "sum", priority), lambda result: result.view(shape)
+            )
+        return _then(self._all_reduce(flat, "sum", priority), lambda result: result.div_(self.world_size).view(shape))
 
     def _all_reduce_by_exchange(self, flat: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
         """All-to-all, a local reduction in a wider dtype, all-gather: as many bytes as a ring, one rounding."""

@@ -69,7 +69,7 @@ class HorovodCommunicator(Communicator):
 
         return Pending(wait)
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
         return self._submit(
             f"{op}.{flat.dtype}.{flat.numel()}",
             lambda name: self._hvd.allreduce_async_(flat, name=name, op=self._ops[op]),

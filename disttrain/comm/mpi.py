@@ -60,7 +60,7 @@ class MPICommunicator(Communicator):
             return Pending(future.result)
         return Pending(lambda: future.result().to(device))
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
         def call(buffer: torch.Tensor) -> torch.Tensor:
             self._group.Allreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._ops[op])
             return buffer

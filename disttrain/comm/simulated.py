@@ -124,6 +124,7 @@ class SimulatedCommunicator(Communicator):
     """One virtual rank. ``clock`` is its simulated time in seconds; ``advance`` adds computation to it."""
 
     engine = "simulated"
+    priority_overtakes = True  # each collective is done as soon as its last rank has started it
 
     def __init__(self, world: SimulatedWorld, rank: int) -> None:
         self.rank, self.world_size, self.local_rank, self.local_size = rank, world.world_size, rank, world.world_size
@@ -146,7 +147,7 @@ class SimulatedCommunicator(Communicator):
 
         return Pending(finish)
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
         return self._submit(f"{op} {flat.dtype} x {flat.numel()}", flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:

@@ -40,6 +40,16 @@ class TorchCommunicator(Communicator):
         else:
             self.backend = dist.get_backend()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # gloo works off a group's collectives in the order of their start, two at a time. A second group takes every
+        # other bucket, so that the wire does not idle between the phases of one; a third keeps its line free for the
+        # small ones that the rest waits for. NCCL orders by stream, and one group is right.
+        self._lanes: list[dist.ProcessGroup | None] = [None]
+        self._priority_lane: dist.ProcessGroup | None = None
+        self._num_started = 0
+        if self.backend == "gloo" and self.world_size > 1:
+            self._lanes.append(dist.new_group(backend="gloo"))
+            self._priority_lane = dist.new_group(backend="gloo")
+            self.priority_overtakes = True
 
     def _join(self, environment: Environment, timeout: float) -> None:
         host, port = environment.rendezvous()
@@ -64,8 +74,10 @@ class TorchCommunicator(Communicator):
     def control_device(self) -> torch.device:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
-        return _pending(dist.all_reduce(flat, _OPS[op], async_op=True), flat)
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+        group = self._priority_lane if priority else self._lanes[self._num_started % len(self._lanes)]
+        self._num_started += not priority
+        return _pending(dist.all_reduce(flat, _OPS[op], group=group, async_op=True), flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
         largest = max(sizes)

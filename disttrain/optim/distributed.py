@@ -16,9 +16,15 @@ from disttrain.compression import Compressor
 from disttrain.errors import UserError
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer
+from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.state import load_state, state_dict
 
 logger = logging.getLogger(__name__)
+
+_BY_PARAMETER = {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Rprop")
+}
 
 
 class DistributedOptimizer(Optimizer):
@@ -71,6 +77,7 @@ class DistributedOptimizer(Optimizer):
         self.skipped_steps = 0
         self._model, self._comm = model, comm
         self._synchronized: bool | None = None
+        self._has_stepped = False
         trained = _trained_parameters(optimizer, model)
         check_same_model(model, comm)
         broadcast_model(model, comm)
@@ -116,11 +123,33 @@ class DistributedOptimizer(Optimizer):
         """
         if closure is not None:
             return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
-        if not self._take_means():
+        is_sound = self._step_while_arriving() if self._can_step_by_bucket() else self._take_means()
+        if not is_sound:
             self.skipped_steps += 1
             logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
             return None
+        if self._has_stepped:
+            self._has_stepped = False
+            return None
         return self.inner.step()
+
+    def _can_step_by_bucket(self) -> bool:
+        """Whether the means may be stepped on one bucket after another, in place of all at once.
+
+        That hides the optimizer's time behind the wire. It is the same arithmetic for torch's own optimizers that treat
+        each parameter for itself; a norm over all gradients, a hook or a subclass may want to see them together.
+        """
+        inner = self.inner
+        hooked = inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
+        return type(inner) in _BY_PARAMETER and self.clip_norm is None and self._synchronized is None and not hooked
+
+    def _step_while_arriving(self) -> bool:
+        def step(bucket: GradientBucket) -> None:
+            self._has_stepped = True
+            self.inner.step()  # skips parameters without a gradient: all but this bucket's
+
+        self._check_parameters()
+        return self.reducer.synchronize(step)
 
     def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor:
         with torch.enable_grad():

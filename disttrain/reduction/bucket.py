@@ -20,7 +20,7 @@ class Slot:
 
     Attributes:
         ready: a gradient has come in the present backward pass.
-        used: it had a gradient when its bucket left.
+        used: it had a gradient when its bucket left; once the ranks have agreed, on any of them.
     """
 
     name: str
@@ -61,6 +61,15 @@ class GradientBucket:
     @property
     def has_gradient(self) -> bool:
         return any(slot.parameter.grad is not None for slot in self.slots)
+
+    def show_gradients(self) -> None:
+        """Let ``parameter.grad`` be the view of the buffer, for those parameters that some rank used."""
+        for slot in self.slots:
+            slot.parameter.grad = slot.view if slot.used else None
+
+    def hide_gradients(self) -> None:
+        for slot in self.slots:
+            slot.parameter.grad = None
 
     def program(self) -> Program:
         """The compressor's program over what the buffer holds now. It works in the buffer itself if dtypes agree."""

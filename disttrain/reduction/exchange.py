@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -36,9 +36,16 @@ class Exchange:
             self._work, self.outcome = None, cast("Outcome", stop.value)
 
 
-def finish(exchanges: Sequence[Exchange]) -> list[Outcome]:
-    """Take every program to its end, step by step and in order, so that all ranks start the same collectives alike."""
-    while unfinished := [exchange for exchange in exchanges if exchange.outcome is None]:
-        for exchange in unfinished:
-            exchange.advance()
-    return [exchange.outcome for exchange in exchanges if exchange.outcome is not None]
+def finish(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Outcome]]:
+    """Take every program to its end, yielding (index, outcome) as they end.
+
+    Step by step and in order, so that all ranks start the same collectives alike.
+    """
+    unfinished = dict(enumerate(exchanges))
+    while unfinished:
+        for index, exchange in list(unfinished.items()):
+            if exchange.outcome is None:
+                exchange.advance()
+            if exchange.outcome is not None:
+                del unfinished[index]
+                yield index, exchange.outcome

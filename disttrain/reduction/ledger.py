@@ -40,9 +40,9 @@ class Ledger:
         self.last_step = Traffic()
         self.total = Traffic()
 
-    def start(self, collective: Collective) -> Work[Result]:
+    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]:
         rank, world_size = self._comm.rank, self._comm.world_size
-        work = self._comm.start(collective)
+        work = self._comm.start(collective, priority=priority)
         self._current.num_collectives += 1
         self._current.sent_bytes += sent_bytes(collective, world_size, rank)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.compression.base import Compressor
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
-from disttrain.reduction.exchange import Exchange, finish
+from disttrain.reduction.exchange import Exchange, Outcome, finish
 from disttrain.reduction.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -102,13 +102,17 @@ class Reducer:
         for slot in bucket.slots:
             slot.take_in()
             slot.used = slot.parameter.grad is not None
-            slot.parameter.grad = None
+        bucket.hide_gradients()
         bucket.has_left = True
         self._finite.append(_all_finite(bucket.flat))
         self._sent.append(Exchange(bucket.program(), self.ledger))
 
-    def synchronize(self) -> bool:
+    def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
         """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.
+
+        Args:
+            on_arrival: called with each bucket of a sound step as its means arrive, while later ones are still on the
+                wire. Only the gradients of this bucket are set then. Not called if a second exchange has to follow.
 
         Returns:
             Whether the step is sound. If any rank had a gradient with an inf or NaN, no compressor state has changed,
@@ -121,23 +125,31 @@ class Reducer:
                 self._finite.append(_all_finite(slot.parameter.grad))
         for bucket in self.buckets[len(self._sent) :]:
             self._send(bucket)
-        agreement = self.ledger.start(AllReduce(self._local_flags(late), "max"))
-        outcomes = finish(self._sent)
+        agreement = self.ledger.start(AllReduce(self._local_flags(late), "max"), priority=True)
+        arrivals: Iterable[tuple[int, Outcome]] = finish(self._sent)
+        if not self._comm.priority_overtakes:
+            arrivals = list(arrivals)  # the agreement comes last anyway
         unsound, *flags = cast("torch.Tensor", agreement.wait()).tolist()
         late, used = flags[: len(self.buckets)], flags[len(self.buckets) :]
-
-        if unsound:
-            for bucket in self.buckets:
-                bucket.flat.fill_(math.nan)
-        else:
-            for bucket, outcome in zip(self.buckets, outcomes, strict=True):
-                bucket.land(*outcome)
-            if any(late):
-                self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
         for slot, is_used in zip(self._slots, used, strict=True):
-            slot.parameter.grad = slot.view if is_used else None
-            slot.ready = False
+            slot.used = bool(is_used)
+
+        for index, outcome in arrivals:
+            bucket = self.buckets[index]
+            if unsound:
+                bucket.flat.fill_(math.nan)
+                continue
+            bucket.land(*outcome)
+            if on_arrival is not None and not any(late):
+                bucket.show_gradients()
+                on_arrival(bucket)
+                bucket.hide_gradients()
+        if any(late) and not unsound:
+            self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
         for bucket in self.buckets:
+            bucket.show_gradients()
+            for slot in bucket.slots:
+                slot.ready = False
             bucket.num_ready, bucket.has_left = 0, False
         self._sent, self._finite = [], []
         self.ledger.end_step(self._num_elements)
@@ -162,10 +174,9 @@ class Reducer:
         for bucket in buckets:
             for slot in bucket.slots:
                 slot.take_in()
-        outcomes = finish([Exchange(bucket.program(), self.ledger) for bucket in buckets])
-        for bucket, outcome, first_mean in zip(buckets, outcomes, first_means, strict=True):
-            bucket.land(*outcome)
-            bucket.flat.add_(first_mean)
+        for index, outcome in finish([Exchange(bucket.program(), self.ledger) for bucket in buckets]):
+            buckets[index].land(*outcome)
+            buckets[index].flat.add_(first_means[index])
 
 
 def _all_finite(tensor: torch.Tensor) -> torch.Tensor:

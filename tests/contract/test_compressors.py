@@ -57,9 +57,9 @@ class Recorder(Ledger):
         super().__init__(comm)
         self.started: list[Collective] = []
 
-    def start(self, collective: Collective) -> Any:
+    def start(self, collective: Collective, *, priority: bool = False) -> Any:
         self.started.append(collective)
-        return super().start(collective)
+        return super().start(collective, priority=priority)
 
 
 def exchange(
@@ -67,7 +67,7 @@ def exchange(
 ) -> tuple[torch.Tensor, list[Collective]]:
     """One committed step: the mean, and the collectives it took."""
     ledger = Recorder(comm)
-    ((mean, new_state),) = finish([Exchange(compressor.reduce(grad.clone(), bucket, state), ledger)])
+    ((_, (mean, new_state)),) = finish([Exchange(compressor.reduce(grad.clone(), bucket, state), ledger)])
     mean = mean.clone()
     state.commit(new_state)
     return mean, ledger.started
@@ -138,7 +138,7 @@ def test_a_program_changes_no_state_before_it_is_committed(case: dict[str, Any])
         spoilt = gradient(9, comm.rank, bucket.numel)
         if comm.rank == 1:
             spoilt[3], spoilt[600] = math.inf, math.nan
-        finish([Exchange(compressor.reduce(spoilt, bucket, state), Ledger(comm))])
+        list(finish([Exchange(compressor.reduce(spoilt, bucket, state), Ledger(comm))]))
         after = {key: (parameter, view) for parameter, key, view, _ in state.slices(bucket.names)}
         assert all(torch.equal(before[key][1], after[key][1]) for key in before)
         assert state.step == 3
@@ -251,7 +251,7 @@ def test_payload_is_the_formula_to_the_byte(case: dict[str, Any], wanted: int) -
         bucket = make_bucket(comm.rank, comm.world_size, dtype=torch.float32)
         ledger = Ledger(comm)
         grad = gradient(0, comm.rank, bucket.numel, torch.float32)
-        finish([Exchange(compressor.reduce(grad, bucket, compressor.init_state(bucket)), ledger)])
+        list(finish([Exchange(compressor.reduce(grad, bucket, compressor.init_state(bucket)), ledger)]))
         ledger.end_step(bucket.numel)
         assert ledger.total.dense_bytes == 4 * bucket.numel
         factor = 2 / 3 if case["name"] in ("dense", "powersgd") else 1
