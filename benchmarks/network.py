@@ -164,12 +164,17 @@ class ShapedNetwork:
         enter = f'exec ip netns exec {self._name}-"$host" unshare --uts -- sh -c \'hostname "$0" && exec "$@"\' "$host"'
         scripts = {
             "on-host": f'#!/bin/sh\nhost=$1\nshift\n{enter} "$@"\n',
-            # ssh joins its words with blanks and gives them to a shell. Only options that launchers pass are known.
+            # Like ssh it takes options before and after the host, joins the other words and gives them to a shell.
             "ssh": "#!/bin/sh\n"
-            "while :; do\n"
-            "  case $1 in -o | -p | -i | -l | -F) shift 2 ;; -*) shift ;; *) break ;; esac\n"
+            "host=\n"
+            "while [ $# -gt 0 ]; do\n"
+            "  case $1 in\n"
+            "    -[BbcDEeFIiJLlmOopQRSWw]) shift 2 ;;\n"
+            "    -*) shift ;;\n"
+            '    *) [ -z "$host" ] || break; host=${1#*@}; shift ;;\n'
+            "  esac\n"
             "done\n"
-            f'host=$1\nshift\n{enter} sh -c "$*"\n',
+            f'{enter} sh -c "$*"\n',
         }
         for name, script in scripts.items():
             path = self._directory / name

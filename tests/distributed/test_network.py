@@ -70,7 +70,8 @@ def test_an_unshaped_link_is_faster_than_a_shaped_one() -> None:
 
 def test_hosts_have_names_and_addresses_of_their_own_and_reach_each_other_by_ssh() -> None:
     with ShapedNetwork(3, rate_mbit=None) as network:
-        script = "hostname; getent hosts w2; ssh -o BatchMode=yes -q w2 'hostname; echo \"a  b\"'; echo $GREETING"
+        remote = "ssh -o BatchMode=yes root@w2 -p 22 -q 'hostname; echo \"a  b\"'"
+        script = f"hostname; getent hosts w2; {remote}; echo $GREETING"
         worker = network.run("w1", ["sh", "-c", script], {"GREETING": "hello"}, stdout=subprocess.PIPE)
         output, _ = worker.communicate(timeout=30)
         addresses = network.addresses
