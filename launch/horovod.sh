@@ -18,6 +18,10 @@ esac
 [ "${flags[0]}" != --mpi ] || need mpirun "pip install 'disttrain[mpi]'"
 check "$workers" "$config" engine=horovod "${overrides[@]}"
 
-if [ -n "$hosts" ]; then options+=(-H "$hosts"); fi
+if [ -n "$hosts" ]; then
+    options+=(-H "$hosts")
+    mpirun=$(command -v mpirun || true) # looked for under the same path on the other hosts
+    if [ "${flags[0]}" = --mpi ]; then options+=(--mpi-args="--prefix ${mpirun%/bin/mpirun}"); fi
+fi
 exec horovodrun -np "$workers" "${flags[@]}" "${options[@]}" \
     "$python" -m disttrain train "$config" engine=horovod "${overrides[@]}"

@@ -12,8 +12,9 @@ need mpirun "pip install 'disttrain[mpi]', or load your cluster's MPI module"
 check "$workers" "$config" engine=mpi "${overrides[@]}"
 
 if mpirun --version 2>&1 | grep -q 'Open MPI\|OpenRTE'; then
-    # Binding would squeeze the threads of a worker onto one core.
-    launcher=(mpirun -n "$workers" --bind-to none --map-by slot --tag-output)
+    # By its whole path, Open MPI looks for itself under the same path on the other hosts. Binding would squeeze the threads
+    # of a worker onto one core.
+    launcher=("$(command -v mpirun)" -n "$workers" --bind-to none --map-by slot)
     if [ -n "$hosts" ]; then launcher+=(-H "$hosts"); else launcher+=(--oversubscribe); fi
     for name in "${forwarded[@]}"; do
         if [ -n "${!name:-}" ]; then launcher+=(-x "$name"); fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -12,15 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.lab.hosts import Hosts, hosts, why_not
 from tests.support.workers import BIN, ROOT, kill_tree, run, worker_environment
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 CONFIG = """
 task: {name: digits}
@@ -44,11 +46,18 @@ LAUNCHERS: dict[str, tuple[list[str], list[str], str]] = {
     "mpi": (["mpi.sh", "-n", "2"], ["mpi4py", "mpirun"], "mpi"),
     "mpi-horovod": (["mpi.sh", "-n", "2", "engine=horovod"], ["horovod", "mpirun"], "horovod"),
 }
+OVER_HOSTS: dict[str, tuple[list[str], list[str], str]] = {
+    "torchrun-hosts": (["torchrun.sh", "-H", "h1:1,h2:1"], [], "torch"),
+    "horovod-gloo-hosts": (["horovod.sh", "-H", "h1:1,h2:1"], ["horovod", "horovodrun"], "horovod"),
+    "horovod-mpi-hosts": (["horovod.sh", "-H", "h1:1,h2:1", "--mpi"], ["horovod", "mpirun"], "horovod"),
+    "mpi-hosts": (["mpi.sh", "-H", "h1:1,h2:1"], ["mpi4py", "mpirun"], "mpi"),
+}
 launchers = pytest.mark.parametrize("launcher", LAUNCHERS)
+over_hosts = pytest.mark.parametrize("launcher", OVER_HOSTS)
 
 
 def command(launcher: str, config: Path, *overrides: str) -> list[str]:
-    (script, *arguments), needed, _ = LAUNCHERS[launcher]
+    (script, *arguments), needed, _ = (LAUNCHERS | OVER_HOSTS)[launcher]
     for name in needed:
         there = shutil.which(name, path=f"{BIN}:{os.environ['PATH']}") or importlib.util.find_spec(name.split(".")[0])
         if not there:
@@ -81,7 +90,7 @@ def losses_of_one_process(directory: Path) -> list[float]:
 def test_two_workers_train_as_one_process_does(launcher, config, tmp_path, tmp_path_factory):
     expected = losses_of_one_process(tmp_path_factory.getbasetemp())
     arguments = command(launcher, config, "name=two", f"output={tmp_path}")
-    done = run(arguments, timeout=150, cwd=tmp_path)  # from any directory
+    done = run(arguments, timeout=350, cwd=tmp_path)  # from any directory
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (summary["engine"], summary["world_size"], summary["steps"]) == (LAUNCHERS[launcher][2], 2, 50)
@@ -89,34 +98,41 @@ def test_two_workers_train_as_one_process_does(launcher, config, tmp_path, tmp_p
 
 
 class Running:
-    """A launch in the middle of a long run; ``leftovers`` are the processes of it that still live."""
+    """A launch in the middle of a long run. Its processes are known by the output directory in their command lines."""
 
     def __init__(self, arguments: list[str], directory: Path) -> None:
-        self.output = directory / "output"
+        self.directory, self.output = directory, directory / "output"
         with self.output.open("w") as stream:
             options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "start_new_session": True}
             self.launcher = subprocess.Popen(arguments, cwd=directory, env=worker_environment(), **options)
-        self.tree: set[psutil.Process] = set()
-        metrics = directory / "long" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+
+    def wait_for_steps(self) -> None:
+        metrics = self.directory / "long" / "metrics.jsonl"
+        deadline = time.monotonic() + 240
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
             assert self.launcher.poll() is None, self.text
             assert time.monotonic() < deadline, f"no step was made\n{self.text}"
             time.sleep(0.1)
-        self.tree.update(psutil.Process(self.launcher.pid).children(recursive=True))
 
     @property
     def text(self) -> str:
         return self.output.read_text()
 
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if f"output={self.directory}" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def worker(self, rank: int) -> psutil.Process:
         names = ("HOROVOD_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
-        for process in self.tree:
-            if "train" in process.cmdline() and "disttrain" in process.cmdline():
-                environ = process.environ()
-                if str(rank) in [environ[name] for name in names if name in environ][:1]:
-                    return process
-        raise AssertionError(f"no worker of rank {rank} among {self.tree}")
+        for process in self.processes():
+            environ = process.environ()
+            if [environ[name] for name in names if name in environ][:1] == [str(rank)]:
+                return process
+        raise AssertionError(f"no worker of rank {rank}\n{self.text}")
 
     def wait(self, timeout: float) -> int:
         try:
@@ -125,23 +141,23 @@ class Running:
             pytest.fail(f"still running after {timeout} s\n{self.text}")
 
     def leftovers(self) -> list[psutil.Process]:
-        _, alive = psutil.wait_procs(self.tree, timeout=10)
-        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return psutil.wait_procs(self.processes(), timeout=10)[1]
 
 
 @pytest.fixture
-def start_long_run(config, tmp_path) -> Iterator:
+def start_long_run(config, tmp_path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def start(launcher: str) -> Running:
+    def start(launcher: str, lab: Hosts | None = None) -> Running:
         arguments = command(launcher, config, "name=long", f"output={tmp_path}", "max_steps=1000000")
-        started.append(Running(arguments, tmp_path))
+        started.append(Running(lab.command(*arguments) if lab else arguments, tmp_path))
+        started[-1].wait_for_steps()
         return started[-1]
 
     yield start
     for running in started:
         kill_tree(running.launcher.pid)
-        for process in running.leftovers():
+        for process in running.processes():
             process.kill()
 
 
@@ -164,6 +180,33 @@ def test_interrupted_launcher_leaves_no_orphan(launcher, number, start_long_run)
         os.killpg(running.launcher.pid, number)
     else:
         running.launcher.send_signal(number)
+    assert running.wait(60) != 0
+    assert running.leftovers() == []
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Hosts]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with hosts() as lab:
+        yield lab
+
+
+@over_hosts
+def test_two_hosts_train_as_one_process_does(launcher, lab, config, tmp_path, tmp_path_factory):
+    expected = losses_of_one_process(tmp_path_factory.getbasetemp())
+    done = run(lab.command(*command(launcher, config, "name=two", f"output={tmp_path}")), timeout=350, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)
+
+
+@over_hosts
+def test_interrupted_launcher_leaves_no_orphan_on_either_host(launcher, lab, start_long_run):
+    running = start_long_run(launcher, lab)
+    hostnames = {running.worker(rank).environ().get("SSH_CONNECTION", "here") for rank in range(2)}
+    assert len(hostnames) == 2
+    running.launcher.terminate()
     assert running.wait(60) != 0
     assert running.leftovers() == []
 

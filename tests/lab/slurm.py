@@ -33,7 +33,8 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={scratch}/munge/socket
+# A requeued job waits until its old credentials have expired.
+AuthInfo=socket={scratch}/munge/socket,cred_expire=10
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
