@@ -72,7 +72,10 @@ class Config(Section):
     batch_size: int = Field(
         default=64, ge=1, description="samples an optimizer step, over all workers and accumulation steps together"
     )
-    drop_last: bool = Field(default=False, description="leave out the last step of an epoch if it has fewer samples")
+    drop_last: bool = Field(
+        default=False,
+        description="leave out the last step of an epoch if it has fewer samples (batch normalisation fails on one)",
+    )
     accumulation: int = Field(default=1, ge=1, description="backward passes an optimizer step")
     epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(

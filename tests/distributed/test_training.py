@@ -1,0 +1,91 @@
+"""Whole runs by real workers: what virtual ranks, which share one random generator, cannot show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support.workers import LAUNCHERS, run, unavailable, worker_environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+CONFIG = """
+name: run
+task: {name: "tests.support.tiny_task:Tiny", dropout: 0.3, batch_norm: true, num_samples: 52}
+batch_size: 12
+drop_last: true
+accumulation: 2
+max_steps: 12
+optimizer: {name: adamw, lr: 0.01}
+schedule: {name: cosine, warmup_steps: 3}
+compressor: {name: topk, ratio: 0.1, min_numel: 1}
+checkpoint: {every_epochs: null, every_steps: 3}
+evaluation: {every_epochs: 1}
+log_every: 1
+"""
+
+
+def train(output: Path, launcher: str, num_workers: int, *overrides: str) -> Any:
+    config = output / "config.yaml"
+    config.write_text(CONFIG)
+    command = [*LAUNCHERS[launcher][0](num_workers), "-m", "disttrain", "train", str(config), f"output={output}"]
+    overrides = (*overrides, f"engine={LAUNCHERS[launcher][1]}")
+    return run([*command, *overrides], timeout=120, env=worker_environment(), cwd=output)
+
+
+@pytest.mark.parametrize("launcher", ["torch", "mpi"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, launcher: str) -> None:
+    if reason := unavailable(launcher):
+        pytest.skip(reason)
+    results = []
+    for name in ("whole", "killed"):
+        output = tmp_path / name
+        output.mkdir()
+        if name == "killed":  # both workers in the same step, the second of an epoch; 2 passes a step
+            died = train(output, launcher, 2, "task.die_at=14")
+            assert died.returncode != 0
+            assert not (output / "run/summary.json").exists()
+            assert [path.name for path in (output / "run/checkpoints").glob("step*")] != []
+        done = train(output, launcher, 2, "resume=auto")
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads((output / "run/summary.json").read_text())
+        model = load_file(output / "run/checkpoints/step-00000012/model.safetensors")
+        results.append((summary, model))
+    (whole, expected), (resumed, model) = results
+    for name, value in expected.items():
+        assert model[name].equal(value), name
+    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["wire"] == whole["wire"]
+    assert (whole["world_size"], whole["engine"]) == (2, LAUNCHERS[launcher][1])
+    records = [json.loads(line) for line in (tmp_path / "killed/run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 13))
+
+
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    assert train(tmp_path, "torch", 3, "max_steps=6").returncode == 0
+    done = train(tmp_path, "torch", 2, "resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert "every rank gets the mean of the saved residuals" in " ".join(done.stdout.split())
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["steps"], summary["world_size"]) == (12, 2)
+
+
+def test_a_mistake_that_one_rank_finds_is_reported_by_all(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom disttrain import UserError\nfrom tests.support.tiny_task import Tiny\n"
+        "class Mine(Tiny):\n"
+        "    def train_data(self):\n"
+        "        if os.environ['RANK'] == '1':\n"
+        "            raise UserError('the data is missing here')\n"
+        "        return super().train_data()\n"
+    )
+    done = train(tmp_path, "torch", 2, "task.name=mine:Mine")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: the data is missing here (on rank 1, host ")
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
