@@ -1,0 +1,62 @@
+# `make train` and `make test` start from nothing but Python >= 3.10, a C++ compiler and make. All else goes into .venv.
+PYTHON ?= python3
+CONFIG ?= configs/digits.yaml
+WORKERS ?= 2
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# As after `. .venv/bin/activate`: another active environment must not be taken for this one.
+ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch) .ci/run
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test lint types shellcheck format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); ARGS="optimizer.lr=0.1 ..." overrides settings
+	$(ACTIVE) launch/local.sh $(CONFIG) -n $(WORKERS) $(ARGS)
+
+test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
+	$(ACTIVE) python -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## ruff: errors, style, formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test ## mypy, strict
+	$(VENV)/bin/mypy
+
+shellcheck: $(VENV)/.test ## the scripts
+	$(VENV)/bin/shellcheck $(SCRIPTS)
+
+format: $(VENV)/.test ## format the code, fix what ruff can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove .venv and every cache of the tools; runs/ and the Horovod wheel stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: there is no $(PYTHON): install Python >= 3.10, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, and 3.10 or later is needed: make PYTHON=/path/to/python" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# An empty file stands for each thing installed, so that a second make starts at once.
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(PIP) install --constraint constraints.txt --editable '.[mpi,dev]'
+	@touch $@ $(VENV)/.train
+
+$(VENV)/.horovod: launch/install-horovod.sh $(VENV)/.test
+	launch/install-horovod.sh --python $(VENV)/bin/python
+	@touch $@
