@@ -64,6 +64,9 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     engine: Literal["auto", "single", "torch", "horovod", "mpi"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: float = Field(
+        default=300.0, gt=0, description="seconds that torch.distributed waits for the others, to start and later"
+    )
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and floating-point inputs")
     deterministic: bool = Field(default=True, description="prefer algorithms that give the same bits in every run")
     task: Annotated[Task, BeforeValidator(tasks.registry.build)] = Field(

@@ -37,6 +37,7 @@ class Recorder:
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
         self._last_line = time.monotonic()
+        self._shown = {"train": "", "evaluation": ""}  # beside the bar: the newest of both
         self._progress: Progress | None = None
         if console.is_terminal:
             columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
@@ -53,17 +54,14 @@ class Recorder:
         """Note what a training step showed."""
         self._note("train", step, record)
         text = f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} samples/s"
-        if self._progress is not None:
-            self._progress.update(self._bar, description=text)
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._line(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {text}")
+        is_line_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
+        self._show("train", text, step, record["epoch"], is_line_due)
 
     def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
         """Note what an evaluation gave."""
         self._note("evaluation", step, record)
-        if self._progress is None:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
-            self._line(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  held-out {metrics}")
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
+        self._show("evaluation", f"held-out {metrics}", step, record["epoch"], is_line_due=True)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and show the table."""
@@ -87,9 +85,13 @@ class Recorder:
         for name, value in record.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
-    def _line(self, text: str) -> None:
-        self._last_line = time.monotonic()
-        print(text, file=self._console.file, flush=True)
+    def _show(self, kind: str, text: str, step: int, epoch: float, is_line_due: bool) -> None:
+        if self._progress is not None:
+            self._shown[kind] = text
+            self._progress.update(self._bar, description="  ".join(filter(None, self._shown.values())))
+        elif is_line_due:
+            self._last_line = time.monotonic()
+            print(f"step {step}/{self._num_steps}  epoch {epoch:.2f}  {text}", file=self._console.file, flush=True)
 
 
 class Silent:

@@ -281,3 +281,9 @@ def test_what_does_not_fit_the_workers_or_the_data_is_refused(
     config = make_config(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         simulate(2, lambda comm: train(config, comm))
+
+
+def test_loading_in_processes_of_their_own_changes_nothing(tmp_path: Path) -> None:
+    _, expected = train(make_config(tmp_path / "alone", max_steps=4), SingleProcess())
+    _, model = train(make_config(tmp_path / "loaders", max_steps=4, loader_workers=2), SingleProcess())
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
