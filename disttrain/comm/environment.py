@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from disttrain.errors import UserError
 
@@ -129,6 +129,12 @@ def _in_srun_step(environ: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
 
 
+def _by_horovodrun(environ: Mapping[str, str]) -> bool:
+    # `horovodrun --mpi` sets no variable of its own, but gives mpirun these flags, all of them.
+    flags = {"orte_tag_output": "1", "pml": "ob1", "btl": "^openib", "rmaps_base_mapping_policy": "slot"}
+    return all(environ.get(f"OMPI_MCA_{name}") == value for name, value in flags.items())
+
+
 def _srun_row(name: str, engine: str, variable: str) -> Launcher:
     return Launcher(
         name=name,
@@ -141,6 +147,15 @@ def _srun_row(name: str, engine: str, variable: str) -> Launcher:
         when=lambda environ: variable in environ and _in_srun_step(environ),
     )
 
+
+_OPEN_MPI = Launcher(
+    name="mpirun (Open MPI)",
+    engine="mpi",
+    rank="OMPI_COMM_WORLD_RANK",
+    world_size=("OMPI_COMM_WORLD_SIZE",),
+    local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+    local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
+)
 
 # The order decides where one launcher starts another: the inner one's variables are the ones to believe. Slurm comes
 # last, as mpirun, horovodrun and torchrun all run inside its jobs and inherit its variables.
@@ -163,14 +178,8 @@ LAUNCHERS = (
         local_size="LOCAL_WORLD_SIZE",
         num_hosts=("GROUP_WORLD_SIZE",),
     ),
-    Launcher(
-        name="mpirun (Open MPI)",
-        engine="mpi",
-        rank="OMPI_COMM_WORLD_RANK",
-        world_size=("OMPI_COMM_WORLD_SIZE",),
-        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
-        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    replace(_OPEN_MPI, name="horovodrun --mpi", engine="horovod", when=_by_horovodrun),
+    _OPEN_MPI,
     Launcher(
         name="mpiexec (MPICH)",
         engine="mpi",

@@ -38,6 +38,16 @@ OPEN_MPI = {
     "PMIX_NAMESPACE": "2005008385",
     "PMIX_RANK": "1",
 }
+HOROVODRUN_MPI = {
+    **OPEN_MPI,
+    "NCCL_SOCKET_IFNAME": "lo",
+    "OMPI_MCA_btl": "^openib",
+    "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_orte_tag_output": "1",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_rmaps_base_mapping_policy": "slot",
+}
 MPICH = {"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "9", "PMI_RANK": "1", "PMI_SIZE": "2"}
 SBATCH_BODY = {
     "SLURM_GTIDS": "0",
@@ -85,6 +95,7 @@ RECORDED = {
     "torchrun": (TORCHRUN, Environment("torchrun", "torch", 2, 4, 0, 2, 2, "node-a", 41257)),
     "horovodrun": (HOROVODRUN, Environment("horovodrun", "horovod", 3, 4, 1, 2, 2)),
     "openmpi": (OPEN_MPI, Environment("mpirun (Open MPI)", "mpi", 1, 2, 1, 2, 1, *LOCAL)),
+    "horovodrun-mpi": (HOROVODRUN_MPI, Environment("horovodrun --mpi", "horovod", 1, 2, 1, 2, 1, *LOCAL)),
     "mpich": (MPICH, Environment("mpiexec (MPICH)", "mpi", 1, 2, 1, 2, 1, *LOCAL)),
     "sbatch": (SBATCH_BODY, Environment("none", "single", 0, 1, 0, 1, 1)),
     "srun": (SRUN, Environment("srun", "torch", 2, 3, 0, 1, 2, "n1", SLURM_PORT)),
