@@ -50,14 +50,15 @@ parse_arguments() {
             python=$(command -v python || command -v python3 || true)
         fi
     fi
-    python=$(command -v "$python" || true)
-    [ -n "$python" ] || fail "no such Python: '${PYTHON:-}'. Run 'make train' first, or give --python"
+    [ -n "$python" ] || fail "no Python found: give --python"
+    local asked=$python
+    python=$("$asked" -c 'import sys; print(sys.executable)') || fail "'$asked' is no Python that runs" # its full path
 }
 
 # Prints what the build depends on, a line each. It imports torch, which takes seconds, hence once.
 facts() {
     "$python" - <<'PYTHON'
-import importlib.util, os, pathlib, shutil, sys, sysconfig
+import importlib.util, os, pathlib, re, shutil, sys, sysconfig
 
 def fail(message):
     sys.exit(f"error: {message}")
@@ -75,13 +76,16 @@ if torch.version.cuda:
     home = home or (str(pathlib.Path(nvcc).resolve().parent.parent) if nvcc else "/usr/local/cuda")
     if os.access(f"{home}/bin/nvcc", os.X_OK):
         cuda = home
-    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    packages = pathlib.Path(torch.__file__).parent.parent
     for place in filter(None, [os.environ.get("HOROVOD_NCCL_HOME"), packages / "nvidia/nccl", home, "/usr"]):
-        if pathlib.Path(place, "include/nccl.h").exists():
+        if cuda and pathlib.Path(place, "include/nccl.h").exists():
             nccl = str(place)
             break
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")  # bytes; a compiler takes up to 2 GB on torch's headers
+try:
+    memory = int(re.search(r"MemAvailable: *(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1])
+except (OSError, TypeError):
+    memory = cores << 21
 print(torch.__version__)
 print(f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}")
 print(sysconfig.get_path("scripts"))
@@ -89,7 +93,7 @@ print(sysconfig.get_path("include"))
 print(torch.version.cuda or "")
 print(cuda)
 print(nccl)
-print(max(1, min(cores, memory // 2**31)))
+print(max(1, min(cores, memory >> 21)))  # jobs: a compiler takes up to 2 GB over torch's headers
 PYTHON
 }
 
@@ -109,7 +113,7 @@ find_mpi() {
         hash -r
     fi
     mpi_facts=$(mpirun --version 2>/dev/null || true)
-    mpi_facts=${mpi_facts%%$'\n'*}
+    mpi_facts=${mpi_facts%%$'\n'*} # its first line: name and version
     # The wheel finds the environment's own wherever that lies, and any other by its path.
     [ "$(command -v mpicxx)" = "$bin/mpicxx" ] || mpi_facts+=" at $(command -v mpicxx)"
 }
@@ -161,7 +165,8 @@ mend() {
     edit horovod/torch/CMakeLists.txt 's/(set\(CMAKE_CXX_STANDARD) 14\)/\1 17)/'
     edit horovod/common/ops/cuda/CMakeLists.txt 's/(set\(CMAKE_CUDA_STANDARD) 11\)/\1 17)/'
     # Python 3.12 dropped distutils. horovodrun imports js_run whatever it is to start.
-    edit horovod/torch/CMakeLists.txt 's/from distutils.sysconfig import get_python_inc; print\(get_python_inc\(\)\)/import sysconfig; print(sysconfig.get_path('"'include'"'))/'
+    edit horovod/torch/CMakeLists.txt \
+        "s/from distutils.sysconfig import get_python_inc; print\(get_python_inc\(\)\)/import sysconfig; print(sysconfig.get_path('include'))/"
     edit horovod/runner/js_run.py 's/from distutils.spawn import find_executable/from shutil import which as find_executable/'
     # CMake 4 refuses projects that ask for less than 3.5.
     edit third_party/gloo/CMakeLists.txt 's/(cmake_minimum_required\(VERSION) 2.8.12/\1 3.13/'
@@ -212,7 +217,8 @@ build() {
 check() {
     local name=$1 output
     shift
-    if ! output=$(cd "$work" && timeout 180 "$@" "$python" "$work/check.py" 2>&1) || [ "$(grep -c 'all-reduce is right' <<<"$output")" != 2 ]; then
+    if ! output=$(cd "$work" && timeout 180 "$@" "$python" "$work/check.py" 2>&1) ||
+        [ "$(grep -c 'all-reduce is right' <<<"$output")" != 2 ]; then
         echo "$output" | tail -40 >&2
         fail "Horovod is installed, but two processes under '$name' could not all-reduce (above)"
     fi
@@ -254,9 +260,9 @@ known=$(facts)
 } <<<"$known"
 export PATH="$bin:$PATH"
 find_mpi
-build_facts="torch $torch_version, $tag, MPI $mpi_facts, CUDA ${cuda_version:-none} ${cuda_home:+at $cuda_home}, NCCL ${nccl_home:-none}"
-key=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read() + sys.argv[2].encode()).hexdigest()[:12])' \
-    "${BASH_SOURCE[0]}" "$build_facts")
+build_facts="torch $torch_version, $tag, MPI: $mpi_facts, CUDA: ${cuda_home:-none}, NCCL: ${nccl_home:-none}"
+key=$("$python" -c 'import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read() + sys.argv[2].encode()).hexdigest()[:12])' "$0" "$build_facts")
 directory=$cache/torch-$torch_version-$tag-$key
 log=$directory/build.log
 mkdir -p "$directory"
@@ -292,4 +298,5 @@ pip install --quiet --force-reinstall --no-deps "${wheels[0]}"
 # shellcheck disable=SC2046
 pip install --quiet $(constraints) cffi cloudpickle packaging psutil pyyaml # what its metadata asks for
 check_install
-say "done: Horovod $version ($build_facts). Its horovodrun is in $bin"
+say "done: Horovod $version ($build_facts)"
+say "horovodrun is in $bin: have that on PATH, as horovodrun itself looks for mpirun there"
