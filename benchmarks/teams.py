@@ -123,6 +123,7 @@ class Team:
         python = Path(sys.executable)
         environment = {
             "OMP_NUM_THREADS": str(self.num_threads),
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(ORDER_SECONDS)),  # a frozen team's clocks go on
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             **self.environment,
         }
