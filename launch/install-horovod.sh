@@ -58,7 +58,7 @@ parse_arguments() {
 # Prints what the build depends on, a line each. It imports torch, which takes seconds, hence once.
 facts() {
     "$python" - <<'PYTHON'
-import importlib.util, os, pathlib, re, shutil, sys, sysconfig
+import importlib.util, os, pathlib, re, shutil, subprocess, sys, sysconfig
 
 def fail(message):
     sys.exit(f"error: {message}")
@@ -75,7 +75,9 @@ if torch.version.cuda:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     home = home or (str(pathlib.Path(nvcc).resolve().parent.parent) if nvcc else "/usr/local/cuda")
     if os.access(f"{home}/bin/nvcc", os.X_OK):
-        cuda = home
+        answer = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)", answer)
+        cuda = home if release and release[1] == torch.version.cuda.split(".")[0] else ""
     packages = pathlib.Path(torch.__file__).parent.parent
     for place in filter(None, [os.environ.get("HOROVOD_NCCL_HOME"), packages / "nvidia/nccl", home, "/usr"]):
         if cuda and pathlib.Path(place, "include/nccl.h").exists():
@@ -164,6 +166,8 @@ mend() {
     edit CMakeLists.txt 's/(set\(CMAKE_CXX_STANDARD) 14\)/\1 17)/'
     edit horovod/torch/CMakeLists.txt 's/(set\(CMAKE_CXX_STANDARD) 14\)/\1 17)/'
     edit horovod/common/ops/cuda/CMakeLists.txt 's/(set\(CMAKE_CUDA_STANDARD) 11\)/\1 17)/'
+    # Without a fitting nvcc, build for CPU tensors, whatever folder is called cuda.
+    [ -n "$cuda_home" ] || edit cmake/Modules/FindPytorch.cmake 's/\(torch.version.cuda is not None\)/False/'
     # Python 3.12 dropped distutils. horovodrun imports js_run whatever it is to start.
     edit horovod/torch/CMakeLists.txt \
         "s/from distutils.sysconfig import get_python_inc; print\(get_python_inc\(\)\)/import sysconfig; print(sysconfig.get_path('include'))/"
@@ -274,7 +278,7 @@ trap 'rm -rf "$work"' EXIT
 wheels=("$directory"/horovod-*.whl)
 if [ ! -f "${wheels[0]}" ]; then
     if [ -n "$cuda_version" ] && [ -z "$cuda_home" ]; then
-        say "torch has CUDA $cuda_version but there is no nvcc: this build will be for CPU tensors (set CUDA_HOME for GPUs)"
+        say "torch has CUDA $cuda_version, but no nvcc of that CUDA was found: this build is for CPU tensors (CUDA_HOME says where)"
     fi
     SECONDS=0
     check_compiler
