@@ -23,5 +23,18 @@ if [ -n "$hosts" ]; then
     mpirun=$(command -v mpirun || true) # looked for under the same path on the other hosts
     if [ "${flags[0]}" = --mpi ]; then options+=(--mpi-args="--prefix ${mpirun%/bin/mpirun}"); fi
 fi
-exec horovodrun -np "$workers" "${flags[@]}" "${options[@]}" \
-    "$python" -m disttrain train "$config" engine=horovod "${overrides[@]}"
+command=(horovodrun -np "$workers" "${flags[@]}" "${options[@]}"
+    "$python" -m disttrain train "$config" engine=horovod "${overrides[@]}")
+[ "${flags[0]}" = --mpi ] || exec "${command[@]}"
+
+# With --mpi, horovodrun becomes a shell that waits for mpirun and passes no signal on: signal its whole process group.
+set -m
+"${command[@]}" </dev/null &
+group=$!
+trap 'kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
+code=0
+wait "$group" || code=$?
+while kill -0 "$group" 2>/dev/null; do # a signal ends `wait` early
+    wait "$group" || code=$?
+done
+exit "$code"
