@@ -14,8 +14,8 @@ from disttrain.comm.base import Communicator, EngineOp, Pending, Work
 from disttrain.comm.environment import Environment
 from disttrain.errors import UserError
 
-# The reducer hands over whole buckets: fusing them again would only copy them once more. Over MPI that still pays, since
-# Open MPI takes several all-reduces of a bucket much longer than one of their sum.
+# The reducer hands over whole buckets: fusing them again would only copy them once more. Over MPI it still pays, as one
+# large all-reduce of Open MPI's takes less time than several of its parts.
 _FUSION_OVER_GLOO = "0"
 # How often to look whether a collective is done. ``hvd.synchronize`` alone spins, which takes the processor from
 # Horovod's own thread and from backward.
