@@ -1,10 +1,28 @@
 """Distributed data-parallel training for PyTorch with pluggable gradient compression."""
 
-from disttrain import compression
-from disttrain.comm import init
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from disttrain.errors import PeerLostError, UserError
-from disttrain.optim.distributed import DistributedOptimizer
+
+if TYPE_CHECKING:
+    from disttrain import compression
+    from disttrain.comm import init
+    from disttrain.optim.distributed import DistributedOptimizer
 
 __version__ = "0.1.0"
 
 __all__ = ["DistributedOptimizer", "PeerLostError", "UserError", "__version__", "compression", "init"]
+
+# Imported when they are asked for, so that `disttrain --help` need not wait for torch.
+_HOMES = {"DistributedOptimizer": "disttrain.optim.distributed", "init": "disttrain.comm"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compression":
+        return importlib.import_module("disttrain.compression")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'disttrain' has no attribute {name!r}")
