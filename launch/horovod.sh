@@ -31,6 +31,7 @@ command=(horovodrun -np "$workers" "${flags[@]}" "${options[@]}"
 set -m
 "${command[@]}" </dev/null &
 group=$!
+set +m
 trap 'kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
 code=0
 wait "$group" || code=$?

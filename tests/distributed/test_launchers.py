@@ -255,7 +255,7 @@ def test_missing_launcher_comes_with_what_installs_it(script, program, config, t
 
 def test_host_file_and_options_reach_the_launcher(config, tmp_path):
     """A stand-in for mpirun shows what it is started with."""
-    (tmp_path / "mpirun").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4" || echo "$@"\n')
+    (tmp_path / "mpirun").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4" || echo "mpirun $*"\n')
     (tmp_path / "mpirun").chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("# the lab\nnode-a slots=2\nnode-b:1\n\nnode-c   # one\n")
@@ -264,7 +264,7 @@ def test_host_file_and_options_reach_the_launcher(config, tmp_path):
     arguments = ["--hostfile", hosts, "seed=4", "--", "--mca", "btl", "tcp,self"]
     done = run([ROOT / "launch" / "mpi.sh", config, *arguments], timeout=60, env=environ)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("-n 4 ")
+    assert done.stdout.startswith("mpirun -n 4 ")
     assert " -H node-a:2,node-b:1,node-c " in done.stdout
     assert " -x GLOO_SOCKET_IFNAME " in done.stdout
     assert re.search(rf"--mca btl tcp,self \S+ -m disttrain train {config} engine=mpi seed=4\n", done.stdout)

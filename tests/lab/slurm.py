@@ -54,7 +54,7 @@ SchedulerParameters=sched_interval=1
 KillWait=5
 JobRequeue=1
 {nodes}
-PartitionName=lab Nodes=ALL Default=YES MaxTime=30 State=UP PreemptMode=REQUEUE
+PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP PreemptMode=REQUEUE
 """
 
 # Below the ephemeral range, so that no outgoing connection sits on a daemon's port.
