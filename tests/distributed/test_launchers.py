@@ -255,7 +255,8 @@ def test_missing_launcher_comes_with_what_installs_it(script, program, config, t
 
 def test_host_file_and_options_reach_the_launcher(config, tmp_path):
     """A stand-in for mpirun shows what it is started with."""
-    (tmp_path / "mpirun").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "mpirun (Open MPI) 4" || echo "mpirun $*"\n')
+    script = '[ "$1" = --version ] && echo "mpirun (Open MPI) 4" || echo "mpirun $*"'
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "mpirun").chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("# the lab\nnode-a slots=2\nnode-b:1\n\nnode-c   # one\n")
