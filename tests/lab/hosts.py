@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_PORT = 17022
+from tests.lab.ports import free_ports
 
 _ENTER = """
 hostname {name}
@@ -75,11 +75,11 @@ class Hosts:
 def hosts(count: int = 2) -> Iterator[Hosts]:
     names = tuple(f"h{index}" for index in range(1, count + 1))
     with tempfile.TemporaryDirectory(prefix="hosts-lab-") as directory, contextlib.ExitStack() as stack:
-        scratch = Path(directory)
+        scratch, port = Path(directory), free_ports(1)
         lines = [f"127.0.0.{index} {name}\n" for index, name in enumerate(names, 1)]
         (scratch / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        (scratch / "ssh_config").write_text(_CLIENT_CONFIG.format(port=_PORT, scratch=scratch))
-        (scratch / "sshd_config").write_text(_SERVER_CONFIG.format(port=_PORT, scratch=scratch))
+        (scratch / "ssh_config").write_text(_CLIENT_CONFIG.format(port=port, scratch=scratch))
+        (scratch / "sshd_config").write_text(_SERVER_CONFIG.format(port=port, scratch=scratch))
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(scratch / "key")]
         subprocess.run(keygen, check=True, timeout=30)
         for index, name in enumerate(names, 1):
@@ -90,7 +90,7 @@ def hosts(count: int = 2) -> Iterator[Hosts]:
                 daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             stack.callback(daemon.wait, 10)
             stack.callback(daemon.terminate)
-            _wait_for_port(values["address"], scratch / f"{name}.log")
+            _wait_for_port(str(values["address"]), port, scratch / f"{name}.log")
         yield Hosts(scratch, names)
 
 
@@ -98,10 +98,10 @@ def _sshd() -> str | None:
     return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin")  # sshd insists on its absolute path
 
 
-def _wait_for_port(address: object, log: Path) -> None:
+def _wait_for_port(address: str, port: int, log: Path) -> None:
     deadline = time.monotonic() + 20
     while True:
-        with contextlib.suppress(OSError), socket.create_connection((str(address), _PORT), timeout=5):
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
             return
         if time.monotonic() > deadline:
             raise TimeoutError(f"sshd did not start\n{log.read_text()}")

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.lab.ports import free_ports
+
 _NODE = """
 hostname {name}
 mount --bind {hosts} /etc/hosts
@@ -56,9 +58,6 @@ JobRequeue=1
 {nodes}
 PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP PreemptMode=REQUEUE
 """
-
-# Below the ephemeral range, so that no outgoing connection sits on a daemon's port.
-_FIRST_PORT = 17000
 
 
 def why_not() -> str | None:
@@ -116,7 +115,7 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(num_nodes: int = 2, cpus: int = 2, timeout: float = 30) -> Iterator[Cluster]:
     """Start munged, slurmctld and ``num_nodes`` slurmd; stop them, and the jobs still running, at the end."""
-    host = socket.gethostname()
+    host, port = socket.gethostname(), free_ports(num_nodes + 1)
     names = tuple(f"n{index}" for index in range(1, num_nodes + 1))
     with tempfile.TemporaryDirectory(prefix="slurm-lab-") as directory, contextlib.ExitStack() as stack:
         scratch = Path(directory)
@@ -128,10 +127,10 @@ def cluster(num_nodes: int = 2, cpus: int = 2, timeout: float = 30) -> Iterator[
         config.write_text(
             _CONFIG.format(
                 host=host,
-                port=_FIRST_PORT,
+                port=port,
                 scratch=scratch,
                 nodes="\n".join(
-                    f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={_FIRST_PORT + 1 + index} CPUs={cpus}"
+                    f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port + 1 + index} CPUs={cpus}"
                     for index, name in enumerate(names)
                 ),
             )
