@@ -8,7 +8,7 @@ import socket
 
 
 def free_ports(count: int, address: str = "") -> int:
-    """The first of ``count`` consecutive free ports, below the ephemeral range, where no outgoing connection takes one."""
+    """The first of ``count`` consecutive free ports, all below the range that outgoing connections take theirs from."""
     # Where to begin differs by process, so that labs started at the same time do not meet.
     begin = os.getpid() % 1000
     for attempt in range(1000):
