@@ -91,7 +91,7 @@ def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim,
     ("body", "reason"),
     [
         (GUARDED + "raise KeyError('no such thing')", "failed: KeyError: 'no such thing'"),
-        ("guard = Guard(comm)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
+        ("guard = Guard(comm, silence=1.5)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
         (GUARDED + "sys.exit(3)", "failed: it left with exit status 3 before the others were done"),
         (GUARDED + "raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
         (GUARDED + "raise ValueError('x' * 100_000)", "failed: ValueError: " + "x" * 488),
