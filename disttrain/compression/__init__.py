@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from disttrain.compression.base import REGISTRY, Bucket, Compressor, NewState, Program, State
-from disttrain.compression.codec import Codec, Payload
+from disttrain.compression.blockwise import Blockwise4, Blockwise8
+from disttrain.compression.codec import Codec, FusedCodec, Payload
 from disttrain.compression.dense import Dense
+from disttrain.compression.efsign import EFSign
 from disttrain.compression.powersgd import PowerSGD
 from disttrain.compression.qsgd import QSGD
 from disttrain.compression.topk import TopK
@@ -20,10 +22,14 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "QSGD",
+    "Blockwise4",
+    "Blockwise8",
     "Bucket",
     "Codec",
     "Compressor",
     "Dense",
+    "EFSign",
+    "FusedCodec",
     "NewState",
     "Payload",
     "PowerSGD",

@@ -10,7 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -60,10 +60,17 @@ class Bucket:
     def matrix_shapes(self) -> list[tuple[int, int]]:
         return [matrix_shape(shape) for shape in self.shapes]
 
+    def seed(self, seed: int, step: int, *, per_rank: bool) -> int:
+        """A 63-bit seed, another one each step and bucket; alike on all ranks unless ``per_rank``."""
+        return hashed_seed((seed, step, self.names[0], self.rank if per_rank else None))
+
     def generator(self, seed: int, step: int, *, per_rank: bool) -> torch.Generator:
-        """A private random generator, another one each step; alike on all ranks unless ``per_rank``."""
-        key = (seed, step, self.names[0], self.rank if per_rank else None)
-        return seeded_generator(self.device, key)
+        """A private random generator with that seed."""
+        return torch.Generator(self.device).manual_seed(self.seed(seed, step, per_rank=per_rank))
+
+    def part(self, start: int, end: int, label: str) -> Bucket:
+        """The stretch from ``start`` to ``end`` as a bucket of its own, of one 1-d parameter."""
+        return replace(self, names=(f"{self.names[0]}[{label}]",), shapes=((end - start,),))
 
 
 class StateTensor(NamedTuple):
@@ -84,6 +91,7 @@ class State:
     def __init__(self) -> None:
         self.step = 0
         self.tensors: dict[str, StateTensor] = {}
+        self._scratch: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool) -> None:
         """Declare a tensor. ``replicated``: equal on all ranks. Otherwise each rank has its own, whose mean counts."""
@@ -96,10 +104,23 @@ class State:
             raise AttributeError(f"no state tensor {name!r}; declared are {list(tensors)}")
         return tensors[name].tensor
 
+    def scratch(self, name: str) -> torch.Tensor:
+        """A tensor like the named one, contents undefined, for a program to write the new value into and return.
+
+        ``commit`` then swaps the two in place of copying.
+        """
+        if name not in self._scratch:
+            self._scratch[name] = torch.empty_like(self.tensors[name].tensor)
+        return self._scratch[name]
+
     def commit(self, new: Mapping[str, torch.Tensor]) -> None:
         """Take over the values that a program returned."""
         for name, value in new.items():
-            self.tensors[name].tensor.copy_(value.view(-1))
+            kept = self.tensors[name]
+            if value is self._scratch.get(name):
+                self.tensors[name], self._scratch[name] = kept._replace(tensor=value), kept.tensor
+            else:
+                kept.tensor.copy_(value.view(-1))
         self.step += 1
 
     def slices(self, names: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
@@ -161,7 +182,12 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def seeded_generator(device: torch.device, key: Sequence[object]) -> torch.Generator:
-    """A generator seeded by a hash of the key: the same on every host, run and Python version."""
+def hashed_seed(key: Sequence[object]) -> int:
+    """A hash of the key, 63 bits: the same on every host, run and Python version."""
     digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seeded_generator(device: torch.device, key: Sequence[object]) -> torch.Generator:
+    """A generator seeded by ``hashed_seed``."""
+    return torch.Generator(device).manual_seed(hashed_seed(key))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
 from disttrain.compression.base import Bucket, State
-from disttrain.compression.codec import Codec, Payload
+from disttrain.compression.codec import FusedCodec, Payload
+from disttrain.kernels import for_device
 
 
-class TopK(Codec):
+class TopK(FusedCodec):
     """Send the ``ratio`` of a bucket's entries that are largest in magnitude, as values and int32 indices.
 
     A contraction: ||x - C(x)||^2 <= (1 - k/d) ||x||^2. Biased, so error feedback is on by default.
@@ -17,17 +21,19 @@ class TopK(Codec):
     """
 
     name = "topk"
+    # The mean of W payloads has up to W k entries, of which a second encoding would keep k.
+    min_two_stage_world_size: ClassVar[int] = 32
 
     ratio: float = Field(default=0.01, gt=0, le=1, description="share of the entries that is sent each step")
 
-    def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
-        assert acc.numel() < 2**31, "indices are int32"
-        k = max(1, round(self.ratio * acc.numel()))
-        indices = acc.abs().topk(k, sorted=False).indices
-        values = acc[indices]
-        acc[indices] = 0
-        return {"values": values, "indices": indices.to(torch.int32)}
+    def encode_owed(
+        self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
+    ) -> Payload:
+        assert grad.numel() < 2**31, "indices are int32"
+        k = max(1, round(self.ratio * grad.numel()))
+        values, indices = for_device(grad.device).take_largest(grad, residual, rest, k)
+        return {"values": values, "indices": indices}
 
-    def decode_add(self, payload: Payload, out: torch.Tensor, bucket: Bucket) -> None:
-        # Indices within one payload are distinct, so the order of additions cannot matter on any device.
-        out.index_add_(0, payload["indices"].long(), payload["values"])
+    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
+        values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
+        for_device(out.device).sparse_mean(values, indices, out, add=add)

@@ -7,9 +7,9 @@ from typing import cast
 
 import torch
 
-from disttrain.collectives import Result
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Result
 from disttrain.comm.base import Work
-from disttrain.compression.base import NewState, Program
+from disttrain.compression.base import Bucket, Compressor, NewState, Program
 from disttrain.reduction.ledger import Ledger
 
 Outcome = tuple[torch.Tensor, NewState]
@@ -34,6 +34,27 @@ class Exchange:
             self._work = self._ledger.start(self._program.send(result))
         except StopIteration as stop:
             self._work, self.outcome = None, cast("Outcome", stop.value)
+
+
+def rehearse(compressor: Compressor, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
+    """Run a small program by hand, so that all kernels are compiled (or loaded) before the first training step."""
+    shape = (128, 128)
+    for size in {1, 2, world_size}:
+        bucket = Bucket(("rehearsal",), (shape,), dtype, device, 0, size)
+        state = compressor.init_state(bucket)
+        program = compressor.reduce(torch.zeros(bucket.numel, dtype=dtype, device=device), bucket, state)
+        result: Result | None = None
+        try:
+            while True:
+                match program.send(result):
+                    case AllReduce(tensor) | Broadcast(tensor):
+                        result = tensor
+                    case AllGather(tensor):
+                        result = list(torch.stack([tensor] * size))
+                    case AllToAll(chunks):
+                        result = list(torch.stack(chunks))
+        except StopIteration:
+            pass
 
 
 def finish(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Outcome]]:

@@ -21,7 +21,7 @@ from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.compression.base import Compressor
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
-from disttrain.reduction.exchange import Exchange, Outcome, finish
+from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Reducer:
         self.buckets = build_buckets(
             parameters, compressor, rank=comm.rank, world_size=comm.world_size, bucket_mb=bucket_mb
         )
+        for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in self.buckets}:
+            rehearse(*kind, comm.world_size)
         self.ledger = Ledger(comm)
         self._comm = comm
         self._slots = [slot for bucket in self.buckets for slot in bucket.slots]

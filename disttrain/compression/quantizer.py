@@ -1,0 +1,43 @@
+"""What codecs that send a few bits an entry and one scale a block have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from disttrain.compression.base import Bucket, State
+from disttrain.compression.codec import FusedCodec, Payload
+from disttrain.kernels import for_device
+
+
+class Quantizer(FusedCodec):
+    """Integer codes times max|x| / L, with L = 2^(bits-1) - 1 levels on either side, in blocks that share a scale.
+
+    Wire: bits/8 bytes an entry, and the size of a value a block.
+    """
+
+    rounds_at_random: ClassVar[bool] = False
+
+    block_size: int = Field(default=512, ge=16, multiple_of=16, description="entries that share one scale")
+    seed: int = Field(default=0, description="of the private random generators")
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        raise NotImplementedError
+
+    def encode_owed(
+        self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
+    ) -> Payload:
+        # Ranks must round independently, or their errors would add up instead of averaging out.
+        seed = bucket.seed(self.seed, state.step, per_rank=True) if self.rounds_at_random else None
+        kernels = for_device(grad.device)
+        codes, scales = kernels.quantize(grad, residual, rest, self.width, self.block_size, seed)
+        return {"scales": scales, "codes": codes}
+
+    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
+        codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
+        for_device(out.device).dequantize_mean(codes, scales, self.width, self.block_size, out, add=add)

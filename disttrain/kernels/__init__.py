@@ -1,0 +1,38 @@
+"""Fused loops over gradients: ``reference`` (torch) defines them, ``cpu`` (numba) and ``cuda`` (triton) run fast."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import torch
+
+from disttrain.kernels.reference import Kernels, num_blocks
+
+__all__ = ["Kernels", "for_device", "num_blocks"]
+
+_BACKENDS = {"cpu": ("cpu", "CpuKernels", "numba"), "cuda": ("cuda", "CudaKernels", "triton")}
+
+
+@functools.cache
+def _load(device_type: str) -> Kernels:
+    if device_type not in _BACKENDS:
+        return Kernels()
+    module, name, library = _BACKENDS[device_type]
+    try:
+        loaded = importlib.import_module(f"{__name__}.{module}")
+    except ImportError as error:
+        warnings.warn(
+            f"without {library} compression on {device_type} is several times slower ({error}): pip install {library}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Kernels()
+    kernels: Kernels = getattr(loaded, name)()
+    return kernels
+
+
+def for_device(device: torch.device) -> Kernels:
+    """The fastest kernels for tensors of that device."""
+    return _load(device.type)

@@ -1,0 +1,131 @@
+"""The kernels for CPUs, compiled by numba: one pass over memory each, one thread, without Python's lock.
+
+This file turns tensors into arrays and finds thresholds; the loops are in ``loops``. Compiled code is cached on disk,
+and the reducer rehearses each compressor before training, so that no step waits for the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from disttrain.kernels import loops
+from disttrain.kernels.reference import Kernels, Tensor, num_blocks, widths
+
+_MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
+_SAMPLES = 600  # sampled entries expected above the threshold: an error of about 4 %
+
+
+class CpuKernels(Kernels):
+    def add(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None) -> Tensor:
+        return super().add(grad, residual, rest)
+
+    def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        numel = grad.numel()
+        if numel < 4096 or 4 * k > numel:
+            return super().take_largest(grad, residual, rest, k)
+        total = torch.empty_like(grad) if rest is None else rest
+        capacity = 2 * k + 1024
+        found, magnitudes = np.empty(capacity, np.int32), np.empty(capacity, grad.numpy().dtype)
+        threshold = self._sampled_threshold(grad, residual, 1.25 * k / numel)
+        count = loops.collect(grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes)
+        if not k <= count <= capacity:
+            return super().take_largest(total, None, None if rest is None else total, k)
+        found, magnitudes = found[:count], np.abs(magnitudes[:count])
+        kth = np.partition(magnitudes, count - k)[count - k]
+        num_equal = k - np.count_nonzero(magnitudes > kth)
+        values, indices = torch.empty(k, dtype=grad.dtype), torch.empty(k, dtype=torch.int32)
+        loops.pick(total.numpy(), rest is not None, found, magnitudes, kth, num_equal, values.numpy(), indices.numpy())
+        return values, indices
+
+    def take_above(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, threshold: float, capacity: int
+    ) -> tuple[Tensor, Tensor, int]:
+        total = torch.empty_like(grad) if rest is None else rest
+        values, indices = torch.zeros(capacity, dtype=grad.dtype), torch.zeros(capacity, dtype=torch.int32)
+        bound = _positive(grad.numpy().dtype.type(threshold))
+        count = loops.collect(grad.numpy(), _array(residual), total.numpy(), bound, indices.numpy(), values.numpy())
+        if rest is not None:
+            loops.clear(total.numpy(), indices.numpy()[: min(count, capacity)])
+        return values, indices, count
+
+    def _sampled_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> Any:
+        """The magnitude that about that share of all entries exceeds, from runs of neighbours spread evenly."""
+        numel = grad.numel()
+        runs = max(1, min(numel, int(_SAMPLES / share)) // loops.RUN)
+        stride = numel // runs
+        sample = np.empty(runs * loops.RUN, grad.numpy().dtype)
+        loops.sample(grad.numpy(), _array(residual), stride, sample)
+        rank = min(sample.size - 1, int(sample.size * (1 - share)))
+        return np.partition(sample, rank)[rank]
+
+    def sparse_mean(
+        self, values: Sequence[Tensor], indices: Sequence[Tensor], out: Tensor, *, add: bool = False
+    ) -> None:
+        if not add:
+            out.zero_()
+        share = out.numpy().dtype.type(1.0 / len(values))
+        for part, places in zip(values, indices, strict=True):
+            loops.scatter(part.numpy(), places.numpy(), share, out.numpy())
+
+    def quantize(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, bits: int, block: int, seed: int | None
+    ) -> tuple[Tensor, Tensor]:
+        count = num_blocks(grad.numel(), block)
+        codes = torch.empty(count * block * bits // 8, dtype=torch.uint8)
+        scales = torch.empty(count, dtype=grad.dtype)
+        loops.quantize(
+            grad.numpy(), _array(residual), _array(rest), np.array(widths(bits)), block,
+            seed is not None, np.uint32((seed or 0) & 0xFFFFFFFF), _MAGIC[grad.dtype], codes.numpy(), scales.numpy(),
+        )  # fmt: skip
+        return codes, scales
+
+    def dequantize_mean(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        bits: int,
+        block: int,
+        out: Tensor,
+        *,
+        add: bool = False,
+    ) -> None:
+        loops.dequantize(_stack(codes), _stack(scales), np.array(widths(bits)), block, add, out.numpy())
+
+    def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+        count = num_blocks(grad.numel(), block)
+        bits = torch.empty(count * block // 8, dtype=torch.uint8)
+        scales = torch.empty(count, dtype=grad.dtype)
+        loops.sign(grad.numpy(), _array(residual), _array(rest), block, bits.numpy(), scales.numpy())
+        return bits, scales
+
+    def sign_mean(
+        self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        loops.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.numpy()
+
+
+def _positive(threshold: Any) -> Any:
+    """No zero may count as large enough."""
+    return max(threshold, np.finfo(threshold.dtype).smallest_subnormal)
+
+
+def _stack(parts: Sequence[Tensor]) -> Any:
+    """(parts, size), without a copy where they are the rows of one tensor, as gathered tensors are."""
+    first = parts[0]
+    step = (parts[1].data_ptr() - first.data_ptr()) // first.itemsize if len(parts) > 1 else first.numel()
+    is_regular = step >= first.numel() and all(
+        part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.data_ptr() - first.data_ptr() == index * step * first.itemsize
+        for index, part in enumerate(parts)
+    )
+    if is_regular:
+        return first.as_strided((len(parts), first.numel()), (step, 1)).numpy()
+    return torch.stack(list(parts)).numpy()

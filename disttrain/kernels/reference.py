@@ -1,0 +1,215 @@
+"""The kernels in plain torch: what each one means. Every other backend is tested against these.
+
+Vectors are contiguous, 1-d, float32 or float64. ``grad + residual`` is what a rank wants to send; an encoder leaves in
+``rest`` what the payload does not carry (the next residual), in the same pass where the backend can. ``residual`` may
+be None (nothing is owed), ``rest`` may be None (what is not sent is dropped) or one of the inputs.
+
+Codes of ``bits`` bits lie in planes: a block of n codes is cut into the widths whose sum is ``bits`` (3 = 2 + 1), and
+each width w is stored as n w / 8 bytes, whose byte i holds the codes i, i + n w / 8, ... from the low bits up. So both
+directions run over neighbouring memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Kernels:
+    """Every kernel; a backend overrides those that it has faster. Safe to call from several threads."""
+
+    def add(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None) -> Tensor:
+        """``grad + residual`` in ``rest``, or in a new tensor."""
+        if residual is None:
+            if rest is None:
+                return grad.clone()
+            return rest if rest.data_ptr() == grad.data_ptr() else rest.copy_(grad)
+        return torch.add(grad, residual, out=rest)
+
+    # Sparsification
+
+    def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """The k entries of largest magnitude: (values, int32 indices in rising order). Of equals the first ones."""
+        total = self.add(grad, residual, rest)
+        magnitude = total.abs().nan_to_num_(nan=math.inf)  # k entries even then: others count on the size
+        kth = magnitude.kthvalue(magnitude.numel() - k + 1).values
+        above = magnitude > kth
+        equal = magnitude == kth
+        chosen = above | (equal & (equal.cumsum(0) <= k - above.sum()))
+        return self.take_at(total, chosen.nonzero().view(-1).to(torch.int32), rest)
+
+    def take_above(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, threshold: float, capacity: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """The entries of at least that magnitude, zeros left out: (values, int32 indices in rising order, how many).
+
+        No more than the first ``capacity`` are taken; values and indices have that length and end in zeros.
+        """
+        total = self.add(grad, residual, rest)
+        magnitude = total.abs()
+        found = ((magnitude >= threshold) & (magnitude > 0)).nonzero().view(-1)
+        values, indices = self.take_at(total, found[:capacity].to(torch.int32), rest)
+        padding = capacity - values.numel()
+        if padding:
+            values, indices = (
+                torch.nn.functional.pad(values, (0, padding)),
+                torch.nn.functional.pad(indices, (0, padding)),
+            )
+        return values, indices, found.numel()
+
+    def take_at(self, total: Tensor, indices: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The entries at the given places of ``total`` (which is ``rest`` already, unless that is None)."""
+        places = indices.long()
+        values = total[places]
+        if rest is not None:
+            rest[places] = 0
+        return values, indices
+
+    def sparse_mean(
+        self, values: Sequence[Tensor], indices: Sequence[Tensor], out: Tensor, *, add: bool = False
+    ) -> None:
+        """The mean of several sparse vectors, each with its own (values, indices)."""
+        total = out if add else out.zero_()
+        share = 1.0 / len(values)
+        for part, places in zip(values, indices, strict=True):
+            # Places within one payload are distinct (but for the zeros at its end), so no order of additions matters.
+            total.index_add_(0, places.long(), part, alpha=share)
+
+    # Uniform quantization
+
+    def quantize(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, bits: int, block: int, seed: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes of 2 to 8 bits and one scale a block: (uint8 planes, scales).
+
+        With L = 2^(bits-1) - 1 levels on either side, scale = max |x| / L and the code is x / scale, rounded to
+        nearest, or up or down at random so that its mean is right within 2^-16 (``seed`` given). Blocks of denormal
+        numbers count as zeros.
+        """
+        total = self.add(grad, residual, rest)
+        blocks = _blocks(total, block)
+        levels = 2 ** (bits - 1) - 1
+        scales = blocks.abs().amax(1) / levels
+        scales = torch.where(scales >= torch.finfo(scales.dtype).tiny, scales, 0)
+        inverse = torch.where(scales > 0, 1 / scales, 0).unsqueeze(1)
+        codes = blocks * inverse
+        codes = codes.round() if seed is None else (codes + _noise(seed, blocks)).floor()
+        codes.clamp_(-levels, levels)
+        if rest is not None:
+            left = torch.addcmul(blocks, codes, scales.unsqueeze(1), value=-1)
+            rest.copy_(left.view(-1)[: rest.numel()])
+        return _to_planes((codes + levels).to(torch.uint8), bits), scales
+
+    def dequantize_mean(
+        self,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        bits: int,
+        block: int,
+        out: Tensor,
+        *,
+        add: bool = False,
+    ) -> None:
+        """The mean of what several ``quantize`` stand for."""
+        levels = 2 ** (bits - 1) - 1
+        total = torch.zeros(scales[0].numel(), block, dtype=out.dtype, device=out.device)
+        for packed, scale in zip(codes, scales, strict=True):
+            values = _from_planes(packed.view(scale.numel(), -1), bits).to(out.dtype).sub_(levels)
+            total += values * scale.unsqueeze(1)
+        _finish_mean(total, len(codes), out, add)
+
+    # One bit
+
+    def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
+        """One bit an entry (set: negative) and the mean magnitude of each block: (uint8 planes, scales)."""
+        total = self.add(grad, residual, rest)
+        blocks = _blocks(total, block)
+        sizes = torch.full((len(blocks),), block, dtype=blocks.dtype, device=blocks.device)
+        sizes[-1] = total.numel() - (len(blocks) - 1) * block
+        scales = blocks.abs().sum(1) / sizes
+        negative = blocks < 0
+        if rest is not None:
+            left = blocks - torch.where(negative, -scales.unsqueeze(1), scales.unsqueeze(1))
+            rest.copy_(left.view(-1)[: rest.numel()])
+        return _to_planes(negative.to(torch.uint8), 1), scales
+
+    def sign_mean(
+        self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        """The mean of what several ``sign`` stand for."""
+        total = torch.zeros(scales[0].numel(), block, dtype=out.dtype, device=out.device)
+        for packed, scale in zip(bits, scales, strict=True):
+            negative = _from_planes(packed.view(scale.numel(), -1), 1).bool()
+            total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
+        _finish_mean(total, len(bits), out, add)
+
+
+def num_blocks(numel: int, block: int) -> int:
+    return -(-numel // block)
+
+
+def _blocks(vector: Tensor, block: int) -> Tensor:
+    """(blocks, block), the last one filled up with zeros. A copy."""
+    blocks = vector.new_zeros(num_blocks(vector.numel(), block), block)
+    blocks.view(-1)[: vector.numel()] = vector
+    return blocks
+
+
+def _finish_mean(total: Tensor, count: int, out: Tensor, add: bool) -> None:
+    mean = total.div_(count).view(-1)[: out.numel()]
+    if add:
+        out.add_(mean)
+    else:
+        out.copy_(mean)
+
+
+def widths(bits: int) -> list[int]:
+    """The powers of two that add up to ``bits``, largest first."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def _to_planes(codes: Tensor, bits: int) -> Tensor:
+    """(blocks, n) codes, uint8 -> 1-d uint8 of blocks * n * bits / 8 bytes."""
+    count, size = codes.shape
+    parts, shift = [], 0
+    for width in widths(bits):
+        planes = (codes >> shift if shift else codes).bitwise_and(2**width - 1).view(count, 8 // width, -1)
+        part = planes[:, 0].clone()
+        for plane in range(1, 8 // width):
+            part |= planes[:, plane] << (plane * width)
+        assert part.shape[1] == size * width // 8
+        parts.append(part)
+        shift += width
+    return torch.cat(parts, dim=1).view(-1)
+
+
+def _from_planes(packed: Tensor, bits: int) -> Tensor:
+    """(blocks, n * bits / 8) bytes -> (blocks, n) codes, uint8."""
+    size = packed.shape[1] * 8 // bits
+    codes = torch.zeros(packed.shape[0], size, dtype=torch.uint8, device=packed.device)
+    shift = offset = 0
+    for width in widths(bits):
+        part = packed[:, offset : offset + size * width // 8]
+        planes = [(part >> (plane * width)) & (2**width - 1) for plane in range(8 // width)]
+        codes |= torch.cat(planes, dim=1) << shift
+        shift += width
+        offset += size * width // 8
+    return codes
+
+
+def _noise(seed: int, blocks: Tensor) -> Tensor:
+    """Multiples of 2^-16 in [0, 1), uniform: a hash of seed and place (MurmurHash3's last step), alike on all backends.
+
+    One hash serves two entries, half a block apart.
+    """
+    mask = 0xFFFFFFFF
+    x = torch.arange(blocks.numel() // 2, dtype=torch.int64, device=blocks.device)
+    x = (x * 0x9E3779B9 + seed) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    x = (x ^ (x >> 16)).view(len(blocks), -1)
+    return torch.cat([x & 0xFFFF, x >> 16], dim=1).to(blocks.dtype) * 2.0**-16
