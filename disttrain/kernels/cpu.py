@@ -107,6 +107,23 @@ class CpuKernels(Kernels):
     ) -> None:
         loops.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
 
+    def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
+        p = torch.empty(len(q), len(grad), dtype=q.dtype)
+        loops.project(grad.numpy(), _array(residual), total.numpy(), q.numpy(), p.numpy())
+        return p
+
+    def project_back(self, total: Tensor, p: Tensor) -> Tensor:
+        q = torch.zeros(len(p), total.shape[1], dtype=p.dtype)
+        loops.project_back(total.numpy(), p.numpy(), q.numpy())
+        return q
+
+    def low_rank_rest(self, total: Tensor, p: Tensor, own: Tensor, mean: Tensor, out: Tensor) -> None:
+        if len(p) > 4:  # a matrix product proper, at which torch is better
+            super().low_rank_rest(total, p, own, mean, out)
+            return
+        p, own, mean = (torch.nn.functional.pad(factor, (0, 0, 0, 4 - len(factor))) for factor in (p, own, mean))
+        loops.low_rank_rest(total.numpy(), p.numpy(), own.numpy(), mean.numpy(), out.numpy())
+
 
 def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.numpy()

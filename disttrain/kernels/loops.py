@@ -298,3 +298,60 @@ def sign_mean(bits, scales, block, add, out):
                 for i in range(length):
                     values[i] += -scale if packed[i] & bit else scale
         _store_mean(work, real(bits.shape[0]), add, out[index * block : (index + 1) * block])
+
+
+@_reordered
+def _dot(row, factor):
+    total = row.dtype.type(0)
+    for i in range(row.size):
+        total += row[i] * factor[i]
+    return total
+
+
+@_jit
+def project(grad, residual, total, q, p):
+    for row in range(grad.shape[0]):
+        _load(grad[row], None if residual is None else residual[row], 0, total[row])
+        for k in range(q.shape[0]):
+            p[k, row] = _dot(total[row], q[k])
+
+
+@_reordered
+def _add_rows(r0, r1, r2, r3, f0, f1, f2, f3, out):
+    for i in range(out.size):
+        out[i] += f0 * r0[i] + f1 * r1[i] + f2 * r2[i] + f3 * r3[i]
+
+
+@_reordered
+def _add_row(row, factor, out):
+    for i in range(out.size):
+        out[i] += factor * row[i]
+
+
+@_jit
+def project_back(total, p, q):
+    rows = total.shape[0]
+    for row in range(0, rows - 3, 4):
+        r0, r1, r2, r3 = total[row], total[row + 1], total[row + 2], total[row + 3]
+        for k in range(q.shape[0]):
+            _add_rows(r0, r1, r2, r3, p[k, row], p[k, row + 1], p[k, row + 2], p[k, row + 3], q[k])
+    for row in range(rows // 4 * 4, rows):
+        for k in range(q.shape[0]):
+            _add_row(total[row], p[k, row], q[k])
+
+
+@_reordered
+def _low_rank_row(left, out, f0, f1, f2, f3, own0, own1, own2, own3, mean0, mean1, mean2, mean3):
+    for i in range(left.size):
+        left[i] -= f0 * own0[i] + f1 * own1[i] + f2 * own2[i] + f3 * own3[i]
+        out[i] = f0 * mean0[i] + f1 * mean1[i] + f2 * mean2[i] + f3 * mean3[i]
+
+
+@_jit
+def low_rank_rest(total, p, own, mean, out):
+    """For factors of four rows; those of fewer come filled up with zeros."""
+    for row in range(total.shape[0]):
+        f0, f1, f2, f3 = p[0, row], p[1, row], p[2, row], p[3, row]
+        _low_rank_row(
+            total[row], out[row], f0, f1, f2, f3, own[0], own[1], own[2], own[3], mean[0], mean[1], mean[2], mean[3]
+        )

@@ -147,6 +147,22 @@ class Kernels:
             total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
         _finish_mean(total, len(bits), out, add)
 
+    # Low rank. Factors lie as (rank, size), so that their rows are as long as the matrix's.
+
+    def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
+        """``total = grad + residual`` (rows, columns); its product with q (rank, columns): (rank, rows)."""
+        self.add(grad, residual, total)
+        return q @ total.T
+
+    def project_back(self, total: Tensor, p: Tensor) -> Tensor:
+        """The product of p (rank, rows) with ``total`` (rows, columns): (rank, columns)."""
+        return p @ total
+
+    def low_rank_rest(self, total: Tensor, p: Tensor, own: Tensor, mean: Tensor, out: Tensor) -> None:
+        """``total -= p^T own`` and ``out = p^T mean``, for p (rank, rows), own and mean (rank, columns)."""
+        total.addmm_(p.T, own, alpha=-1)
+        torch.mm(p.T, mean, out=out)
+
 
 def num_blocks(numel: int, block: int) -> int:
     return -(-numel // block)
