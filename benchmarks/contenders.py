@@ -13,7 +13,9 @@ import resource
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +83,28 @@ def make_batch(model: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:].flatten()
 
 
-class Contender:
-    """A way to train. ``module`` is called for the forward pass, ``model`` holds the parameters."""
+@dataclass
+class Entry:
+    """One way to train: ``module`` is called for the forward pass, ``model`` holds the parameters."""
 
-    rank: int
     model: nn.Module
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    barrier: Callable[[], Any]
-    close: Callable[[], Any]
+
+
+class Contender(ABC):
+    """A library, joined to its other ranks. ``enter`` gives it a model to train with one of its settings."""
+
+    rank: int
+
+    @abstractmethod
+    def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry: ...
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -97,63 +112,91 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Disttrain(Contender):
-    """This project. The engine is found from the launcher's environment, as for any user."""
+    """This project; settings are compressors. The engine is found from the launcher's environment, as for any user."""
 
-    def __init__(self, model: nn.Module, compressor: Mapping[str, Any], bucket_mb: float | None, hook: str) -> None:
+    def __init__(self) -> None:
         self.comm = disttrain.init(device="cpu", timeout=120)
         self.rank = self.comm.rank
-        self.model = self.module = model
-        self.optimizer = disttrain.DistributedOptimizer(
-            sgd(model), model, comm=self.comm, compressor=compressor, bucket_mb=bucket_mb
+
+    def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry:
+        optimizer = disttrain.DistributedOptimizer(
+            sgd(model), model, comm=self.comm, compressor=setting, bucket_mb=bucket_mb
         )
-        self.barrier = self.comm.barrier
-        self.close = self.comm.close
+        return Entry(model, model, optimizer)
+
+    def barrier(self) -> None:
+        self.comm.barrier()
+
+    def close(self) -> None:
+        self.comm.close()
 
 
 class TorchDDP(Contender):
-    """torch's DistributedDataParallel with its default settings; a communication hook if asked for."""
+    """torch's DistributedDataParallel with its default settings; settings are its communication hooks."""
 
-    def __init__(self, model: nn.Module, compressor: Mapping[str, Any], bucket_mb: float | None, hook: str) -> None:
+    def __init__(self) -> None:
         import torch.distributed as dist
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
         dist.init_process_group("gloo")
         self.rank = dist.get_rank()
-        self.model = model
+
+    def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry:
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
         # PowerSGD waits inside gloo's callbacks and hangs with several buckets, so it gets one.
-        cap = 1000 if hook == "powersgd" else None
-        self.module = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=cap)
-        if hook == "fp16":
-            self.module.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        elif hook == "powersgd":
+        cap = 1000 if setting["name"] == "powersgd" else None
+        module = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=cap)
+        if setting["name"] == "fp16":
+            module.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        elif setting["name"] == "powersgd":
             state = powerSGD_hook.PowerSGDState(
                 None, matrix_approximation_rank=4, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
             )
-            self.module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        self.optimizer = sgd(model)
-        self.barrier = dist.barrier
-        self.close = dist.destroy_process_group
+            module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        return Entry(model, module, sgd(model))
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
 
 
 class HorovodOptimizer(Contender):
-    """Horovod's own DistributedOptimizer with its default settings; its fp16 compression if asked for."""
+    """Horovod's own DistributedOptimizer with its default settings; fp16 is its own compression."""
 
-    def __init__(self, model: nn.Module, compressor: Mapping[str, Any], bucket_mb: float | None, hook: str) -> None:
+    def __init__(self) -> None:
         import horovod.torch as hvd
 
         hvd.init()
         self.rank = hvd.rank()
-        self.model = self.module = model
-        compression = hvd.Compression.fp16 if hook == "fp16" else hvd.Compression.none
-        self.optimizer = hvd.DistributedOptimizer(
+
+    def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry:
+        import horovod.torch as hvd
+
+        compression = hvd.Compression.fp16 if setting["name"] == "fp16" else hvd.Compression.none
+        optimizer = hvd.DistributedOptimizer(
             sgd(model), named_parameters=model.named_parameters(), compression=compression
         )
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        self.barrier = hvd.barrier
-        self.close = hvd.shutdown
+        return Entry(model, model, optimizer)
+
+    def barrier(self) -> None:
+        import horovod.torch as hvd
+
+        hvd.barrier()
+
+    def close(self) -> None:
+        import horovod.torch as hvd
+
+        hvd.shutdown()
 
 
-CONTENDERS: dict[str, Callable[..., Contender]] = {
+CONTENDERS: dict[str, Callable[[], Contender]] = {
     "disttrain": Disttrain,
     "ddp": TorchDDP,
     "horovod": HorovodOptimizer,
@@ -161,7 +204,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
 
 
 def take_steps(
-    contender: Contender, batch: tuple[torch.Tensor, torch.Tensor], warm_up: int, num_steps: int
+    contender: Contender, entry: Entry, batch: tuple[torch.Tensor, torch.Tensor], warm_up: int, num_steps: int
 ) -> dict[str, Any]:
     """Train on one batch; seconds of each step after the first ``warm_up``, and the CPU seconds of all those."""
     inputs, targets = batch
@@ -172,11 +215,20 @@ def take_steps(
         if step == warm_up:
             used = -_cpu_seconds()
         start = time.perf_counter()
-        contender.optimizer.zero_grad()
-        F.cross_entropy(contender.module(inputs), targets).backward()
-        contender.optimizer.step()
+        entry.optimizer.zero_grad()
+        F.cross_entropy(entry.module(inputs), targets).backward()
+        entry.optimizer.step()
         times.append(time.perf_counter() - start)
-    return {"seconds": times[warm_up:], "cpu_seconds": (used + _cpu_seconds()) / max(num_steps, 1)}
+    sent = (
+        entry.optimizer.wire.last_step.sent_bytes
+        if isinstance(entry.optimizer, disttrain.DistributedOptimizer)
+        else None
+    )
+    return {
+        "seconds": times[warm_up:],
+        "cpu_seconds": (used + _cpu_seconds()) / max(num_steps, 1),
+        "sent_bytes": sent,
+    }
 
 
 def _cpu_seconds() -> float:
@@ -184,28 +236,25 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def fingerprint(contender: Contender, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+def fingerprint(entry: Entry, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
     """The loss on this rank's batch and the sum of all parameters: contenders that do the same work have them equal."""
     with torch.no_grad():
-        loss = F.cross_entropy(contender.model(batch[0]), batch[1]).item()
-        return {"loss": loss, "parameters": sum(p.double().sum().item() for p in contender.model.parameters())}
+        loss = F.cross_entropy(entry.model(batch[0]), batch[1]).item()
+        return {"loss": loss, "parameters": sum(p.double().sum().item() for p in entry.model.parameters())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=list(CONTENDERS), required=True)
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--hook", default="none")
-    parser.add_argument("--compressor", type=json.loads, default={"name": "dense"})
     parser.add_argument("--bucket-mb", type=float, default=None)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--socket", required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.num_threads)
-    torch.manual_seed(0)
-    model = MODELS[arguments.model]()
-    contender = CONTENDERS[arguments.contender](model, arguments.compressor, arguments.bucket_mb, arguments.hook)
+    contender = CONTENDERS[arguments.contender]()
     batch = make_batch(arguments.model, contender.rank)
+    entries: list[Entry] = []
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(arguments.socket)
         stream = connection.makefile("rw")
@@ -217,10 +266,14 @@ def main() -> None:
         say({"contender": arguments.contender, "rank": contender.rank, "pid": os.getpid()})
         while order := stream.readline():
             match json.loads(order):
-                case {"do": "step", "warm_up": warm_up, "steps": num_steps}:
-                    say(take_steps(contender, batch, warm_up, num_steps))
-                case {"do": "fingerprint"}:
-                    say(fingerprint(contender, batch))
+                case {"do": "enter", "setting": setting}:
+                    torch.manual_seed(0)
+                    entries.append(contender.enter(MODELS[arguments.model](), setting, arguments.bucket_mb))
+                    say({})
+                case {"do": "step", "entry": index, "warm_up": warm_up, "steps": num_steps}:
+                    say(take_steps(contender, entries[index], batch, warm_up, num_steps))
+                case {"do": "fingerprint", "entry": index}:
+                    say(fingerprint(entries[index], batch))
                 case _:
                     break
     contender.close()

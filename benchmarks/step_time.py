@@ -2,9 +2,10 @@
 
     python benchmarks/step_time.py --rate 1gbit --rate none --model mlp --model gpt --engine gloo --engine horovod
 
-Two teams of workers hold the same model, weights, data and inner optimizer. They take turns, a few steps each, so that
-whatever else the machine does hits both. What counts is the ratio of each pair of turns; the table gives the median of
-the pairs and its 95 % interval. Shaped links need root and iproute2; without them it says so and uses loopback.
+Two teams of workers hold the same model, weights, data and inner optimizer, once for each setting: disttrain's
+compressors, the peer's hooks. All take turns, a few steps each, so that whatever else the machine does hits all. What
+counts is the ratio to the peer without compression in the same turn; the table gives the median over turns and its 95 %
+interval. Shaped links need root and iproute2; without them it says so and uses loopback.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ class Engine(str, Enum):
 
 
 class Hook(str, Enum):
-    NONE = "none"
     FP16 = "fp16"
     POWERSGD = "powersgd"
 
@@ -73,15 +73,19 @@ def main(
     workers: Annotated[int, typer.Option(min=1, max=64, help="One on each host.")] = 4,
     turns: Annotated[int, typer.Option(min=2, help="Turns of each team.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one that is not timed.")] = 3,
-    compressor: Annotated[str, typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...")] = "dense",
+    compressor: Annotated[list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...")] = ["dense"],  # noqa: B006
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
-    hook: Annotated[Hook, typer.Option(help="The peer's compression.")] = Hook.NONE,
+    hook: Annotated[list[Hook], typer.Option(help="The peer's own compression, beside it without.")] = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
     label: Annotated[str, typer.Option(help="Goes into the result files' names.")] = "",
 ) -> None:
     """Compare step times of disttrain and a peer, for every combination of rate, model and engine."""
     rates = {text: parse_rate(text) for text in rate}
-    settings = {"compressor": parse_compressor(compressor), "bucket_mb": bucket_mb, "hook": hook.value}
+    settings = {
+        "compressors": [parse_compressor(text) for text in compressor],
+        "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
+        "bucket_mb": bucket_mb,
+    }
     if (reason := ShapedNetwork.unavailable()) is not None:
         console.print(f"No shaped network: {reason}. All workers share this host's loopback.", style="yellow")
         rates = {"loopback": None}
@@ -94,11 +98,12 @@ def main(
             if reason is None:
                 network = stack.enter_context(ShapedNetwork(workers, rate_mbit, time_limit=1800))
             try:
-                row = measure(network, chosen_model, chosen_engine, workers, turns, steps, settings)
+                found = measure(network, chosen_model, chosen_engine, workers, turns, steps, settings)
             except TeamError as error:
                 console.print(str(error), style="red", markup=False)
                 raise typer.Exit(1) from None
-        rows.append({"rate": rate_name, "model": chosen_model.value, "engine": chosen_engine.value, **row})
+        where = {"rate": rate_name, "model": chosen_model.value, "engine": chosen_engine.value}
+        rows += [{**where, **row} for row in found]
     machine["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     result = {
         "machine": machine,
@@ -108,7 +113,7 @@ def main(
         "settings": settings,
         "rows": rows,
     }
-    Console().print(make_table(rows, workers, settings))
+    Console(width=140).print(make_table(rows, workers))
     console.print(f"written: {write(result, output, label)}")
 
 
@@ -120,10 +125,10 @@ def measure(
     turns: int,
     steps: int,
     settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Let the two teams take turns; the times of all steps and what follows from them."""
+) -> list[dict[str, Any]]:
+    """Let all entries take turns: every setting of either team. One row for each; ratios are to the peer as it is."""
     peer, launcher, freeze = ENGINES[engine]
-    options = ["--model", model.value, "--hook", settings["hook"], "--compressor", json.dumps(settings["compressor"])]
+    options = ["--model", model.value]
     if settings["bucket_mb"] is not None:
         options += ["--bucket-mb", str(settings["bucket_mb"])]
     num_threads = max(1, (os.cpu_count() or 1) // workers)
@@ -132,33 +137,48 @@ def measure(
             stack.enter_context(
                 Team(name, launcher, workers, options, network, num_threads, port=29400 + index, freeze=freeze)
             )
-            for index, name in enumerate(("disttrain", peer))
+            for index, name in enumerate((peer, "disttrain"))
         ]
-        for team in teams:
-            team.ask(do="step", warm_up=3, steps=0)
-        prints = {team.contender: team.ask(do="fingerprint") for team in teams}
-        if settings["compressor"] == {"name": "dense"} and settings["hook"] == "none":
-            check_same_work(*prints.values())
-        seconds: dict[str, list[list[float]]] = {team.contender: [] for team in teams}
-        cpu: dict[str, list[float]] = {team.contender: [] for team in teams}
+        entries: list[tuple[Team, int, dict[str, Any]]] = []
+        for team, all_settings in zip(teams, (settings["hooks"], settings["compressors"]), strict=True):
+            for index, setting in enumerate(all_settings):
+                team.ask(do="enter", setting=setting)
+                team.ask(do="step", entry=index, warm_up=3, steps=0)
+                entries.append((team, index, setting))
+        prints = [(setting, team.ask(do="fingerprint", entry=index)) for team, index, setting in entries]
+        for setting, found in prints[1:]:
+            if setting == {"name": "dense"}:
+                check_same_work(found, prints[0][1])
+        seconds: list[list[list[float]]] = [[] for _ in entries]
+        cpu: list[list[float]] = [[] for _ in entries]
+        sent: list[int | None] = [None for _ in entries]
         for turn in range(turns):
-            for team in teams if turn % 2 == 0 else reversed(teams):
-                answers = team.ask(do="step", warm_up=1, steps=steps)
-                seconds[team.contender].append(np.mean([answer["seconds"] for answer in answers], axis=0).tolist())
-                cpu[team.contender].append(float(np.mean([answer["cpu_seconds"] for answer in answers])))
-    ours, theirs = (np.array(seconds[team.contender]) for team in teams)
-    ratios = np.median(ours, axis=1) / np.median(theirs, axis=1)
-    low, high = interval_of_median(ratios)
-    return {
-        "peer": peer,
-        "milliseconds": {name: round(float(np.median(times)) * 1e3, 1) for name, times in seconds.items()},
-        "cpu_milliseconds": {name: round(float(np.median(times)) * 1e3, 1) for name, times in cpu.items()},
-        "ratio": round(float(np.median(ratios)), 3),
-        "ratio_low": round(low, 3),
-        "ratio_high": round(high, 3),
-        "ratios": ratios.round(3).tolist(),
-        "seconds": {name: np.array(times).round(5).tolist() for name, times in seconds.items()},
-    }
+            order = list(enumerate(entries))
+            for number, (team, index, _) in order if turn % 2 == 0 else reversed(order):
+                answers = team.ask(do="step", entry=index, warm_up=1, steps=steps)
+                seconds[number].append(np.mean([answer["seconds"] for answer in answers], axis=0).tolist())
+                cpu[number].append(float(np.mean([answer["cpu_seconds"] for answer in answers])))
+                sent[number] = answers[0]["sent_bytes"]
+    base = np.median(np.array(seconds[0]), axis=1)
+    rows = []
+    for (team, _, setting), times, cpu_times, sent_bytes in zip(entries, seconds, cpu, sent, strict=True):
+        ratios = np.median(np.array(times), axis=1) / base
+        low, high = interval_of_median(ratios)
+        rows.append(
+            {
+                "who": team.contender,
+                "setting": setting,
+                "milliseconds": round(float(np.median(times)) * 1e3, 1),
+                "cpu_milliseconds": round(float(np.median(cpu_times)) * 1e3, 1),
+                "sent_bytes": sent_bytes,
+                "ratio": round(float(np.median(ratios)), 3),
+                "ratio_low": round(low, 3),
+                "ratio_high": round(high, 3),
+                "ratios": ratios.round(3).tolist(),
+                "seconds": np.array(times).round(5).tolist(),
+            }
+        )
+    return rows
 
 
 def check_same_work(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
@@ -203,19 +223,24 @@ def parse_compressor(text: str) -> dict[str, Any]:
     return compressor
 
 
-def make_table(rows: list[dict[str, Any]], workers: int, settings: dict[str, Any]) -> Table:
-    compressor = ", ".join(str(value) for value in settings["compressor"].values())
-    table = Table(title=f"Median step, {workers} workers, disttrain with {compressor}, peer's hook: {settings['hook']}")
-    for column in ("link", "model", "engine", "peer"):
+def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
+    table = Table(title=f"Median step of {workers} workers; ratios to the peer without compression")
+    for column in ("link", "model", "engine", "who", "with"):
         table.add_column(column)
-    for column in ("disttrain ms", "peer ms", "ratio", "95 % interval", "CPU ms"):
+    for column in ("ms", "ratio", "95 % interval", "CPU ms", "MB sent"):
         table.add_column(column, justify="right")
     for row in rows:
-        ours, theirs = (row["milliseconds"][name] for name in ("disttrain", row["peer"]))
-        our_cpu, their_cpu = (row["cpu_milliseconds"][name] for name in ("disttrain", row["peer"]))
+        setting = ", ".join(str(value) for value in row["setting"].values())
+        sent = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
         interval = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}"
-        times = [f"{ours:.0f}", f"{theirs:.0f}", f"{row['ratio']:.3f}", interval]
-        table.add_row(row["rate"], row["model"], row["engine"], row["peer"], *times, f"{our_cpu:.0f} / {their_cpu:.0f}")
+        figures = [
+            f"{row['milliseconds']:.0f}",
+            f"{row['ratio']:.3f}",
+            interval,
+            f"{row['cpu_milliseconds']:.0f}",
+            sent,
+        ]
+        table.add_row(row["rate"], row["model"], row["engine"], row["who"], setting, *figures)
     return table
 
 
@@ -230,8 +255,8 @@ def write(result: dict[str, Any], output: Path, label: str) -> Path:
         path = output / f"{stem}-{number}.md"
     output.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    plain = Console(file=io.StringIO(), width=120)
-    plain.print(make_table(result["rows"], result["workers"], result["settings"]))
+    plain = Console(file=io.StringIO(), width=140)
+    plain.print(make_table(result["rows"], result["workers"]))
     assert isinstance(plain.file, io.StringIO)
     path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(result['machine'])}\n```\n")
     return path

@@ -23,6 +23,13 @@ class CpuKernels(Kernels):
     def add(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None) -> Tensor:
         return super().add(grad, residual, rest)
 
+    def copy_finite(self, source: Tensor, target: Tensor) -> bool | None:
+        if source.dtype != target.dtype or source.itemsize < 4 or source.stride() != target.stride():
+            return super().copy_finite(source, target)
+        if not source.is_contiguous():
+            return super().copy_finite(source, target)
+        return bool(loops.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
+
     def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         numel = grad.numel()
         if numel < 4096 or 4 * k > numel:

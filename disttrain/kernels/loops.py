@@ -13,6 +13,7 @@ import numpy as np
 _jit = numba.njit(nogil=True, cache=True)
 # No NaN and no -0 to care for (finiteness is judged elsewhere): minima and maxima run in SIMD lanes, still exactly.
 _finite = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+_reordered_nan = numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
 _reordered = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
 _inline = numba.njit(nogil=True, cache=True, inline="always")
 
@@ -355,3 +356,17 @@ def low_rank_rest(total, p, own, mean, out):
         _low_rank_row(
             total[row], out[row], f0, f1, f2, f3, own[0], own[1], own[2], own[3], mean[0], mean[1], mean[2], mean[3]
         )
+
+
+@_reordered_nan
+def _copy_and_watch(source, target):
+    watch = source.dtype.type(0)
+    for i in range(source.size):
+        target[i] = source[i]
+        watch += source[i] * source.dtype.type(0)  # stays 0, but for an inf or a NaN
+    return watch
+
+
+@_jit
+def copy_finite(source, target):
+    return _copy_and_watch(source, target) == 0

@@ -30,6 +30,11 @@ class Kernels:
             return rest if rest.data_ptr() == grad.data_ptr() else rest.copy_(grad)
         return torch.add(grad, residual, out=rest)
 
+    def copy_finite(self, source: Tensor, target: Tensor) -> bool | None:
+        """Copy, and tell whether all numbers are finite; None where that is not known."""
+        target.copy_(source)
+        return None
+
     # Sparsification
 
     def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

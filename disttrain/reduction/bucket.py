@@ -10,6 +10,7 @@ import torch
 
 from disttrain.compression import Bucket, Compressor, Dense
 from disttrain.compression.base import NewState, Program, State
+from disttrain.kernels import for_device
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
@@ -21,6 +22,7 @@ class Slot:
     Attributes:
         ready: a gradient has come in the present backward pass.
         used: it had a gradient when its bucket left; once the ranks have agreed, on any of them.
+        finite: what is known of the numbers in ``view``; None if they have to be looked at.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Slot:
     bucket: GradientBucket
     ready: bool = False
     used: bool = False
+    finite: bool | None = None
 
     def take_in(self) -> None:
         """Move a gradient that autograd made elsewhere into the buffer; ``parameter.grad`` becomes the view of it."""
@@ -37,8 +40,10 @@ class Slot:
             return
         if grad is None:
             self.view.zero_()
+            self.finite = True
             return
-        self.view.copy_(grad.to_dense() if grad.is_sparse else grad)
+        # A look at the numbers costs nothing while they are copied, and a pass over memory later.
+        self.finite = for_device(grad.device).copy_finite(grad.to_dense() if grad.is_sparse else grad, self.view)
         self.parameter.grad = self.view
 
 

@@ -87,6 +87,7 @@ class Reducer:
             bucket = slot.bucket
             if bucket.has_left:
                 return  # this gradient is late: ``synchronize`` finds it where autograd put it
+            slot.finite = None  # autograd may have added to what was looked at
             slot.take_in()
             if self._sending and not slot.ready:
                 slot.ready = True
@@ -106,7 +107,8 @@ class Reducer:
             slot.used = slot.parameter.grad is not None
         bucket.hide_gradients()
         bucket.has_left = True
-        self._finite.append(_all_finite(bucket.flat))
+        known = [slot.finite for slot in bucket.slots]
+        self._finite.append(_all_finite(bucket.flat) if None in known else torch.tensor(all(known)))
         self._sent.append(Exchange(bucket.program(), self.ledger))
 
     def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
@@ -126,6 +128,8 @@ class Reducer:
                 slot.used = True
                 self._finite.append(_all_finite(slot.parameter.grad))
         for bucket in self.buckets[len(self._sent) :]:
+            for slot in bucket.slots:
+                slot.finite = None  # the user may have changed gradients since backward
             self._send(bucket)
         agreement = self.ledger.start(AllReduce(self._local_flags(late), "max"), priority=True)
         arrivals: Iterable[tuple[int, Outcome]] = finish(self._sent)

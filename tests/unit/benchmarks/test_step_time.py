@@ -14,9 +14,9 @@ from benchmarks import step_time
 from benchmarks.teams import TeamError
 
 ROW: dict[str, Any] = {
-    "rate": "1gbit", "model": "mlp", "engine": "gloo", "peer": "ddp", "ratio": 0.853, "ratio_low": 0.839,
-    "ratio_high": 0.887, "milliseconds": {"disttrain": 604.0, "ddp": 707.0},
-    "cpu_milliseconds": {"disttrain": 173.0, "ddp": 179.0},
+    "rate": "1gbit", "model": "mlp", "engine": "gloo", "who": "disttrain", "setting": {"name": "topk", "ratio": 0.01},
+    "ratio": 0.853, "ratio_low": 0.839, "ratio_high": 0.887, "milliseconds": 604.0, "cpu_milliseconds": 173.0,
+    "sent_bytes": 840_000,
 }  # fmt: skip
 RESULT: dict[str, Any] = {
     "machine": {
@@ -25,7 +25,6 @@ RESULT: dict[str, Any] = {
         "versions": {"python": "3.11", "horovod": None},
     },
     "workers": 4,
-    "settings": {"compressor": {"name": "dense"}, "bucket_mb": None, "hook": "none"},
     "rows": [ROW],
 }  # fmt: skip
 
@@ -74,4 +73,5 @@ def test_results_are_written_beside_earlier_ones(tmp_path: Path) -> None:
     assert json.loads(first.with_suffix(".json").read_text()) == RESULT
     assert second.with_suffix(".json").exists()
     assert "0.839 - 0.887" in first.read_text()
+    assert "topk, 0.01" in first.read_text()
     assert "python x" in first.read_text()
