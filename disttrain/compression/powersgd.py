@@ -19,6 +19,9 @@ class PowerSGD(Compressor):
 
     Differs from the paper's code in the residual, which is taken against this rank's own Q (as in its authors' later
     library): the mean over ranks is the same, and telescoping then holds on every rank.
+
+    ``alternating`` is ACP-SGD (Zhang et al. 2023): even steps send P = M orth(Q), odd steps Q = M^T orth(P). Half the
+    bytes, and one all-reduce a step, which can start as soon as the gradient is there.
     """
 
     name = "powersgd"
@@ -27,6 +30,7 @@ class PowerSGD(Compressor):
     min_compression: float = Field(
         2.0, ge=1, description="matrices whose factors would not be this much smaller go dense"
     )
+    alternating: bool = Field(default=False, description="send one factor a step, in turn: half the bytes and rounds")
     seed: int = Field(default=0, description="of the first Q, equal on all ranks")
 
     def accepts(self, shape: Sequence[int]) -> bool:
@@ -38,21 +42,25 @@ class PowerSGD(Compressor):
         state = State()
         residual = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         state.add("residual", residual, bucket.numels, replicated=False)
-        sizes = [columns * rank for _, columns, rank in self._shapes(bucket)]
-        # Keyed by the parameter's name: the same Q however parameters are grouped into buckets.
-        parts = [
-            torch.randn(
-                size,
-                generator=seeded_generator(bucket.device, (self.seed, name)),
-                dtype=bucket.dtype,
-                device=bucket.device,
-            )
-            for size, name in zip(sizes, bucket.names, strict=True)
-        ]
-        state.add("q", torch.cat(parts), sizes, replicated=True)
+        shapes = self._shapes(bucket)
+        self._add_factor(state, "q", [columns * rank for _, columns, rank in shapes], bucket)
+        if self.alternating:
+            self._add_factor(state, "p", [rows * rank for rows, _, rank in shapes], bucket)
         return state
 
+    def _add_factor(self, state: State, factor: str, sizes: list[int], bucket: Bucket) -> None:
+        # Keyed by the parameter's name: the same factor however parameters are grouped into buckets.
+        parts = []
+        for size, name in zip(sizes, bucket.names, strict=True):
+            generator = seeded_generator(
+                bucket.device, (self.seed, name) if factor == "q" else (self.seed, name, factor)
+            )
+            parts.append(torch.randn(size, generator=generator, dtype=bucket.dtype, device=bucket.device))
+        state.add(factor, torch.cat(parts), sizes, replicated=True)
+
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        if self.alternating:
+            return (yield from self._alternate(grad, bucket, state))
         matrices = bucket.matrices(grad.add_(state.residual))
         shapes = self._shapes(bucket)
         old_qs = _split(state.q, [(columns, rank) for _, columns, rank in shapes])
@@ -70,9 +78,34 @@ class PowerSGD(Compressor):
         mean = torch.empty_like(grad)
         for out, p, q in zip(bucket.matrices(mean), ps, qs, strict=True):
             torch.mm(p, q.T, out=out)
-        # A column without any gradient would be zero for ever: it keeps the direction it had.
-        kept = [torch.where((q == 0).all(0), old, q) for q, old in zip(qs, old_qs, strict=True)]
-        return mean, {"residual": grad, "q": _join(kept)}
+        return mean, {"residual": grad, "q": _join(_kept(qs, old_qs))}
+
+    def _alternate(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        is_even = state.step % 2 == 0
+
+        def facing(flat: torch.Tensor) -> list[torch.Tensor]:
+            """Odd steps are even ones on the transposed matrices."""
+            return [matrix if is_even else matrix.T for matrix in bucket.matrices(flat)]
+
+        row_shapes = [(rows, rank) for rows, _, rank in self._shapes(bucket)]
+        column_shapes = [(columns, rank) for _, columns, rank in self._shapes(bucket)]
+        moving, moving_shapes, fixed_shapes = "p", row_shapes, column_shapes
+        if not is_even:
+            moving, moving_shapes, fixed_shapes = "q", column_shapes, row_shapes
+        bases = [_orthogonal(factor) for factor in _split(state.q if is_even else state.p, fixed_shapes)]
+
+        matrices = facing(grad.add_(state.residual))
+        factors = [matrix @ basis for matrix, basis in zip(matrices, bases, strict=True)]
+        for matrix, factor, basis in zip(matrices, factors, bases, strict=True):
+            matrix.addmm_(factor, basis.T, alpha=-1)
+        joined = yield AllReduce(_join(factors), op="mean")
+        factors = _split(joined, moving_shapes)
+
+        mean = torch.empty_like(grad)
+        for out, factor, basis in zip(facing(mean), factors, bases, strict=True):
+            out.copy_(factor @ basis.T)
+        old = _split(state.p if is_even else state.q, moving_shapes)
+        return mean, {"residual": grad, moving: _join(_kept(factors, old))}
 
     def _shapes(self, bucket: Bucket) -> list[tuple[int, int, int]]:
         """(rows, columns, rank of the factors) of every matrix."""
@@ -86,6 +119,11 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     parts = flat.split([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _kept(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A column without any gradient would be zero for ever: it keeps the direction it had."""
+    return [torch.where((factor == 0).all(0), before, factor) for factor, before in zip(new, old, strict=True)]
 
 
 def _orthogonal(p: torch.Tensor) -> torch.Tensor:
