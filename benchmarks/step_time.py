@@ -11,7 +11,6 @@ interval. Shaped links need root and iproute2; without them it says so and uses 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import itertools
 import json
@@ -30,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe_machine, summarise  # noqa: E402
+from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
 from benchmarks.network import ShapedNetwork  # noqa: E402
 from benchmarks.teams import Team, TeamError  # noqa: E402
 
@@ -246,14 +245,7 @@ def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
 
 def write(result: dict[str, Any], output: Path, label: str) -> Path:
     """All figures as JSON; beside it the table, the machine and the command as Markdown. The latter's path."""
-    day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    stem = "-".join(part for part in (day, "step-time", label) if part)
-    path = output / f"{stem}.md"
-    for number in itertools.count(2):
-        if not path.exists():
-            break
-        path = output / f"{stem}-{number}.md"
-    output.mkdir(parents=True, exist_ok=True)
+    path = result_path(output, "step-time", label)
     path.with_suffix(".json").write_text(json.dumps(result) + "\n")
     plain = Console(file=io.StringIO(), width=140)
     plain.print(make_table(result["rows"], result["workers"]))

@@ -1,0 +1,157 @@
+"""Time of every compressor's arithmetic, as multiples of one copy of the same gradient in the same process.
+
+    python benchmarks/encoders.py
+
+One thread. ``encode``: add the residual, encode, keep what is left. ``decode``: decode one payload of many and add it.
+Compressors that are not codecs (PowerSGD, casts) get all their arithmetic in ``encode``: their program is run by hand,
+with collectives that give back what was sent. Every compressor takes turns with the copy; medians over turns.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
+from benchmarks.step_time import parse_compressor  # noqa: E402
+from disttrain import compression  # noqa: E402
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast  # noqa: E402
+from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
+
+# Beside the defaults of all that are registered.
+MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
+
+
+def main(
+    compressor: Annotated[list[str], typer.Option(help="Only these: topk:ratio=0.01, ...")] = [],  # noqa: B006
+    width: Annotated[list[int], typer.Option(help="Ten matrices of width x width make the gradient.")] = [256, 1024],  # noqa: B006
+    turns: Annotated[int, typer.Option(min=3)] = 15,
+    output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
+) -> None:
+    """Measure all compressors."""
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    specs = [parse_compressor(text) for text in compressor or [*compression.names(), *MORE]]
+    rows = [{"width": size, **row} for size in width for row in measure(specs, size, turns)]
+    result = {"machine": machine, "turns": turns, "rows": rows}
+    Console(width=120).print(make_table(rows))
+    path = result_path(output, "encoders")
+    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    plain = Console(file=io.StringIO(), width=120)
+    plain.print(make_table(rows))
+    assert isinstance(plain.file, io.StringIO)
+    path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(machine)}\n```\n")
+
+
+def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[str, Any]]:
+    """One row a compressor: median multiples of a copy."""
+    shapes = ((width, width),) * 10
+    names = tuple(f"layer{index}.weight" for index in range(10))
+    bucket = Bucket(names, shapes, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(bucket.numel, generator=generator)
+    # Touched before it is timed: the first write to a page is the kernel's work.
+    target, work = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    rows = []
+    for spec in specs:
+        built = compression.build(spec)
+        encode, decode = jobs(built, bucket, gradient, work)
+        copies, encodes, decodes = [], [], []
+        for turn in range(turns + 2):
+            times = [seconds(lambda: target.copy_(gradient)), seconds(encode), seconds(decode) if decode else math.nan]
+            if turn >= 2:  # kernels are compiled, caches are as they will be
+                for series, value in zip((copies, encodes, decodes), times, strict=True):
+                    series.append(value)
+        copy = statistics.median(copies)
+        rows.append(
+            {
+                "compressor": spec,
+                "copy_ms": round(copy * 1e3, 2),
+                "encode_ms": round(statistics.median(encodes) * 1e3, 2),
+                "encode": round(statistics.median(encodes) / copy, 2),
+                "decode": round(statistics.median(decodes) / copy, 2) if decode else None,
+                "payload_bytes": built.payload_bytes(bucket) if isinstance(built, Codec) else None,
+            }
+        )
+    return rows
+
+
+def jobs(
+    compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor
+) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
+    """What is timed: encoding, and decoding one payload if the compressor is a codec."""
+    state = compressor.init_state(bucket)
+    if type(compressor).reduce is not Codec.reduce:
+        return lambda: run_program(compressor, bucket, gradient, work, state), None
+    assert isinstance(compressor, Codec)
+
+    def encode() -> Any:
+        if not compressor.error_feedback:
+            return compressor.encode_owed(gradient, None, None, bucket, state)
+        rest = state.scratch("residual")
+        payload = compressor.encode_owed(gradient, state.residual, rest, bucket, state)
+        state.commit({"residual": rest})
+        return payload
+
+    payload = encode()
+    return encode, lambda: compressor.decode_add(payload, work, bucket)
+
+
+def run_program(
+    compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor, state: State
+) -> None:
+    """A whole step by hand. The gradient is copied in first, since programs may overwrite it: that is timed too."""
+    program = compressor.reduce(work.copy_(gradient), bucket, state)
+    result: Any = None
+    try:
+        while True:
+            match program.send(result):
+                case AllReduce(tensor) | Broadcast(tensor):
+                    result = tensor
+                case AllGather(tensor):
+                    result = [tensor]
+                case AllToAll(chunks):
+                    result = chunks
+    except StopIteration as stop:
+        state.commit(stop.value[1])
+
+
+def seconds(job: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def make_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Arithmetic of one step, one thread, in copies of the gradient")
+    table.add_column("compressor")
+    for column in ("elements", "copy ms", "encode ms", "encode", "decode one", "payload MB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        spec = row["compressor"]
+        name = ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
+        payload = "" if row["payload_bytes"] is None else f"{row['payload_bytes'] / 1e6:.2f}"
+        decode = "" if row["decode"] is None else f"{row['decode']:.2f}"
+        figures = [f"{row['copy_ms']:.2f}", f"{row['encode_ms']:.2f}", f"{row['encode']:.2f}", decode, payload]
+        table.add_row(name, f"{10 * row['width'] ** 2:,}", *figures)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
