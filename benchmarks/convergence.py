@@ -1,0 +1,145 @@
+"""What compression costs in accuracy: whole training runs of the example configs, over compressors, workers and seeds.
+
+    python benchmarks/convergence.py --task digits --workers 4 --seeds 3
+
+Each run is the trainer's own, on virtual workers in one process (the communicator that tests use): what is measured
+here is the result, not the time. The table gives the mean over seeds, its distance from dense, and the bytes sent.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
+from benchmarks.step_time import parse_compressor  # noqa: E402
+from disttrain import compression  # noqa: E402
+from disttrain.comm import simulate  # noqa: E402
+from disttrain.training import config as configs  # noqa: E402
+from disttrain.training.trainer import Trainer  # noqa: E402
+
+
+class Task(str, Enum):
+    DIGITS = "digits"
+    TEXT = "text"
+
+
+METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
+# The settings that docs/compressors.md recommends, with what else they need to be told.
+RECOMMENDED = [
+    "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.1",
+    "threshold:ratio=0.01", "efsign", "onebit", "qsgd:bits=4", "qsgd:bits=8", "terngrad", "natural", "blockwise8",
+    "blockwise4", "powersgd:rank=4", "powersgd:rank=4,alternating=true",
+]  # fmt: skip
+
+
+def main(
+    task: Annotated[Task, typer.Option(help="Which config to train.")] = Task.DIGITS,
+    workers: Annotated[list[int], typer.Option(min=1, max=64)] = [4],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    compressor: Annotated[list[str], typer.Option(help="dense, topk:ratio=0.01, ...")] = RECOMMENDED,
+    setting: Annotated[list[str], typer.Option(help="Overrides for all runs: epochs=5, ...")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
+    output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
+) -> None:
+    """Train every combination and compare with dense."""
+    machine = describe_machine()
+    specs = [parse_compressor(text) for text in compressor]
+    if specs[0] != {"name": "dense"}:
+        specs.insert(0, {"name": "dense"})
+    combinations = [(world_size, spec, seed) for world_size in workers for spec in specs for seed in range(seeds)]
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, task.value, setting, *combination) for combination in combinations]
+        runs = []
+        for combination, future in zip(combinations, futures, strict=True):
+            world_size, spec, seed = combination
+            runs.append({"workers": world_size, "compressor": spec, "seed": seed, **future.result()})
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    rows = summarise_runs(runs, METRIC[task])
+    Console(width=110).print(make_table(rows, task.value, METRIC[task], seeds))
+    path = result_path(output, "convergence", task.value)
+    path.with_suffix(".json").write_text(json.dumps({"machine": machine, "runs": runs}) + "\n")
+    plain = Console(file=io.StringIO(), width=110)
+    plain.print(make_table(rows, task.value, METRIC[task], seeds))
+    assert isinstance(plain.file, io.StringIO)
+    path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(machine)}\n```\n")
+
+
+def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One run; its metrics on held-out data and the bytes of rank 0."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        quiet = ["checkpoint.every_epochs=null", "checkpoint.every_steps=null", "log_every=1000000", "num_threads=1"]
+        overrides = [f"output={directory}", f"seed={seed}", *quiet, *settings]
+        plain = configs.load(ROOT / "configs" / f"{task}.yaml", overrides)
+        config = plain.model_copy(update={"compressor": compression.build(spec)})
+
+        def run(comm: Any) -> dict[str, Any]:
+            trainer = Trainer(config, comm, Console(file=io.StringIO()))
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
+
+        summary = simulate(world_size, run)[0]
+    return {"metrics": summary["metrics"], "sent_bytes": summary["wire"]["sent_bytes"], "steps": summary["steps"]}
+
+
+def summarise_runs(runs: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """One row a compressor and number of workers: mean and spread over seeds, and the mean difference from dense."""
+    rows = []
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault((run["workers"], json.dumps(run["compressor"])), []).append(run)
+    for (world_size, text), group in found.items():
+        values = [run["metrics"][metric] for run in group]
+        dense = [run["metrics"][metric] for run in found[world_size, json.dumps({"name": "dense"})]]
+        rows.append(
+            {
+                "workers": world_size,
+                "compressor": json.loads(text),
+                "mean": statistics.mean(values),
+                "spread": max(values) - min(values),
+                "from_dense": statistics.mean(values) - statistics.mean(dense),
+                "bytes_per_step": group[0]["sent_bytes"] / group[0]["steps"],
+            }
+        )
+    return rows
+
+
+def make_table(rows: list[dict[str, Any]], task: str, metric: str, seeds: int) -> Table:
+    table = Table(title=f"{task}: {metric.replace('_', ' ')}, mean of {seeds} seeds")
+    for column in ("workers", "compressor"):
+        table.add_column(column)
+    for column in (metric.replace("_", " "), "spread", "from dense", "kB sent a step", "of dense"):
+        table.add_column(column, justify="right")
+    dense = {row["workers"]: row["bytes_per_step"] for row in rows if row["compressor"] == {"name": "dense"}}
+    for row in rows:
+        spec = row["compressor"]
+        name = ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
+        sent = row["bytes_per_step"]
+        figures = [f"{row['mean']:.4f}", f"{row['spread']:.4f}", f"{row['from_dense']:+.4f}", f"{sent / 1e3:.1f}"]
+        share = f"{sent / dense[row['workers']]:.3f}" if dense[row["workers"]] else ""
+        table.add_row(str(row["workers"]), name, *figures, share)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
