@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.kernels import loops
-from disttrain.kernels.reference import Kernels, Tensor, num_blocks, widths
+from disttrain.kernels import loops, loops_natural
+from disttrain.kernels.reference import POWERS, RUN, Kernels, Tensor, num_blocks, sampled_rank, sampled_runs, widths
 
 _MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
-_SAMPLES = 600  # sampled entries expected above the threshold: an error of about 4 %
+_POWERS = {dtype: POWERS.to(dtype).numpy() for dtype in _MAGIC}
 
 
 class CpuKernels(Kernels):
@@ -37,7 +37,7 @@ class CpuKernels(Kernels):
         total = torch.empty_like(grad) if rest is None else rest
         capacity = 2 * k + 1024
         found, magnitudes = np.empty(capacity, np.int32), np.empty(capacity, grad.numpy().dtype)
-        threshold = self._sampled_threshold(grad, residual, 1.25 * k / numel)
+        threshold = grad.numpy().dtype.type(self.estimate_threshold(grad, residual, 1.25 * k / numel))
         count = loops.collect(grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes)
         if not k <= count <= capacity:
             return super().take_largest(total, None, None if rest is None else total, k)
@@ -59,15 +59,12 @@ class CpuKernels(Kernels):
             loops.clear(total.numpy(), indices.numpy()[: min(count, capacity)])
         return values, indices, count
 
-    def _sampled_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> Any:
-        """The magnitude that about that share of all entries exceeds, from runs of neighbours spread evenly."""
-        numel = grad.numel()
-        runs = max(1, min(numel, int(_SAMPLES / share)) // loops.RUN)
-        stride = numel // runs
-        sample = np.empty(runs * loops.RUN, grad.numpy().dtype)
+    def estimate_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> float:
+        runs, stride = sampled_runs(grad.numel(), share)
+        sample = np.empty((runs, min(RUN, grad.numel())), grad.numpy().dtype)
         loops.sample(grad.numpy(), _array(residual), stride, sample)
-        rank = min(sample.size - 1, int(sample.size * (1 - share)))
-        return np.partition(sample, rank)[rank]
+        rank = sampled_rank(sample.size, share)
+        return float(np.partition(sample.reshape(-1), rank)[rank])
 
     def sparse_mean(
         self, values: Sequence[Tensor], indices: Sequence[Tensor], out: Tensor, *, add: bool = False
@@ -102,6 +99,22 @@ class CpuKernels(Kernels):
     ) -> None:
         loops.dequantize(_stack(codes), _stack(scales), np.array(widths(bits)), block, add, out.numpy())
 
+    def natural(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        count = num_blocks(grad.numel(), block)
+        codes, scales = torch.empty(count * block, dtype=torch.uint8), torch.empty(count, dtype=grad.dtype)
+        loops_natural.natural(
+            grad.numpy(), _array(residual), _array(rest), block, np.uint32(seed & 0xFFFFFFFF),
+            _POWERS[grad.dtype], codes.numpy(), scales.numpy(),
+        )  # fmt: skip
+        return codes, scales
+
+    def natural_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        loops_natural.natural_mean(_stack(codes), _stack(scales), block, _POWERS[out.dtype], add, out.numpy())
+
     def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
         count = num_blocks(grad.numel(), block)
         bits = torch.empty(count * block // 8, dtype=torch.uint8)
@@ -124,12 +137,17 @@ class CpuKernels(Kernels):
         loops.project_back(total.numpy(), p.numpy(), q.numpy())
         return q
 
-    def low_rank_rest(self, total: Tensor, p: Tensor, own: Tensor, mean: Tensor, out: Tensor) -> None:
-        if len(p) > 4:  # a matrix product proper, at which torch is better
-            super().low_rank_rest(total, p, own, mean, out)
+    def low_rank_rest(
+        self, total: Tensor, own: tuple[Tensor, Tensor], mean: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        rank = len(own[0])
+        if rank > 4:  # a matrix product proper, at which torch is better
+            super().low_rank_rest(total, own, mean, out)
             return
-        p, own, mean = (torch.nn.functional.pad(factor, (0, 0, 0, 4 - len(factor))) for factor in (p, own, mean))
-        loops.low_rank_rest(total.numpy(), p.numpy(), own.numpy(), mean.numpy(), out.numpy())
+        p, q, mean_p, mean_q = (
+            torch.nn.functional.pad(factor, (0, 0, 0, 4 - rank)).numpy() for factor in (*own, *mean)
+        )
+        loops.low_rank_rest(total.numpy(), p, q, mean_p, mean_q, out.numpy())
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -17,8 +17,6 @@ _reordered_nan = numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
 _reordered = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
 _inline = numba.njit(nogil=True, cache=True, inline="always")
 
-RUN = 16  # neighbours that are sampled together, one cache line
-
 
 @_inline
 def _load(grad, residual, start, work):
@@ -62,12 +60,12 @@ def collect(grad, residual, total, threshold, indices, values):
 
 @_jit
 def sample(grad, residual, stride, sample):
-    for run in range(sample.size // RUN):
-        for i in range(RUN):
+    for run in range(sample.shape[0]):
+        for i in range(sample.shape[1]):
             value = grad[run * stride + i]
             if residual is not None:
                 value += residual[run * stride + i]
-            sample[run * RUN + i] = abs(value)
+            sample[run, i] = abs(value)
 
 
 @_jit
@@ -342,20 +340,20 @@ def project_back(total, p, q):
 
 
 @_reordered
-def _low_rank_row(left, out, f0, f1, f2, f3, own0, own1, own2, own3, mean0, mean1, mean2, mean3):
+def _low_rank_row(left, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3):
     for i in range(left.size):
-        left[i] -= f0 * own0[i] + f1 * own1[i] + f2 * own2[i] + f3 * own3[i]
-        out[i] = f0 * mean0[i] + f1 * mean1[i] + f2 * mean2[i] + f3 * mean3[i]
+        left[i] -= p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i]
+        out[i] = mp0 * mq0[i] + mp1 * mq1[i] + mp2 * mq2[i] + mp3 * mq3[i]
 
 
 @_jit
-def low_rank_rest(total, p, own, mean, out):
+def low_rank_rest(total, p, q, mean_p, mean_q, out):
     """For factors of four rows; those of fewer come filled up with zeros."""
+    q0, q1, q2, q3, mq0, mq1, mq2, mq3 = q[0], q[1], q[2], q[3], mean_q[0], mean_q[1], mean_q[2], mean_q[3]
     for row in range(total.shape[0]):
-        f0, f1, f2, f3 = p[0, row], p[1, row], p[2, row], p[3, row]
-        _low_rank_row(
-            total[row], out[row], f0, f1, f2, f3, own[0], own[1], own[2], own[3], mean[0], mean[1], mean[2], mean[3]
-        )
+        p0, p1, p2, p3 = p[0, row], p[1, row], p[2, row], p[3, row]
+        mp0, mp1, mp2, mp3 = mean_p[0, row], mean_p[1, row], mean_p[2, row], mean_p[3, row]
+        _low_rank_row(total[row], out[row], p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3)
 
 
 @_reordered_nan

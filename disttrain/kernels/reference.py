@@ -18,6 +18,9 @@ import torch
 
 Tensor = torch.Tensor
 
+RUN = 16  # neighbours that are sampled together, one cache line
+_SAMPLES = 600  # sampled entries expected above an estimated threshold: an error of about 4 %
+
 
 class Kernels:
     """Every kernel; a backend overrides those that it has faster. Safe to call from several threads."""
@@ -65,6 +68,14 @@ class Kernels:
                 torch.nn.functional.pad(indices, (0, padding)),
             )
         return values, indices, found.numel()
+
+    def estimate_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> float:
+        """The magnitude that about that share of all entries reaches, from runs of neighbours spread evenly."""
+        runs, stride = sampled_runs(grad.numel(), share)
+        places = (torch.arange(runs, device=grad.device) * stride).unsqueeze(1)
+        places = (places + torch.arange(min(RUN, grad.numel()), device=grad.device)).view(-1)
+        sample = (grad[places] if residual is None else grad[places] + residual[places]).abs()
+        return float(sample.nan_to_num_(nan=math.inf).kthvalue(sampled_rank(sample.numel(), share) + 1).values)
 
     def take_at(self, total: Tensor, indices: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
         """The entries at the given places of ``total`` (which is ``rest`` already, unless that is None)."""
@@ -127,6 +138,42 @@ class Kernels:
             total += values * scale.unsqueeze(1)
         _finish_mean(total, len(codes), out, add)
 
+    # Powers of two
+
+    def natural(
+        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Every entry rounded at random to a power of two: (uint8 codes, scales).
+
+        The scale is the power of two above the block's largest magnitude; a code is the sign bit and an m of 7 bits for
+        2^(m - 127) times the scale, or for zero if m = 0. Means are right within 2^-16 of an entry. Blocks of denormal
+        numbers count as zeros.
+        """
+        total = self.add(grad, residual, rest)
+        blocks = _blocks(total, block)
+        scales = _powers_above(blocks.abs().amax(1))
+        inverse = torch.where(scales > 0, 1 / scales, 0).unsqueeze(1)
+        # A float32 in [0, 1) has its exponent in the form wanted. Noise added to the bits of its fraction carries over
+        # into the exponent with the right probability, and below the least exponent to it from zero.
+        bits = (blocks.abs() * inverse).float().view(torch.int32)
+        noise = (_noise(seed, blocks) * 2**16).to(torch.int32)
+        exponents = ((bits + (noise << 7)) >> 23).clamp_(max=127)
+        codes = (exponents | ((blocks < 0).to(torch.int32) << 7)).to(torch.uint8)
+        if rest is not None:
+            left = blocks - POWERS.to(blocks)[codes.long()] * scales.unsqueeze(1)
+            rest.copy_(left.view(-1)[: rest.numel()])
+        return codes.view(-1), scales
+
+    def natural_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        """The mean of what several ``natural`` stand for."""
+        powers = POWERS.to(out)
+        total = torch.zeros(scales[0].numel(), block, dtype=out.dtype, device=out.device)
+        for code, scale in zip(codes, scales, strict=True):
+            total += powers[code.long()].view(scale.numel(), block) * scale.unsqueeze(1)
+        _finish_mean(total, len(codes), out, add)
+
     # One bit
 
     def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -163,10 +210,12 @@ class Kernels:
         """The product of p (rank, rows) with ``total`` (rows, columns): (rank, columns)."""
         return p @ total
 
-    def low_rank_rest(self, total: Tensor, p: Tensor, own: Tensor, mean: Tensor, out: Tensor) -> None:
-        """``total -= p^T own`` and ``out = p^T mean``, for p (rank, rows), own and mean (rank, columns)."""
-        total.addmm_(p.T, own, alpha=-1)
-        torch.mm(p.T, mean, out=out)
+    def low_rank_rest(
+        self, total: Tensor, own: tuple[Tensor, Tensor], mean: tuple[Tensor, Tensor], out: Tensor
+    ) -> None:
+        """``total -= p^T q`` for the own factors, ``out = p^T q`` for the mean ones; p (rank, rows), q (rank, columns)."""
+        total.addmm_(own[0].T, own[1], alpha=-1)
+        torch.mm(mean[0].T, mean[1], out=out)
 
 
 def num_blocks(numel: int, block: int) -> int:

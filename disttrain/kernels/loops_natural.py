@@ -1,0 +1,60 @@
+"""The compiled loops of natural compression, in the manner of those in ``loops``."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from disttrain.kernels.loops import _finite, _hash, _jit, _largest, _load, _store_mean
+
+
+@_finite
+def _round_at_random(work, bits, first, seed, code):
+    half = code.size // 2
+    low, high, low_bits, high_bits = work[:half], work[half:], bits[:half], bits[half:]
+    low_code, high_code = code[:half], code[half:]
+    for i in range(half):
+        noise = _hash(np.uint32(np.uint64(np.uint32(first + i)) * np.uint64(0x9E3779B9) + np.uint64(seed)))
+        exponent = min((low_bits[i] + np.int32((noise & np.uint32(0xFFFF)) << np.uint32(7))) >> 23, 127)
+        low_code[i] = np.uint8(exponent | (128 if low[i] < 0 else 0))
+        exponent = min((high_bits[i] + np.int32((noise >> np.uint32(16)) << np.uint32(7))) >> 23, 127)
+        high_code[i] = np.uint8(exponent | (128 if high[i] < 0 else 0))
+
+
+@_jit
+def natural(grad, residual, rest, block, seed, powers, codes, scales):
+    real = grad.dtype.type
+    info = np.finfo(grad.dtype)
+    last_exponent = math.frexp(info.max)[1] - 1
+    work = np.empty(block, grad.dtype)
+    magnitudes = np.empty(block, np.float32)
+    for index in range(scales.size):
+        start = index * block
+        size = _load(grad, residual, start, work)
+        largest = _largest(work)
+        scale = inverse = real(0)
+        if largest >= info.tiny:
+            scale = real(math.ldexp(1.0, min(math.frexp(largest)[1], last_exponent)))
+            inverse = real(1) / scale
+        scales[index] = scale
+        for i in range(block):
+            magnitudes[i] = abs(work[i]) * inverse
+        code = codes[start : start + block]
+        _round_at_random(work, magnitudes.view(np.int32), index * (block // 2), seed, code)
+        if rest is not None:
+            left = rest[start : start + size]
+            for i in range(size):
+                left[i] = work[i] - powers[code[i]] * scale
+
+
+@_jit
+def natural_mean(codes, scales, block, powers, add, out):
+    work = np.empty(block, out.dtype)
+    for index in range(scales.shape[1]):
+        work[:] = 0
+        for part in range(codes.shape[0]):
+            code, scale = codes[part, index * block : (index + 1) * block], scales[part, index]
+            for i in range(block):
+                work[i] += powers[code[i]] * scale
+        _store_mean(work, out.dtype.type(codes.shape[0]), add, out[index * block : (index + 1) * block])
