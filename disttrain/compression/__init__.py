@@ -9,11 +9,19 @@ from typing import Any
 
 from disttrain.compression.base import REGISTRY, Bucket, Compressor, NewState, Program, State
 from disttrain.compression.blockwise import Blockwise4, Blockwise8
+from disttrain.compression.cast import BFloat16, Float16
 from disttrain.compression.codec import Codec, FusedCodec, Payload
 from disttrain.compression.dense import Dense
+from disttrain.compression.dgc import DGC
 from disttrain.compression.efsign import EFSign
+from disttrain.compression.natural import Natural
+from disttrain.compression.onebit import OneBit
 from disttrain.compression.powersgd import PowerSGD
 from disttrain.compression.qsgd import QSGD
+from disttrain.compression.randomk import RandomK
+from disttrain.compression.signsgd import SignSGD
+from disttrain.compression.terngrad import TernGrad
+from disttrain.compression.threshold import Threshold
 from disttrain.compression.topk import TopK
 from disttrain.validation import Registry
 
@@ -21,7 +29,9 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "DGC",
     "QSGD",
+    "BFloat16",
     "Blockwise4",
     "Blockwise8",
     "Bucket",
@@ -29,12 +39,19 @@ __all__ = [
     "Compressor",
     "Dense",
     "EFSign",
+    "Float16",
     "FusedCodec",
+    "Natural",
     "NewState",
+    "OneBit",
     "Payload",
     "PowerSGD",
     "Program",
+    "RandomK",
+    "SignSGD",
     "State",
+    "TernGrad",
+    "Threshold",
     "TopK",
     "build",
     "names",

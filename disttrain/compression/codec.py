@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from disttrain.collectives import AllGather, AllToAll
 from disttrain.compression.base import Bucket, Compressor, Program, State
+from disttrain.errors import UserError
 
 Payload: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -42,6 +44,12 @@ class Codec(Compressor):
     exchange: Literal["auto", "all_gather", "two_stage"] = Field(
         default="auto", description="how payloads travel; auto takes what receives fewer bytes for its rounds"
     )
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> Self:
+        if self.exchange == "two_stage" and not self.by_element:
+            raise UserError(f"{self.name} cannot be exchanged in two stages: set exchange to auto or all_gather")
+        return self
 
     @abstractmethod
     def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
@@ -141,7 +149,7 @@ class Codec(Compressor):
         if key not in _payload_bytes:
             zeros = torch.zeros(bucket.numel, dtype=bucket.dtype)
             like = Bucket(bucket.names, bucket.shapes, bucket.dtype, zeros.device)
-            _payload_bytes[key] = packed_bytes(self.encode(zeros, like, State()))
+            _payload_bytes[key] = packed_bytes(self.encode(zeros, like, self.init_state(like)))
         return _payload_bytes[key]
 
 

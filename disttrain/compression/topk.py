@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +19,10 @@ class TopK(FusedCodec):
 
     A contraction: ||x - C(x)||^2 <= (1 - k/d) ||x||^2. Biased, so error feedback is on by default.
     Wire: k (4 + value size) bytes a rank, all-gathered.
+
+    ``selection="estimated"`` sends what exceeds a threshold estimated from a sample, as DGC's authors do: about k
+    entries (0.8 to 1.25 k but for odd distributions), without looking for the k-th. The payload has room for 1.25 k and
+    ends in zeros; the bound above then holds with the number that was sent.
     """
 
     name = "topk"
@@ -25,15 +30,28 @@ class TopK(FusedCodec):
     min_two_stage_world_size: ClassVar[int] = 32
 
     ratio: float = Field(default=0.01, gt=0, le=1, description="share of the entries that is sent each step")
+    selection: Literal["exact", "estimated"] = Field(
+        default="exact", description="exactly k entries, or all above a threshold that a sample gives"
+    )
 
     def encode_owed(
         self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
     ) -> Payload:
         assert grad.numel() < 2**31, "indices are int32"
         k = max(1, round(self.ratio * grad.numel()))
-        values, indices = for_device(grad.device).take_largest(grad, residual, rest, k)
+        kernels = for_device(grad.device)
+        if self.selection == "exact":
+            values, indices = kernels.take_largest(grad, residual, rest, k)
+        else:
+            threshold = kernels.estimate_threshold(grad, residual, k / grad.numel())
+            values, indices, _ = kernels.take_above(grad, residual, rest, threshold, room_for(k, grad.numel()))
         return {"values": values, "indices": indices}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
         values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
         for_device(out.device).sparse_mean(values, indices, out, add=add)
+
+
+def room_for(k: int, numel: int) -> int:
+    """Entries that a payload has room for, where about k of ``numel`` are expected."""
+    return min(numel, math.ceil(1.25 * k))

@@ -218,6 +218,28 @@ class Kernels:
         torch.mm(mean[0].T, mean[1], out=out)
 
 
+# What each code of ``natural`` stands for, in units of the scale.
+POWERS = torch.tensor([sign * 2.0 ** (m - 127) if m else 0.0 for sign in (1, -1) for m in range(128)])
+
+
+def _powers_above(largest: Tensor) -> Tensor:
+    """The least power of two above each number, within the dtype's range; 0 for denormal numbers and zero."""
+    info = torch.finfo(largest.dtype)
+    exponents = torch.frexp(largest).exponent.clamp_(max=math.frexp(info.max)[1] - 1)
+    return torch.where(largest >= info.tiny, torch.ldexp(torch.ones_like(largest), exponents), 0)
+
+
+def sampled_runs(numel: int, share: float) -> tuple[int, int]:
+    """How many runs of neighbours to sample for an estimate of the largest ``share``, and from one to the next."""
+    runs = max(1, min(numel, int(_SAMPLES / share)) // RUN)
+    return runs, numel // runs
+
+
+def sampled_rank(size: int, share: float) -> int:
+    """The place of the threshold in the sorted sample: ``share`` of it comes from there on."""
+    return size - max(1, round(size * share))
+
+
 def num_blocks(numel: int, block: int) -> int:
     return -(-numel // block)
 
