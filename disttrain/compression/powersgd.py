@@ -9,6 +9,7 @@ from pydantic import Field
 
 from disttrain.collectives import AllReduce
 from disttrain.compression.base import Bucket, Compressor, Program, State, matrix_shape, seeded_generator
+from disttrain.kernels import for_device
 
 
 class PowerSGD(Compressor):
@@ -59,57 +60,44 @@ class PowerSGD(Compressor):
         state.add(factor, torch.cat(parts), sizes, replicated=True)
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
-        if self.alternating:
-            return (yield from self._alternate(grad, bucket, state))
-        matrices = bucket.matrices(grad.add_(state.residual))
+        kernels = for_device(grad.device)
         shapes = self._shapes(bucket)
-        old_qs = _split(state.q, [(columns, rank) for _, columns, rank in shapes])
+        p_shapes = [(rank, rows) for rows, _, rank in shapes]
+        q_shapes = [(rank, columns) for _, columns, rank in shapes]
+        sends_p = not self.alternating or state.step % 2 == 0
+        sends_q = not self.alternating or not sends_p
+        rest = state.scratch("residual")
+        new = {"residual": rest}
+        matrices, residuals, totals = (bucket.matrices(flat) for flat in (grad, state.residual, rest))
+        owed = list(zip(matrices, residuals, totals, strict=True))
 
-        joined = _join([matrix @ _scaled(q) for matrix, q in zip(matrices, old_qs, strict=True)])
-        joined = yield AllReduce(joined, op="mean")
-        ps = [_orthogonal(p) for p in _split(joined, [(rows, rank) for rows, _, rank in shapes])]
+        if sends_p:
+            old_qs = _split(state.q, q_shapes)
+            own_qs = mean_qs = [_orthogonal(q) if self.alternating else _scaled(q) for q in old_qs]
+            own_ps = [kernels.project(*each, q) for each, q in zip(owed, own_qs, strict=True)]
+            mean_ps = _split((yield AllReduce(_join(own_ps), op="mean")), p_shapes)
+        else:
+            for each in owed:
+                kernels.add(*each)
+            mean_ps = _split(state.p, p_shapes)
+        if self.alternating and sends_p:
+            new["p"] = _kept(mean_ps, _split(state.p, p_shapes))
+        if sends_q:
+            own_ps = mean_ps = [_orthogonal(p) for p in mean_ps]
+            own_qs = [kernels.project_back(total, p) for total, p in zip(totals, own_ps, strict=True)]
+            mean_qs = _split((yield AllReduce(_join(own_qs), op="mean")), q_shapes)
+            new["q"] = _kept(mean_qs, _split(state.q, q_shapes))
 
-        qs = [matrix.T @ p for matrix, p in zip(matrices, ps, strict=True)]
-        for matrix, p, q in zip(matrices, ps, qs, strict=True):
-            matrix.addmm_(p, q.T, alpha=-1)  # what stays in ``grad`` is the residual
-        joined = yield AllReduce(_join(qs), op="mean")
-        qs = _split(joined, [(columns, rank) for _, columns, rank in shapes])
-
-        mean = torch.empty_like(grad)
-        for out, p, q in zip(bucket.matrices(mean), ps, qs, strict=True):
-            torch.mm(p, q.T, out=out)
-        return mean, {"residual": grad, "q": _join(_kept(qs, old_qs))}
-
-    def _alternate(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
-        is_even = state.step % 2 == 0
-
-        def facing(flat: torch.Tensor) -> list[torch.Tensor]:
-            """Odd steps are even ones on the transposed matrices."""
-            return [matrix if is_even else matrix.T for matrix in bucket.matrices(flat)]
-
-        row_shapes = [(rows, rank) for rows, _, rank in self._shapes(bucket)]
-        column_shapes = [(columns, rank) for _, columns, rank in self._shapes(bucket)]
-        moving, moving_shapes, fixed_shapes = "p", row_shapes, column_shapes
-        if not is_even:
-            moving, moving_shapes, fixed_shapes = "q", column_shapes, row_shapes
-        bases = [_orthogonal(factor) for factor in _split(state.q if is_even else state.p, fixed_shapes)]
-
-        matrices = facing(grad.add_(state.residual))
-        factors = [matrix @ basis for matrix, basis in zip(matrices, bases, strict=True)]
-        for matrix, factor, basis in zip(matrices, factors, bases, strict=True):
-            matrix.addmm_(factor, basis.T, alpha=-1)
-        joined = yield AllReduce(_join(factors), op="mean")
-        factors = _split(joined, moving_shapes)
-
-        mean = torch.empty_like(grad)
-        for out, factor, basis in zip(facing(mean), factors, bases, strict=True):
-            out.copy_(factor @ basis.T)
-        old = _split(state.p if is_even else state.q, moving_shapes)
-        return mean, {"residual": grad, moving: _join(_kept(factors, old))}
+        for total, out, *own, mean_p, mean_q in zip(totals, matrices, own_ps, own_qs, mean_ps, mean_qs, strict=True):
+            kernels.low_rank_rest(total, (own[0], own[1]), (mean_p, mean_q), out)
+        return grad, new
 
     def _shapes(self, bucket: Bucket) -> list[tuple[int, int, int]]:
         """(rows, columns, rank of the factors) of every matrix."""
         return [(rows, columns, min(self.rank, rows, columns)) for rows, columns in bucket.matrix_shapes]
+
+
+# Factors lie as (rank, rows or columns): the kernels run along rows of the matrix.
 
 
 def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -117,18 +105,23 @@ def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    parts = flat.split([rows * columns for rows, columns in shapes])
+    parts = flat.split([rank * size for rank, size in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _kept(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A column without any gradient would be zero for ever: it keeps the direction it had."""
-    return [torch.where((factor == 0).all(0), before, factor) for factor, before in zip(new, old, strict=True)]
+def _kept(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A direction without any gradient would be zero for ever: it stays what it was."""
+    return _join(
+        [
+            torch.where((factor == 0).all(1, keepdim=True), before, factor)
+            for factor, before in zip(new, old, strict=True)
+        ]
+    )
 
 
-def _orthogonal(p: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span those of ``p`` (rows, rank), also where these are zero or dependent."""
-    orthonormal: torch.Tensor = torch.linalg.qr(_scaled(p)).Q
+def _orthogonal(factor: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows that span those of ``factor`` (rank, size), also where these are zero or dependent."""
+    orthonormal: torch.Tensor = torch.linalg.qr(_scaled(factor).T).Q.T.contiguous()
     return orthonormal
 
 

@@ -22,9 +22,11 @@ def _load(device_type: str) -> Kernels:
     module, name, library = _BACKENDS[device_type]
     try:
         loaded = importlib.import_module(f"{__name__}.{module}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
         warnings.warn(
-            f"without {library} compression on {device_type} is several times slower ({error}): pip install {library}",
+            f"without {library} compression on {device_type} is several times slower: pip install {library}",
             RuntimeWarning,
             stacklevel=3,
         )
