@@ -1,16 +1,21 @@
 """What can cross the wire, as plain values.
 
 A compressor yields these, a communicator carries them out, the ledger counts them. By themselves they do nothing.
+
+Each is addressed to a group of ranks, and what it says of ranks is said of those of the group, by their number in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
+Group = Literal["world", "node", "across"]
+"""``world``: all ranks; ``node``: those of this node; ``across``: those with this rank's place in every node."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +27,7 @@ class AllReduce:
 
     tensor: torch.Tensor
     op: ReduceOp = "mean"
+    group: Group = "world"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +35,14 @@ class AllGather:
     """Give every rank the list of all ranks' tensors, in rank order.
 
     Sizes may differ along dimension 0 (then 8 bytes a rank are exchanged first). ``same_size=True`` is the caller's
-    promise that they do not, and saves that round.
+    promise that they do not, and saves that round; so do ``sizes``, if all ranks know them: the length along dimension
+    0 of what each rank gives.
     """
 
     tensor: torch.Tensor
     same_size: bool = False
+    group: Group = "world"
+    sizes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +50,13 @@ class AllToAll:
     """Send ``chunks[i]`` to rank i; the result lists what each rank sent here, in rank order.
 
     Sizes may differ along dimension 0, unless ``same_size=True`` promises that every chunk of every rank is alike.
+    ``sizes``, if every rank knows its own, are the lengths along dimension 0 of what each rank sends here.
     """
 
     chunks: list[torch.Tensor]
     same_size: bool = False
+    group: Group = "world"
+    sizes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +65,7 @@ class Broadcast:
 
     tensor: torch.Tensor
     root: int = 0
+    group: Group = "world"
 
 
 Collective: TypeAlias = AllReduce | AllGather | AllToAll | Broadcast
@@ -62,17 +75,20 @@ SIZE_BYTES = 8  # one int64 a rank (or a chunk), exchanged before payloads whose
 
 
 def sent_bytes(collective: Collective, world_size: int, rank: int) -> int:
-    """Bytes that ``rank`` hands to the engine: its payload, and its size where sizes are exchanged first."""
+    """Bytes that ``rank`` hands to the engine: its payload, and its size where sizes are exchanged first.
+
+    Both numbers are those of the group that the collective is addressed to.
+    """
     if world_size == 1:
         return 0
     match collective:
         case AllReduce(tensor):
             return tensor.nbytes
-        case AllGather(tensor, same_size):
-            return tensor.nbytes + (0 if same_size else SIZE_BYTES)
-        case AllToAll(chunks, same_size):
+        case AllGather(tensor):
+            return tensor.nbytes + (SIZE_BYTES if _asks_sizes(collective) else 0)
+        case AllToAll(chunks):
             others = sum(chunk.nbytes for index, chunk in enumerate(chunks) if index != rank)
-            return others + (0 if same_size else SIZE_BYTES * (world_size - 1))
+            return others + (SIZE_BYTES * (world_size - 1) if _asks_sizes(collective) else 0)
         case Broadcast(tensor, root):
             return tensor.nbytes if rank == root else 0
 
@@ -87,8 +103,12 @@ def received_bytes(collective: Collective, result: Result, world_size: int, rank
     match collective:
         case AllReduce(tensor):
             return 2 * (world_size - 1) * tensor.nbytes // world_size
-        case AllGather(_, same_size) | AllToAll(_, same_size):
+        case AllGather() | AllToAll():
             others = sum(int(part.nbytes) for index, part in enumerate(result) if index != rank)
-            return others + (0 if same_size else SIZE_BYTES * (world_size - 1))
+            return others + (SIZE_BYTES * (world_size - 1) if _asks_sizes(collective) else 0)
         case Broadcast(tensor, root):
             return 0 if rank == root else tensor.nbytes
+
+
+def _asks_sizes(collective: AllGather | AllToAll) -> bool:
+    return not collective.same_size and collective.sizes is None

@@ -6,16 +6,19 @@ empty and non-contiguous tensors, means, half precision, sizes that differ by ra
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 
-from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, ReduceOp, Result
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
+from disttrain.comm.nodes import describe, partitions
+from disttrain.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,6 +85,7 @@ class Communicator(ABC):
     device: torch.device
     guard: Guard | None = None
     priority_overtakes = False
+    _groups: Mapping[Group, Communicator] = {}
 
     # What an engine supplies: flat contiguous tensors in, flat tensors out.
 
@@ -112,6 +116,13 @@ class Communicator(ABC):
         """Where small tensors for agreement live."""
         return torch.device("cpu")
 
+    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+        """Become an end of the wire of one part of the ranks, ``parts[own]``; ``parts`` is alike on all ranks.
+
+        Called on a copy of the communicator, on all ranks, with ``rank`` and ``world_size`` set to the part's.
+        """
+        raise UserError(f"engine {self.engine!r} has no groups of ranks")
+
     def _close(self) -> None:  # noqa: B027 - an engine with nothing to release needs no override
         """Leave the engine's group."""
 
@@ -127,20 +138,50 @@ class Communicator(ABC):
         """Start a collective and return at once.
 
         Args:
-            collective: what to carry out; all ranks start the same ones in the same order.
+            collective: what to carry out; all ranks of its group start the same ones in the same order.
             priority: let a small all-reduce go ahead of the queue, where the engine can.
 
         Raises:
-            ValueError: the dtype cannot be reduced by this operation, the root is no rank, or the number of chunks is
-                not the world size.
+            ValueError: the dtype cannot be reduced by this operation, the root is no rank, sizes are not those of this
+                rank, or the number of chunks is not the group's size.
+            UserError: the group is not the world, and nodes differ in their number of ranks.
         """
+        return self.group(collective.group)._carry(collective, priority)
+
+    def group(self, name: Group) -> Communicator:
+        """The communicator of a group: its ``rank`` and ``world_size`` are those within the group.
+
+        The groups are made when one is first asked for, by all ranks at the same point of their programs. They live as
+        long as this communicator and are closed with it.
+
+        Raises:
+            UserError: nodes differ in their number of ranks, or the engine cannot make groups.
+        """
+        if name == "world":
+            return self
+        if not self._groups:
+            parts = partitions(self.all_gather_object(describe(self.local_rank)))
+            self._groups = {group: self._part(ranks) for group, ranks in parts.items()}
+        return self._groups[name]
+
+    def _part(self, parts: Sequence[Sequence[int]]) -> Communicator:
+        if len(parts) == 1:
+            return self
+        own = next(index for index, ranks in enumerate(parts) if self.rank in ranks)
+        part = copy.copy(self)
+        part.rank, part.world_size, part.guard = parts[own].index(self.rank), len(parts[own]), None
+        if part.world_size > 1:  # one rank alone needs no engine
+            part._narrow(parts, own)
+        return part
+
+    def _carry(self, collective: Collective, priority: bool) -> Work[Result]:
         match collective:
             case AllReduce(tensor, op):
                 return self._start_all_reduce(tensor, op, priority)
-            case AllGather(tensor, same_size):
-                return self._start_all_gather(tensor, same_size)
-            case AllToAll(chunks, same_size):
-                return self._start_all_to_all(chunks, same_size)
+            case AllGather(tensor, same_size, _, sizes):
+                return self._start_all_gather(tensor, same_size, sizes)
+            case AllToAll(chunks, same_size, _, sizes):
+                return self._start_all_to_all(chunks, same_size, sizes)
             case Broadcast(tensor, root):
                 if not 0 <= root < self.world_size:
                     raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}; got {root}")
@@ -184,10 +225,14 @@ class Communicator(ABC):
 
         return Pending(finish)
 
-    def _start_all_gather(self, tensor: torch.Tensor, same_size: bool) -> Work[list[torch.Tensor]]:
+    def _start_all_gather(
+        self, tensor: torch.Tensor, same_size: bool, sizes: Sequence[int] | None
+    ) -> Work[list[torch.Tensor]]:
+        rows, row_shape = _rows(tensor)
+        counts = [rows] * self.world_size if sizes is None else list(sizes)
+        self._check_sizes(counts, rows)
         if self.world_size == 1:
             return Finished([tensor])
-        rows, row_shape = _rows(tensor)
         flat = tensor.contiguous().view(-1)
         width = math.prod(row_shape)
 
@@ -197,11 +242,10 @@ class Communicator(ABC):
                 return [part.view(()) for part in parts]
             return [part.view(count, *row_shape) for part, count in zip(parts, counts, strict=True)]
 
-        if same_size or tensor.dim() == 0:
-            counts = [rows] * self.world_size
-            if flat.numel() == 0:
+        if same_size or tensor.dim() == 0 or sizes is not None:
+            if sum(counts) * width == 0:
                 return Finished(split(flat, counts))
-            return _then(self._all_gather(flat, [flat.numel()] * self.world_size), lambda result: split(result, counts))
+            return _then(self._all_gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
         size_work = self._all_gather(self._control_tensor([rows]), [1] * self.world_size)
 
         def finish() -> list[torch.Tensor]:
@@ -212,7 +256,9 @@ class Communicator(ABC):
 
         return Pending(finish)
 
-    def _start_all_to_all(self, chunks: list[torch.Tensor], same_size: bool) -> Work[list[torch.Tensor]]:
+    def _start_all_to_all(
+        self, chunks: list[torch.Tensor], same_size: bool, sizes: Sequence[int] | None
+    ) -> Work[list[torch.Tensor]]:
         if len(chunks) != self.world_size:
             raise ValueError(f"all_to_all needs one chunk for each of {self.world_size} ranks; got {len(chunks)}")
         if self.world_size == 1:
@@ -229,8 +275,10 @@ class Communicator(ABC):
             parts = result.split([count * width for count in receive])
             return [part.view(count, *row_shape) for part, count in zip(parts, receive, strict=True)]
 
-        if same_size:
-            return _then(exchange(send), lambda result: split(result, send))
+        if same_size or sizes is not None:
+            receive = send if sizes is None else list(sizes)
+            self._check_sizes(receive, send[self.rank])
+            return _then(exchange(receive), lambda result: split(result, receive))
         ones = [1] * self.world_size
         size_work = self._all_to_all(self._control_tensor(send), ones, ones)
 
@@ -239,6 +287,10 @@ class Communicator(ABC):
             return split(exchange(receive).wait(), receive)
 
         return Pending(finish)
+
+    def _check_sizes(self, sizes: Sequence[int], own: int) -> None:
+        if len(sizes) != self.world_size or sizes[self.rank] != own:
+            raise ValueError(f"sizes={list(sizes)} do not fit rank {self.rank} of {self.world_size}, which has {own}")
 
     def _control_tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.control_device)

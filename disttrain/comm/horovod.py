@@ -20,6 +20,7 @@ _FUSION_OVER_GLOO = "0"
 # How often to look whether a collective is done. ``hvd.synchronize`` alone spins, which takes the processor from
 # Horovod's own thread and from backward.
 _POLL_SECONDS = 0.0002
+_DYNAMIC = "HOROVOD_DYNAMIC_PROCESS_SETS"
 # What Horovod's torch all-reduce takes. The base class sums other dtypes by exchange.
 _REDUCIBLE = {torch.float16, torch.float32, torch.float64, torch.int32, torch.int64}
 
@@ -45,6 +46,7 @@ class HorovodCommunicator(Communicator):
                 "horovodrun, or with the mpirun of the MPI that Horovod was built with"
             )
         self.device = device
+        self._set = hvd.global_process_set
         self._free_names: defaultdict[str, list[str]] = defaultdict(list)
         self._num_names: defaultdict[str, int] = defaultdict(int)
 
@@ -79,14 +81,14 @@ class HorovodCommunicator(Communicator):
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
         return self._submit(
             f"{op}.{flat.dtype}.{flat.numel()}",
-            lambda name: self._hvd.allreduce_async_(flat, name=name, op=self._ops[op]),
+            lambda name: self._hvd.allreduce_async_(flat, name=name, op=self._ops[op], process_set=self._set),
             lambda result: flat,
         )
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
         return self._submit(
             f"all_gather.{flat.dtype}",
-            lambda name: self._hvd.allgather_async(_movable(flat), name=name),
+            lambda name: self._hvd.allgather_async(_movable(flat), name=name, process_set=self._set),
             lambda result: result.view(flat.dtype),
         )
 
@@ -98,16 +100,26 @@ class HorovodCommunicator(Communicator):
         splits = torch.tensor([size * width for size in send_sizes], dtype=torch.int32)
         return self._submit(
             f"all_to_all.{flat.dtype}",
-            lambda name: self._hvd.alltoall_async(movable, splits=splits, name=name),
+            lambda name: self._hvd.alltoall_async(movable, splits=splits, name=name, process_set=self._set),
             lambda result: result[0].view(flat.dtype),
         )
 
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        world_root = self._set.ranks[root]  # Horovod counts roots in the world, also those of a process set
         return self._submit(
             f"broadcast.{flat.dtype}.{flat.numel()}.{root}",
-            lambda name: self._hvd.broadcast_async_(_movable(flat), root, name=name),
+            lambda name: self._hvd.broadcast_async_(_movable(flat), world_root, name=name, process_set=self._set),
             lambda result: flat,
         )
+
+    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+        if os.environ.get(_DYNAMIC) != "1":
+            raise UserError(
+                f"Horovod makes groups of ranks only if it is started with {_DYNAMIC}=1: export it on every host "
+                "(each of its cycles then takes two small rounds more)"
+            )
+        self._set = [self._hvd.add_process_set(list(part)) for part in parts][own]  # all ranks add all, in one order
+        self._free_names, self._num_names = defaultdict(list), defaultdict(int)
 
     def _close(self) -> None:
         self._hvd.shutdown()

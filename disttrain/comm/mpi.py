@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch
 from disttrain.comm.base import Communicator, EngineOp, Pending, Work
 from disttrain.comm.environment import Environment
 from disttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Comm
 
 # What MPI can add up. Half precision is not among MPI's types: the base class sums it by exchange.
 _REDUCIBLE = {torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -36,7 +39,7 @@ class MPICommunicator(Communicator):
                 "or call MPI_Init_thread with MPI_THREAD_SERIALIZED or more before disttrain.init"
             )
         self._mpi = MPI
-        self._group = MPI.COMM_WORLD.Dup()
+        self._group: Comm = MPI.COMM_WORLD.Dup()
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         self.rank, self.world_size = self._group.Get_rank(), self._group.Get_size()
         if environment.world_size not in (1, self.world_size):
@@ -94,6 +97,10 @@ class MPICommunicator(Communicator):
             return buffer
 
         return self._submit(call, flat)
+
+    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+        # By the one thread that calls MPI, which also carries out what is started in the new group: one order for all.
+        self._group = self._thread.submit(self._group.Split, own, self.rank).result()
 
     def _close(self) -> None:
         self._thread.shutdown(wait=True)

@@ -31,6 +31,11 @@ class _Round:
     ended: float = 0.0
 
 
+@dataclass
+class _Time:
+    now: float = 0.0
+
+
 class SimulatedWorld:
     """What the virtual ranks share.
 
@@ -39,19 +44,43 @@ class SimulatedWorld:
         alpha: seconds a message.
         beta: seconds a byte.
         timeout: real seconds a rank waits for the others before it reports a deadlock.
+        local_size: ranks a host; None: all are on one.
     """
 
-    def __init__(self, world_size: int, alpha: float = 0.0, beta: float = 0.0, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        timeout: float = 60.0,
+        local_size: int | None = None,
+    ) -> None:
         self.world_size, self.alpha, self.beta, self.timeout = world_size, alpha, beta, timeout
+        self.local_size = local_size or world_size
         self.changed = threading.Condition()
         self.rounds: dict[int, _Round] = {}
-        self.failure: BaseException | None = None
+        self.failures: list[BaseException] = []
         self.wire_free = 0.0
+        self._parts: dict[tuple[int, ...], SimulatedWorld] = {}
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the first failing rank raised."""
+        return self.failures[0] if self.failures else None
 
     def fail(self, error: BaseException) -> None:
         with self.changed:
-            self.failure = self.failure or error
+            self.failures.append(error)
             self.changed.notify_all()
+
+    def part(self, ranks: Sequence[int]) -> SimulatedWorld:
+        """What these ranks share among themselves: a wire of their own, and the failures of all."""
+        with self.changed:
+            if tuple(ranks) not in self._parts:
+                world = SimulatedWorld(len(ranks), self.alpha, self.beta, self.timeout)
+                world.changed, world.failures = self.changed, self.failures
+                self._parts[tuple(ranks)] = world
+            return self._parts[tuple(ranks)]
 
     def deposit(self, index: int, rank: int, kind: str, flat: torch.Tensor, sizes: Sequence[int], clock: float) -> None:
         with self.changed:
@@ -60,8 +89,7 @@ class SimulatedWorld:
                 error = RuntimeError(
                     f"ranks disagree on collective {index}: {current.kind} here, {kind} on rank {rank}"
                 )
-                self.failure = self.failure or error
-                self.changed.notify_all()
+                self.fail(error)
                 raise error
             current.parts[rank], current.sizes[rank] = flat, sizes
             current.started = max(current.started, clock)
@@ -127,14 +155,22 @@ class SimulatedCommunicator(Communicator):
     priority_overtakes = True  # each collective is done as soon as its last rank has started it
 
     def __init__(self, world: SimulatedWorld, rank: int) -> None:
-        self.rank, self.world_size, self.local_rank, self.local_size = rank, world.world_size, rank, world.world_size
+        self.rank, self.world_size = rank, world.world_size
+        self.local_rank, self.local_size = rank % world.local_size, world.local_size
         self.device = torch.device("cpu")
-        self.clock = 0.0
+        self._time = _Time()  # one, also for the groups that this rank is in
         self._world = world
         self._count = 0
 
+    @property
+    def clock(self) -> float:
+        return self._time.now
+
     def advance(self, seconds: float) -> None:
-        self.clock += seconds
+        self._time.now += seconds
+
+    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+        self._world, self._count = self._world.part(parts[own]), 0
 
     def _submit(self, kind: str, flat: torch.Tensor, sizes: Sequence[int] = ()) -> Work[torch.Tensor]:
         index, self._count = self._count, self._count + 1
@@ -142,7 +178,7 @@ class SimulatedCommunicator(Communicator):
 
         def finish() -> torch.Tensor:
             result, ended = self._world.collect(index, self.rank)
-            self.clock = max(self.clock, ended)
+            self._time.now = max(self._time.now, ended)
             return result
 
         return Pending(finish)
@@ -169,15 +205,18 @@ def simulate(
     alpha: float = 0.0,
     beta: float = 0.0,
     timeout: float = 60.0,
+    local_size: int | None = None,
 ) -> list[R]:
     """Call ``run(comm)`` on every virtual rank, each in its own thread; the results in rank order.
+
+    ``local_size`` ranks are on each virtual host; None: all on one. The wires of different groups are different wires.
 
     The ranks share one process, so also torch's global random generator: seed private ones instead.
 
     Raises:
         BaseException: what the first failing rank raised. The other ranks are released.
     """
-    world = SimulatedWorld(world_size, alpha, beta, timeout)
+    world = SimulatedWorld(world_size, alpha, beta, timeout, local_size)
     results: dict[int, R] = {}
 
     def work(rank: int) -> None:

@@ -46,6 +46,7 @@ class TorchCommunicator(Communicator):
         self._lanes: list[dist.ProcessGroup | None] = [None]
         self._priority_lane: dist.ProcessGroup | None = None
         self._num_started = 0
+        self._ranks: Sequence[int] = range(self.world_size)
         if self.backend == "gloo" and self.world_size > 1:
             self._lanes.append(dist.new_group(backend="gloo"))
             self._priority_lane = dist.new_group(backend="gloo")
@@ -83,11 +84,11 @@ class TorchCommunicator(Communicator):
         largest = max(sizes)
         if min(sizes) == largest:
             result = flat.new_empty(self.world_size * largest)
-            return _pending(_all_gather_single(result, flat, async_op=True), result)
+            return _pending(_all_gather_single(result, flat, group=self._lanes[0], async_op=True), result)
         padded = flat.new_zeros(largest)  # torch.distributed gathers equal sizes only
         padded[: flat.numel()] = flat
         result = flat.new_empty(self.world_size * largest)
-        work = _all_gather_single(result, padded, async_op=True)
+        work = _all_gather_single(result, padded, group=self._lanes[0], async_op=True)
 
         def finish() -> torch.Tensor:
             work.wait()
@@ -99,11 +100,19 @@ class TorchCommunicator(Communicator):
         self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
     ) -> Work[torch.Tensor]:
         result = flat.new_empty(sum(receive_sizes))
-        work = dist.all_to_all_single(result, flat, list(receive_sizes), list(send_sizes), async_op=True)
+        sizes = list(receive_sizes), list(send_sizes)
+        work = dist.all_to_all_single(result, flat, *sizes, group=self._lanes[0], async_op=True)
         return _pending(work, result)
 
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
-        return _pending(dist.broadcast(flat, root, async_op=True), flat)
+        return _pending(dist.broadcast(flat, self._ranks[root], group=self._lanes[0], async_op=True), flat)
+
+    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+        # Every rank takes part in making all groups, its own or not, in one order.
+        lanes = [[dist.new_group(list(part), backend=self.backend) for part in parts] for _ in self._lanes]
+        self._ranks, self._num_started = parts[own], 0
+        self._lanes = [groups[own] for groups in lanes]
+        self._priority_lane, self.priority_overtakes = self._lanes[0], False
 
     def _close(self) -> None:
         if self._owns_group and dist.is_initialized():

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast
-from disttrain.comm import Communicator, init
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, Result
+from disttrain.comm import Communicator, Work, init
+from disttrain.comm.nodes import NODE_SIZE
 
 CHECKS: dict[str, Callable[[Communicator], None]] = {}
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -199,11 +200,85 @@ def tells_where_it_is(comm: Communicator) -> None:
     comm.barrier()
 
 
+GROUPS: tuple[Group, ...] = ("node", "across")
+
+
+def members(comm: Communicator, group: Group) -> list[int]:
+    """The ranks of this rank's group, where consecutive ranks fill the nodes."""
+    size = int(os.environ.get(NODE_SIZE, comm.local_size))
+    first = comm.rank // size * size if group == "node" else comm.rank % size
+    return list(range(first, first + size) if group == "node" else range(first, comm.world_size, size))
+
+
+@check
+def groups_have_their_own_ranks(comm: Communicator) -> None:
+    assert comm.group("world") is comm
+    for group in GROUPS:
+        part = comm.group(group)
+        assert part is comm.group(group)
+        assert (part.rank, part.world_size) == (members(comm, group).index(comm.rank), len(members(comm, group)))
+        assert part.all_gather_object(comm.rank) == members(comm, group)
+        part.barrier()
+
+
+@check
+def groups_do_not_hear_each_other(comm: Communicator) -> None:
+    """Data differ between groups, and collectives of all groups are on the wire together."""
+    works: list[tuple[torch.Tensor, Work[Result]]] = []
+    for index in range(10):
+        shape = (40 + index,)
+        mine = values(comm.rank, shape, torch.float32)
+        for group in ("world", *GROUPS):
+            ranks = list(range(comm.world_size)) if group == "world" else members(comm, group)
+            theirs = torch.stack([values(rank, shape, torch.float32) for rank in ranks])
+            place, root = ranks.index(comm.rank), index % len(ranks)
+            chunks = [values(100 * comm.rank + to, (3,), torch.int32) for to in ranks]
+            sent_here = torch.stack([values(100 * rank + comm.rank, (3,), torch.int32) for rank in ranks])
+            started: list[tuple[torch.Tensor, Collective]] = [
+                (theirs.sum(0), AllReduce(mine.clone(), "sum", group)),
+                (theirs.mean(0), AllReduce(mine.clone(), "mean", group)),
+                (theirs, AllGather(mine, same_size=index % 2 == 0, group=group)),
+                (sent_here, AllToAll(chunks, same_size=True, group=group)),
+                (theirs[root], Broadcast(mine.clone(), root, group)),
+            ]
+            assert torch.equal(theirs[place], mine)
+            works += [(wanted, comm.start(collective)) for wanted, collective in started]
+    for wanted, work in reversed(works):
+        result = work.wait()
+        torch.testing.assert_close(torch.stack(result) if isinstance(result, list) else result, wanted)
+
+
+@check
+def groups_keep_the_contract(comm: Communicator) -> None:
+    parts = [part for group in GROUPS if (part := comm.group(group)) is not comm]
+    for name, function in CHECKS.items():
+        if not name.startswith("groups") and function is not tells_where_it_is:
+            for part in parts:
+                function(part)
+
+
+@check
+def known_sizes_need_no_round(comm: Communicator) -> None:
+    for size in (lambda rank: 3 * rank, lambda rank: 5 * (rank == 0), lambda rank: 0):
+        sizes = [size(rank) for rank in range(comm.world_size)]
+        mine = values(comm.rank, (sizes[comm.rank], 2), torch.float32)
+        for rank, part in enumerate(comm.start(AllGather(mine, sizes=sizes)).wait()):
+            assert torch.equal(part, values(rank, (sizes[rank], 2), torch.float32))
+        chunks = [torch.full((count,), 10 * comm.rank + rank) for rank, count in enumerate(sizes)]
+        for rank, part in enumerate(comm.start(AllToAll(chunks, sizes=[len(mine)] * comm.world_size)).wait()):
+            assert torch.equal(part, torch.full((len(mine),), 10 * rank + comm.rank))
+    with pytest.raises(ValueError, match="sizes"):
+        comm.start(AllGather(torch.ones(2), sizes=[1] * comm.world_size))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with init(os.environ["ENGINE"], device="cpu", timeout=60) as comm:
         assert comm.engine == os.environ["ENGINE"]
+        only = os.environ.get("CHECKS_OF", "")
         for name, function in CHECKS.items():
+            if not name.startswith(only):
+                continue
             problem = ""
             try:
                 function(comm)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from disttrain.comm import SingleProcess, simulate
+from disttrain.comm.nodes import NODE_SIZE
 from tests.contract.communicator_checks import CHECKS
 from tests.support.workers import LAUNCHERS, run_workers, unavailable
 
+GROUP_CHECKS = [name for name in CHECKS if name.startswith("groups")]
 SCRIPT = Path(__file__).with_name("communicator_checks.py")
 
 
@@ -26,10 +28,16 @@ def test_simulated(world_size: int, check: str) -> None:
     simulate(world_size, CHECKS[check])
 
 
+@pytest.mark.parametrize("check", GROUP_CHECKS)
+@pytest.mark.parametrize(("world_size", "local_size"), [(4, 2), (6, 3), (8, 2), (3, 1), (3, 3)])
+def test_groups_of_simulated_nodes(world_size: int, local_size: int, check: str) -> None:
+    simulate(world_size, CHECKS[check], local_size=local_size)
+
+
 @functools.cache
-def outcomes(launcher: str, world_size: int) -> dict[str, str]:
+def outcomes(launcher: str, world_size: int, **env: str) -> dict[str, str]:
     """One launch runs all checks: what went wrong in each, or an empty string."""
-    done = run_workers(launcher, world_size, [SCRIPT])
+    done = run_workers(launcher, world_size, [SCRIPT], **env)
     lines = [line.partition("CHECK ")[2] for line in done.stdout.splitlines() if "CHECK " in line]
     assert lines, f"no check was run; exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return {**dict(json.loads(line) for line in lines), "exit code": str(done.returncode), "log": done.stderr[-4000:]}
@@ -44,5 +52,19 @@ def test_real_processes(launcher: str, world_size: int, check: str) -> None:
     if reason is not None:
         pytest.skip(reason)
     result = outcomes(launcher, world_size)
+    assert check in result, f"the launch ended before this check\n{result['log']}"
+    assert result[check] == ("0" if check == "exit code" else ""), result[check]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", [*GROUP_CHECKS, "exit code"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_groups_of_real_processes(launcher: str, check: str) -> None:
+    """Four ranks of one machine as two nodes of two."""
+    reason = unavailable(launcher)
+    if reason is not None:
+        pytest.skip(reason)
+    dynamic = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if launcher.startswith("horovod") else {}
+    result = outcomes(launcher, 4, CHECKS_OF="groups", **{NODE_SIZE: "2"}, **dynamic)
     assert check in result, f"the launch ended before this check\n{result['log']}"
     assert result[check] == ("0" if check == "exit code" else ""), result[check]
