@@ -225,18 +225,24 @@ def dequantize(codes, scales, widths, block, add, out):
     code = np.empty(block, np.uint8)
     length = block * bits // 8
     for index in range(scales.shape[1]):
-        work[:] = 0
         for part in range(codes.shape[0]):
             _unpack(codes[part, index * length : (index + 1) * length], widths, code)
             scale = scales[part, index]
-            for i in range(block):
-                work[i] += (real(code[i]) - levels) * scale
+            if part == 0:
+                for i in range(block):
+                    work[i] = (real(code[i]) - levels) * scale
+            else:
+                for i in range(block):
+                    work[i] += (real(code[i]) - levels) * scale
         _store_mean(work, real(codes.shape[0]), add, out[index * block : (index + 1) * block])
 
 
 @_inline
 def _store_mean(work, count, add, out):
-    if add:
+    if add and count == 1:
+        for i in range(out.size):
+            out[i] += work[i]
+    elif add:
         for i in range(out.size):
             out[i] += work[i] / count
     else:
@@ -288,14 +294,17 @@ def sign_mean(bits, scales, block, add, out):
     work = np.empty(block, out.dtype)
     length = block // 8
     for index in range(scales.shape[1]):
-        work[:] = 0
         for part in range(bits.shape[0]):
             scale = scales[part, index]
             packed = bits[part, index * length : (index + 1) * length]
             for plane in range(8):
                 values, bit = work[plane * length : (plane + 1) * length], np.uint8(1 << plane)
-                for i in range(length):
-                    values[i] += -scale if packed[i] & bit else scale
+                if part == 0:
+                    for i in range(length):
+                        values[i] = -scale if packed[i] & bit else scale
+                else:
+                    for i in range(length):
+                        values[i] += -scale if packed[i] & bit else scale
         _store_mean(work, real(bits.shape[0]), add, out[index * block : (index + 1) * block])
 
 

@@ -213,7 +213,10 @@ class Kernels:
     def low_rank_rest(
         self, total: Tensor, own: tuple[Tensor, Tensor], mean: tuple[Tensor, Tensor], out: Tensor
     ) -> None:
-        """``total -= p^T q`` for the own factors, ``out = p^T q`` for the mean ones; p (rank, rows), q (rank, columns)."""
+        """``total -= p^T q`` of the own factors, ``out = p^T q`` of the mean ones.
+
+        Factors are p (rank, rows) and q (rank, columns).
+        """
         total.addmm_(own[0].T, own[1], alpha=-1)
         torch.mm(mean[0].T, mean[1], out=out)
 
