@@ -63,10 +63,6 @@ def test_topk_is_a_contraction(kind: str, ratio: float) -> None:
     assert share_lost(x, kept) == pytest.approx(float(1 - largest / x.square().sum()), abs=1e-12)
 
 
-def test_topk_of_equals_loses_just_what_the_bound_allows() -> None:
-    assert share_lost(torch.ones(NUMEL), one_step({"name": "topk", "ratio": 0.25}, torch.ones(NUMEL))) == 0.75
-
-
 @every_kind
 @pytest.mark.parametrize("case", [{"name": "topk", "selection": "estimated"}, {"name": "threshold"}], ids=case_id)
 def test_what_exceeds_a_threshold_is_a_contraction_by_the_number_sent(case: dict[str, Any], kind: str) -> None:

@@ -1,0 +1,253 @@
+"""The compiled CPU kernels against the reference in torch: equal to the bit, but for where sums are reordered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from disttrain.kernels import Kernels, for_device
+from disttrain.kernels.reference import widths
+
+pytest.importorskip("numba")
+
+REFERENCE, FAST = Kernels(), for_device(torch.device("cpu"))
+SIZES = [1, 15, 16, 17, 63, 64, 65, 1000, 5000]  # the last one is past where take_largest has a way of its own
+BLOCK = 64
+DTYPES = [torch.float32, torch.float64]
+
+KINDS: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
+    "normal": lambda size, generator: torch.randn(size, generator=generator, dtype=torch.float64),
+    "ties": lambda size, generator: torch.randint(-3, 4, (size,), generator=generator).double(),
+    "zeros": lambda size, generator: torch.zeros(size, dtype=torch.float64),
+    "equal": lambda size, generator: torch.full((size,), -2.5, dtype=torch.float64),
+    "spike": lambda size, generator: torch.nn.functional.one_hot(torch.tensor(size // 2), size).double() * -7,
+    "scales": lambda size, generator: (
+        torch.randn(size, generator=generator, dtype=torch.float64) * torch.logspace(-30, 30, size, dtype=torch.float64)
+    ),
+    "denormal": lambda size, generator: torch.full((size,), 1e-310, dtype=torch.float64),
+}
+
+Sample = tuple[torch.Tensor, "torch.Tensor | None", bool]
+
+
+def make(kind: str, size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return KINDS[kind](size, torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=[(kind, dtype) for kind in KINDS for dtype in DTYPES], ids=str)
+def samples(request: pytest.FixtureRequest) -> Iterator[Sample]:
+    """(grad, residual, whether to keep the rest), over all sizes."""
+    kind, dtype = request.param
+    return iter(
+        [
+            (make(kind, size, dtype), make(kind, size, dtype, 1) if owes else None, keeps)
+            for size in SIZES
+            for owes, keeps in ((False, False), (False, True), (True, True))
+        ]
+    )
+
+
+def both(name: str, sample: Sample, *arguments: object) -> tuple[tuple, tuple]:
+    """What each backend returns, and the rest that it leaves."""
+    grad, residual, keeps = sample
+    results = []
+    for kernels in (REFERENCE, FAST):
+        own = grad.clone()
+        rest = torch.full_like(grad, math.nan) if keeps else None
+        results.append((*getattr(kernels, name)(own, residual, rest, *arguments), rest))
+        assert torch.equal(own, grad), f"{name} wrote into the gradient"
+    return results[0], results[1]
+
+
+def assert_same(reference: tuple, fast: tuple) -> None:
+    for a, b in zip(reference, fast, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        else:
+            assert a == b
+
+
+def total_of(sample: Sample) -> torch.Tensor:
+    grad, residual, _ = sample
+    return grad if residual is None else grad + residual
+
+
+def test_the_fast_backend_is_not_the_reference() -> None:
+    assert type(FAST) is not Kernels
+
+
+def test_take_largest(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        total, size = total_of(sample), len(sample[0])
+        for k in {1, max(1, size // 100), max(1, size // 10), size}:
+            reference, fast = both("take_largest", sample, k)
+            assert_same(reference, fast)
+            values, indices, rest = fast
+            assert values.numel() == k
+            assert indices.dtype == torch.int32
+            assert (indices.diff() > 0).all()
+            assert torch.equal(values, total[indices.long()])
+            assert torch.equal(values.abs().sort().values, total.abs().sort().values[size - k :])
+            assert rest is None or torch.equal(rest.index_add(0, indices.long(), values), total)
+
+
+def test_take_largest_takes_the_first_of_equals() -> None:
+    grad = torch.ones(5000)
+    grad[4000:4010] = 2
+    for kernels in (REFERENCE, FAST):
+        _, indices = kernels.take_largest(grad, None, None, 40)
+        assert indices.tolist() == [*range(30), *range(4000, 4010)]
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_sizes_do_not_depend_on_values(size: int) -> None:
+    """A rank whose gradient is spoilt sends as much as the others, who count on it."""
+    for spoilt in (math.nan, math.inf):
+        grad = make("normal", size, torch.float32)
+        grad[:: size // 50] = spoilt
+        for kernels in (REFERENCE, FAST):
+            values, indices = kernels.take_largest(grad.clone(), None, grad.clone(), 7)
+            assert (values.numel(), indices.numel()) == (7, 7)
+            assert ((indices >= 0) & (indices < size)).all()
+            values, indices, _ = kernels.take_above(grad.clone(), None, grad.clone(), 0.5, 9)
+            assert (values.numel(), indices.numel()) == (9, 9)
+            assert isinstance(kernels.estimate_threshold(grad, None, 0.1), float)
+
+
+def test_take_above(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        total, size = total_of(sample), len(sample[0])
+        for threshold in (0.0, 0.5, 2.5, 3e38):
+            num_above = int(((total.abs() >= threshold) & (total != 0)).sum())
+            for capacity in {1, max(1, num_above - 1), num_above + 3, size}:
+                reference, fast = both("take_above", sample, threshold, capacity)
+                assert_same(reference, fast)
+                values, indices, count, rest = fast
+                assert count == num_above
+                taken = min(count, capacity)
+                assert values.numel() == indices.numel() == capacity
+                assert not values[taken:].any()
+                assert not indices[taken:].any()
+                assert values[:taken].all()
+                assert rest is None or torch.equal(rest.index_add(0, indices.long(), values), total)
+
+
+def test_estimate_threshold(samples: Iterator[Sample]) -> None:
+    for grad, residual, _ in samples:
+        for share in (0.01, 0.3, 1.0):
+            expected = REFERENCE.estimate_threshold(grad, residual, share)
+            assert FAST.estimate_threshold(grad, residual, share) == expected
+            magnitudes = (grad if residual is None else grad + residual).abs()
+            assert expected in magnitudes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_estimate_is_near(dtype: torch.dtype) -> None:
+    grad, residual = make("normal", 300_000, dtype), make("normal", 300_000, dtype, 1)
+    for share in (0.001, 0.01, 0.3):
+        threshold = REFERENCE.estimate_threshold(grad, residual, share)
+        assert 0.8 <= float(((grad + residual).abs() >= threshold).double().mean()) / share <= 1.25
+
+
+def test_sparse_mean() -> None:
+    for dtype in DTYPES:
+        parts = [REFERENCE.take_largest(make("normal", 1000, dtype, seed), None, None, 100) for seed in range(3)]
+        for add in (False, True):
+            outs = [make("normal", 1000, dtype, 9) for _ in range(2)]
+            for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+                kernels.sparse_mean([part[0] for part in parts], [part[1] for part in parts], out, add=add)
+            # index_add may round a product and a sum at once.
+            torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+            dense = torch.zeros(1000, dtype=dtype)
+            for values, indices in parts:
+                dense[indices.long()] += values / 3
+            start = make("normal", 1000, dtype, 9) if add else 0
+            torch.testing.assert_close(outs[1], dense + start)
+
+
+@pytest.mark.parametrize("seed", [None, 123456789012345])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_quantize(samples: Iterator[Sample], bits: int, seed: int | None) -> None:
+    for sample in samples:
+        reference, fast = both("quantize", sample, bits, BLOCK, seed)
+        (codes, scales, rest), size = fast, len(sample[0])
+        assert torch.equal(reference[0], codes)
+        assert torch.equal(reference[1], scales)
+        assert codes.numel() == math.ceil(size / BLOCK) * BLOCK * bits // 8
+        decoded = check_dequantize(codes, scales, bits, sample[0])
+        if rest is not None:
+            # One backend may multiply and subtract at once, the other may round in between.
+            largest = total_of(sample).abs().max()
+            torch.testing.assert_close(rest, reference[2], rtol=0, atol=float(largest * torch.finfo(rest.dtype).eps))
+            torch.testing.assert_close(
+                decoded + rest, total_of(sample), rtol=0, atol=float(2 * largest * torch.finfo(rest.dtype).eps)
+            )
+
+
+def check_dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
+    """Alike on both backends for one payload, three of one and three scattered ones; what one stands for."""
+    for parts in (1, 3):
+        for add in (False, True):
+            outs = [torch.ones_like(like) for _ in range(2)]
+            for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+                many = list(torch.stack([codes] * parts)) if parts == 3 and add else [codes.clone()] * parts
+                kernels.dequantize_mean(many, [scales] * parts, bits, BLOCK, out, add=add)
+            assert torch.equal(*outs) or torch.allclose(*outs, rtol=4 * torch.finfo(like.dtype).eps, atol=0)
+    REFERENCE.dequantize_mean([codes], [scales], bits, BLOCK, out)
+    return out
+
+
+def test_natural(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        for seed in (0, 987654321012345):
+            reference, fast = both("natural", sample, BLOCK, seed)
+            assert_same(reference, fast)
+            codes, scales, rest = fast
+            decoded = [torch.full_like(sample[0], math.nan) for _ in range(2)]
+            for kernels, out in zip((REFERENCE, FAST), decoded, strict=True):
+                kernels.natural_mean([codes, codes, codes], [scales] * 3, BLOCK, out)
+            assert torch.equal(*decoded)
+            FAST.natural_mean([codes], [scales], BLOCK, decoded[0])
+            mantissas, _ = torch.frexp(decoded[0].abs())
+            assert ((mantissas == 0.5) | (mantissas == 0)).all()
+            assert rest is None or torch.equal(total_of(sample) - decoded[0], rest)
+
+
+def test_sign(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        (bits, scales, rest), fast = both("sign", sample, BLOCK)
+        assert torch.equal(bits, fast[0])
+        # Sums of BLOCK positive numbers in another order.
+        tolerance = BLOCK * torch.finfo(scales.dtype).eps
+        torch.testing.assert_close(fast[1], scales, rtol=tolerance, atol=torch.finfo(scales.dtype).smallest_normal)
+        total = total_of(sample)
+        if rest is not None:
+            largest = float(total.abs().max())
+            torch.testing.assert_close(fast[2], rest, rtol=0, atol=2 * tolerance * largest)
+        outs = [torch.full_like(total, math.nan) for _ in range(2)]
+        for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+            kernels.sign_mean([bits, bits, bits], [scales, scales, 2 * scales], BLOCK, out)
+        torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(total.dtype).eps, atol=0)
+        assert ((outs[1] < 0) == ((total < 0) & (outs[1] != 0))).all()
+
+
+@settings(max_examples=60, deadline=2000, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    values=st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=300),
+    bits=st.integers(2, 8),
+    blocks=st.sampled_from([16, 32, 512]),
+)
+def test_any_floats_quantize_alike(values: list[float], bits: int, blocks: int) -> None:
+    grad = torch.tensor(values)
+    for seed in (None, 5):
+        reference, fast = (kernels.quantize(grad, None, None, bits, blocks, seed) for kernels in (REFERENCE, FAST))
+        assert_same(reference, fast)
+        assert sum(widths(bits)) == bits
+    assert_same(*(kernels.natural(grad, None, None, blocks, 5) for kernels in (REFERENCE, FAST)))
+    assert_same(*(kernels.take_largest(grad, None, None, len(values)) for kernels in (REFERENCE, FAST)))
