@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from pydantic import Field
 
-from disttrain.collectives import Collective
+from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
 from disttrain.validation import Section
 
 NewState: TypeAlias = dict[str, torch.Tensor]
@@ -27,10 +27,21 @@ REGISTRY: dict[str, type[Compressor]] = {}
 
 
 @dataclass(frozen=True)
+class Hierarchy:
+    """This rank among those of its node, and among those with its place on all nodes. Nodes have equally many ranks."""
+
+    node_rank: int
+    node_size: int
+    across_rank: int
+    num_nodes: int
+
+
+@dataclass(frozen=True)
 class Bucket:
     """The gradients that travel together, as a compressor sees them: several parameters in one flat tensor.
 
-    ``shapes`` are the parameters' shapes, ``dtype`` that of the flat tensor handed to the compressor.
+    ``shapes`` are the parameters' shapes, ``dtype`` that of the flat tensor handed to the compressor, ``hierarchy`` is
+    set if the exchange is to be dense inside nodes.
     """
 
     names: tuple[str, ...]
@@ -39,6 +50,7 @@ class Bucket:
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    hierarchy: Hierarchy | None = None
 
     @cached_property
     def numels(self) -> list[int]:
@@ -142,6 +154,9 @@ class Compressor(Section, ABC):
     needs_float32: ClassVar[bool] = True
     """Whether half-precision gradients are handed over as float32 (float64 always stays as it is)."""
 
+    hierarchical: bool = Field(
+        default=False, description="dense inside a node, compressed between nodes; as many ranks on every node"
+    )
     min_numel: int = Field(
         default=1024, ge=0, description="parameters of fewer elements, or of one dimension, travel dense"
     )
@@ -176,6 +191,24 @@ class Compressor(Section, ABC):
         Returns:
             The mean, (bucket.numel,), bit-identical on all ranks, and the new values of the state's tensors.
         """
+
+
+def dry_run(program: Program, bucket: Bucket) -> int:
+    """Run a program by hand as if all ranks sent what this one sends; the number of its collectives."""
+    result: Any = None
+    num_collectives = 0
+    try:
+        while True:
+            match program.send(result):
+                case AllReduce(tensor) | Broadcast(tensor):
+                    result = tensor
+                case AllGather(tensor):
+                    result = list(torch.stack([tensor] * bucket.world_size))
+                case AllToAll(chunks):
+                    result = list(torch.stack([chunks[bucket.rank]] * bucket.world_size))
+            num_collectives += 1
+    except StopIteration:
+        return num_collectives
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from disttrain.compression import Bucket, Compressor, Dense
-from disttrain.compression.base import NewState, Program, State
+from disttrain.compression import Bucket, Compressor, Dense, hierarchical
+from disttrain.compression.base import Hierarchy, NewState, Program, State
 from disttrain.kernels import for_device
 
 NamedParameter = tuple[str, torch.nn.Parameter]
@@ -78,7 +78,7 @@ class GradientBucket:
 
     def program(self) -> Program:
         """The compressor's program over what the buffer holds now. It works in the buffer itself if dtypes agree."""
-        return self.compressor.reduce(self.flat.to(self.description.dtype), self.description, self.state)
+        return hierarchical.reduce(self.compressor, self.flat.to(self.description.dtype), self.description, self.state)
 
     def land(self, mean: torch.Tensor, new_state: NewState) -> None:
         """Commit a finished program: its state, and its mean to the buffer."""
@@ -94,13 +94,14 @@ def build_buckets(
     rank: int,
     world_size: int,
     bucket_mb: float | None = None,
+    hierarchy: Hierarchy | None = None,
 ) -> list[GradientBucket]:
     """Group parameters, in the order in which backward reaches them, into buckets of one compressor, dtype and device.
 
     What the compressor does not accept goes dense. Buckets are ordered by when their last gradient is due; the grouping
     depends on nothing but the parameters, so it is alike on all ranks.
     """
-    dense = compressor if isinstance(compressor, Dense) else Dense()
+    dense = compressor if isinstance(compressor, Dense) else Dense(hierarchical=compressor.hierarchical)
     open_groups: dict[tuple[bool, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
     groups: list[tuple[Compressor, list[tuple[int, NamedParameter]]]] = []
     for due, (name, parameter) in enumerate(reversed(parameters)):  # backward starts at the model's end
@@ -115,12 +116,16 @@ def build_buckets(
         if sum(member.numel() * member.itemsize for _, (_, member) in group) >= capacity:
             del open_groups[key]
     groups.sort(key=lambda item: item[1][-1][0])  # by the member that is due last
-    return [
-        _build(chosen, [member for _, member in group], rank=rank, world_size=world_size) for chosen, group in groups
-    ]
+    return [_build(chosen, [member for _, member in group], rank, world_size, hierarchy) for chosen, group in groups]
 
 
-def _build(compressor: Compressor, members: Sequence[NamedParameter], *, rank: int, world_size: int) -> GradientBucket:
+def _build(
+    compressor: Compressor,
+    members: Sequence[NamedParameter],
+    rank: int,
+    world_size: int,
+    hierarchy: Hierarchy | None,
+) -> GradientBucket:
     first = members[0][1]
     # Residuals and factors are kept in float32 at least.
     dtype = torch.promote_types(first.dtype, torch.float32) if compressor.needs_float32 else first.dtype
@@ -131,9 +136,10 @@ def _build(compressor: Compressor, members: Sequence[NamedParameter], *, rank: i
         device=first.device,
         rank=rank,
         world_size=world_size,
+        hierarchy=hierarchy if compressor.hierarchical else None,
     )
     flat = torch.zeros(description.numel, dtype=first.dtype, device=first.device)
-    bucket = GradientBucket(description, compressor, compressor.init_state(description), flat)
+    bucket = GradientBucket(description, compressor, hierarchical.init_state(compressor, description), flat)
     for (name, parameter), part in zip(members, description.split(flat), strict=True):
         bucket.slots.append(Slot(name, parameter, _view_like(part, parameter), bucket))
     return bucket

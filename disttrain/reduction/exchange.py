@@ -7,9 +7,9 @@ from typing import cast
 
 import torch
 
-from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Result
+from disttrain.collectives import Result
 from disttrain.comm.base import Work
-from disttrain.compression.base import Bucket, Compressor, NewState, Program
+from disttrain.compression.base import Bucket, Compressor, NewState, Program, dry_run
 from disttrain.reduction.ledger import Ledger
 
 Outcome = tuple[torch.Tensor, NewState]
@@ -43,18 +43,7 @@ def rehearse(compressor: Compressor, dtype: torch.dtype, device: torch.device, w
         bucket = Bucket(("rehearsal",), (shape,), dtype, device, 0, size)
         state = compressor.init_state(bucket)
         program = compressor.reduce(torch.zeros(bucket.numel, dtype=dtype, device=device), bucket, state)
-        result: Result | None = None
-        try:
-            while True:
-                match program.send(result):
-                    case AllReduce(tensor) | Broadcast(tensor):
-                        result = tensor
-                    case AllGather(tensor):
-                        result = list(torch.stack([tensor] * size))
-                    case AllToAll(chunks):
-                        result = list(torch.stack(chunks))
-        except StopIteration:
-            pass
+        dry_run(program, bucket)
 
 
 def finish(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Outcome]]:

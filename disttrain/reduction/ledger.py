@@ -41,7 +41,8 @@ class Ledger:
         self.total = Traffic()
 
     def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]:
-        rank, world_size = self._comm.rank, self._comm.world_size
+        group = self._comm.group(collective.group)
+        rank, world_size = group.rank, group.world_size
         work = self._comm.start(collective, priority=priority)
         self._current.num_collectives += 1
         self._current.sent_bytes += sent_bytes(collective, world_size, rank)

@@ -19,7 +19,7 @@ import torch
 
 from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
-from disttrain.compression.base import Compressor
+from disttrain.compression.base import Compressor, Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Ledger
@@ -49,7 +49,12 @@ class Reducer:
         bucket_mb: float | None = None,
     ) -> None:
         self.buckets = build_buckets(
-            parameters, compressor, rank=comm.rank, world_size=comm.world_size, bucket_mb=bucket_mb
+            parameters,
+            compressor,
+            rank=comm.rank,
+            world_size=comm.world_size,
+            bucket_mb=bucket_mb,
+            hierarchy=_hierarchy(comm) if compressor.hierarchical else None,
         )
         for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in self.buckets}:
             rehearse(*kind, comm.world_size)
@@ -183,6 +188,11 @@ class Reducer:
         for index, outcome in finish([Exchange(bucket.program(), self.ledger) for bucket in buckets]):
             buckets[index].land(*outcome)
             buckets[index].flat.add_(first_means[index])
+
+
+def _hierarchy(comm: Communicator) -> Hierarchy:
+    node, across = comm.group("node"), comm.group("across")
+    return Hierarchy(node.rank, node.world_size, across.rank, across.world_size)
 
 
 def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
