@@ -120,7 +120,7 @@ def test_powersgd_never_loses_more_than_there_is(kind: str, alternating: bool) -
 
 
 def test_randomk_sends_every_entry_with_the_same_probability() -> None:
-    numel, ratio, num_draws = 103, 0.1, 4000  # strata of 10 and of 11
+    numel, ratio, num_draws = 8, 0.6, 4000  # strata of 1 and of 2
     k = round(ratio * numel)
     x = torch.arange(1, numel + 1, dtype=torch.float64)
     case = {"name": "randomk", "ratio": ratio, "error_feedback": False}
@@ -130,7 +130,7 @@ def test_randomk_sends_every_entry_with_the_same_probability() -> None:
     share = k / numel
     frequency = (draws != 0).double().mean(0)
     assert ((frequency - share).abs() <= bernstein(share * (1 - share), 1.0, numel, num_draws)).all()
-    assert len({tuple(row.nonzero().view(-1).tolist()) for row in draws[:50]}) == 50
+    assert len({tuple(row.nonzero().view(-1).tolist()) for row in draws}) > 20
 
 
 # Unbiased ones: for each entry of x the variance and the range of what is sent for it.
