@@ -89,7 +89,7 @@ def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any],
         quiet = ["checkpoint.every_epochs=null", "checkpoint.every_steps=null", "log_every=1000000", "num_threads=1"]
         overrides = [f"output={directory}", f"seed={seed}", *quiet, *settings]
         plain = configs.load(ROOT / "configs" / f"{task}.yaml", overrides)
-        config = plain.model_copy(update={"compressor": compression.build(spec)})
+        config = plain.model_copy(update={"compressor": compression.Policy.build(spec)})
 
         def run(comm: Any) -> dict[str, Any]:
             trainer = Trainer(config, comm, Console(file=io.StringIO()))

@@ -72,22 +72,29 @@ class Registry(Generic[S]):
         listed = (name for name, known in self._classes.items() if known is cls)
         return next(listed, f"{cls.__module__}:{cls.__qualname__}")
 
-    def build(self, spec: Any) -> S:
+    def dump(self, instance: BaseModel) -> dict[str, Any]:
+        """Plain data from which ``build`` makes the instance again."""
+        return {"name": self.name_of(instance), **instance.model_dump(mode="json")}
+
+    def build(self, spec: Any, key: str = "") -> S:
         """An instance from an instance, a name, or a mapping with ``name`` and the fields of that class.
+
+        ``key`` is where the section stands, if not at the registry's own key; for messages.
 
         Raises:
             UserError: no such name, an unknown field, or a value out of bounds.
         """
         if isinstance(spec, self._base):
             return spec
+        key = key or self.key
         fields = {"name": spec} if isinstance(spec, str) else spec
         if not isinstance(fields, Mapping):
-            raise UserError(f"{self.key}={spec!r} should be a name or a section with a name: {', '.join(self.names())}")
+            raise UserError(f"{key}={spec!r} should be a name or a section with a name: {', '.join(self.names())}")
         fields = dict(fields)
         name = fields.pop("name", None)
         if not isinstance(name, str):
-            raise UserError(f"missing key '{self.key}.name': choose from {', '.join(self.names())}")
-        return validate(self.get(name), fields, self.key)
+            raise UserError(f"missing key '{key}.name': choose from {', '.join(self.names())}")
+        return validate(self.get(name), fields, key)
 
 
 def validate(model: type[S], fields: Mapping[str, Any], key: str = "") -> S:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from disttrain.compression.base import REGISTRY, Bucket, Compressor, NewState, Program, State
+from disttrain.compression.base import Bucket, Compressor, NewState, Program, State, registry
 from disttrain.compression.blockwise import Blockwise4, Blockwise8
 from disttrain.compression.cast import BFloat16, Float16
 from disttrain.compression.codec import Codec, FusedCodec, Payload
@@ -16,6 +16,7 @@ from disttrain.compression.dgc import DGC
 from disttrain.compression.efsign import EFSign
 from disttrain.compression.natural import Natural
 from disttrain.compression.onebit import OneBit
+from disttrain.compression.policy import Policy, Rule
 from disttrain.compression.powersgd import PowerSGD
 from disttrain.compression.qsgd import QSGD
 from disttrain.compression.randomk import RandomK
@@ -23,7 +24,6 @@ from disttrain.compression.signsgd import SignSGD
 from disttrain.compression.terngrad import TernGrad
 from disttrain.compression.threshold import Threshold
 from disttrain.compression.topk import TopK
-from disttrain.validation import Registry
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -45,9 +45,11 @@ __all__ = [
     "NewState",
     "OneBit",
     "Payload",
+    "Policy",
     "PowerSGD",
     "Program",
     "RandomK",
+    "Rule",
     "SignSGD",
     "State",
     "TernGrad",
@@ -57,8 +59,6 @@ __all__ = [
     "names",
     "registry",
 ]
-
-registry: Registry[Compressor] = Registry("compressor", Compressor, REGISTRY)  # type: ignore[type-abstract]
 
 
 def names() -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
-from disttrain.validation import Section
+from disttrain.validation import Registry, Section
 
 NewState: TypeAlias = dict[str, torch.Tensor]
 Program: TypeAlias = Generator[Collective, Any, tuple[torch.Tensor, NewState]]
@@ -172,6 +172,9 @@ class Compressor(Section, ABC):
         """Whether a parameter of this shape is worth compressing. The others travel dense, fused."""
         return len(shape) >= 2 and math.prod(shape) >= self.min_numel
 
+    def check(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Raise UserError if the options suit none of the parameters that were given to this compressor."""
+
     def init_state(self, bucket: Bucket) -> State:
         """The state before the first step."""
         return State()
@@ -209,6 +212,9 @@ def dry_run(program: Program, bucket: Bucket) -> int:
             num_collectives += 1
     except StopIteration:
         return num_collectives
+
+
+registry: Registry[Compressor] = Registry("compressor", Compressor, REGISTRY)  # type: ignore[type-abstract]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from disttrain.collectives import AllReduce
 from disttrain.compression.base import Bucket, Compressor, Program, State, matrix_shape, seeded_generator
+from disttrain.errors import UserError
 from disttrain.kernels import for_device
 
 
@@ -38,6 +39,14 @@ class PowerSGD(Compressor):
         rows, columns = matrix_shape(shape)
         factors = min(self.rank, rows, columns) * (rows + columns)
         return super().accepts(shape) and factors * self.min_compression <= rows * columns
+
+    def check(self, shapes: Sequence[Sequence[int]]) -> None:
+        sides = [min(matrix_shape(shape)) for shape in shapes if super(PowerSGD, self).accepts(shape)]
+        if sides and self.rank > max(sides):
+            raise UserError(
+                f"powersgd: rank={self.rank} is more than any matrix has rows or columns, the most being {max(sides)}: "
+                "nothing would be compressed, lower it"
+            )
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()

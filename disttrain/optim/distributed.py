@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from disttrain import compression
 from disttrain.comm.base import Communicator
-from disttrain.compression import Compressor
+from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer
@@ -38,7 +37,8 @@ class DistributedOptimizer(Optimizer):
             this wrapper shares, so learning-rate schedulers take either.
         model: the module that is trained. Rank 0's parameters and buffers are copied to all ranks.
         comm: from ``disttrain.init``.
-        compressor: an instance, a name (``"topk"``), or a mapping as in a config (``{"name": "topk", "ratio": 0.01}``).
+        compressor: an instance, a name (``"topk"``), or a mapping as in a config: ``{"name": "topk", "ratio": 0.01}``,
+            with ``rules`` for some of the parameters and ``dense_steps`` if need be (``compression.Policy``).
         bucket_mb: MiB of gradient that travel together; None leaves it to the compressor.
         clip_norm: largest global norm of the mean gradient; None does not clip.
 
@@ -49,7 +49,7 @@ class DistributedOptimizer(Optimizer):
 
     Raises:
         UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer wants sparse
-            gradients; the model differs between ranks.
+            gradients; the model differs between ranks; a compressor or rule does not suit the model.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class DistributedOptimizer(Optimizer):
         model: torch.nn.Module,
         *,
         comm: Communicator,
-        compressor: Compressor | str | Mapping[str, Any] = "dense",
+        compressor: Policy | Compressor | str | Mapping[str, Any] = "dense",
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class DistributedOptimizer(Optimizer):
         trained = _trained_parameters(optimizer, model)
         check_same_model(model, comm)
         broadcast_model(model, comm)
-        self.reducer = Reducer(trained, comm, compression.build(compressor), bucket_mb)
+        self.reducer = Reducer(trained, comm, Policy.build(compressor), bucket_mb)
         self._reduced = {parameter for _, parameter in trained}
 
     @property

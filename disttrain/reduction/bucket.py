@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from disttrain.compression import Bucket, Compressor, Dense, hierarchical
+from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchical
 from disttrain.compression.base import Hierarchy, NewState, Program, State
 from disttrain.kernels import for_device
 
@@ -49,12 +49,13 @@ class Slot:
 
 @dataclass(eq=False)
 class GradientBucket:
-    """A flat buffer of gradients, the compressor that exchanges it, and the compressor's state."""
+    """A flat buffer of gradients, the compressor that exchanges it from step ``dense_steps`` on, and its state."""
 
     description: Bucket
     compressor: Compressor
     state: State
     flat: torch.Tensor
+    dense_steps: int = 0
     slots: list[Slot] = field(default_factory=list)
     num_ready: int = 0
     has_left: bool = False
@@ -77,7 +78,12 @@ class GradientBucket:
             slot.parameter.grad = None
 
     def program(self) -> Program:
-        """The compressor's program over what the buffer holds now. It works in the buffer itself if dtypes agree."""
+        """The present compressor's program over what the buffer holds now.
+
+        It works in the buffer itself if dtypes agree.
+        """
+        if self.state.step < self.dense_steps:
+            return hierarchical.reduce(Dense(), self.flat, self.description, self.state)
         return hierarchical.reduce(self.compressor, self.flat.to(self.description.dtype), self.description, self.state)
 
     def land(self, mean: torch.Tensor, new_state: NewState) -> None:
@@ -89,7 +95,7 @@ class GradientBucket:
 
 def build_buckets(
     parameters: Sequence[NamedParameter],
-    compressor: Compressor,
+    policy: Policy,
     *,
     rank: int,
     world_size: int,
@@ -98,16 +104,18 @@ def build_buckets(
 ) -> list[GradientBucket]:
     """Group parameters, in the order in which backward reaches them, into buckets of one compressor, dtype and device.
 
-    What the compressor does not accept goes dense. Buckets are ordered by when their last gradient is due; the grouping
-    depends on nothing but the parameters, so it is alike on all ranks.
+    Buckets are ordered by when their last gradient is due; the grouping depends on nothing but the parameters and the
+    policy, so it is alike on all ranks.
+
+    Raises:
+        UserError: a rule or a compressor of the policy does not suit the parameters.
     """
-    dense = compressor if isinstance(compressor, Dense) else Dense(hierarchical=compressor.hierarchical)
-    open_groups: dict[tuple[bool, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
+    compressors = policy.assign({name: tuple(parameter.shape) for name, parameter in parameters})
+    open_groups: dict[tuple[Compressor, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
     groups: list[tuple[Compressor, list[tuple[int, NamedParameter]]]] = []
-    for due, (name, parameter) in enumerate(reversed(parameters)):  # backward starts at the model's end
-        compressed = compressor.accepts(tuple(parameter.shape)) and parameter.numel() > 0
-        chosen = compressor if compressed else dense
-        key = (compressed, parameter.dtype, parameter.device)
+    pairs = list(zip(parameters, compressors, strict=True))
+    for due, ((name, parameter), chosen) in enumerate(reversed(pairs)):  # backward starts at the model's end
+        key = (chosen, parameter.dtype, parameter.device)
         group = open_groups.setdefault(key, [])
         if not group:
             groups.append((chosen, group))
@@ -116,7 +124,10 @@ def build_buckets(
         if sum(member.numel() * member.itemsize for _, (_, member) in group) >= capacity:
             del open_groups[key]
     groups.sort(key=lambda item: item[1][-1][0])  # by the member that is due last
-    return [_build(chosen, [member for _, member in group], rank, world_size, hierarchy) for chosen, group in groups]
+    buckets = [_build(chosen, [member for _, member in group], rank, world_size, hierarchy) for chosen, group in groups]
+    for bucket in buckets:
+        bucket.dense_steps = policy.dense_steps
+    return buckets
 
 
 def _build(

@@ -19,7 +19,8 @@ import torch
 
 from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
-from disttrain.compression.base import Compressor, Hierarchy
+from disttrain.compression import Policy
+from disttrain.compression.base import Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Ledger
@@ -37,7 +38,7 @@ class Reducer:
     Args:
         parameters: names and parameters, in the order of the model's modules; all require a gradient.
         comm: the ranks to exchange with.
-        compressor: how; what it does not accept travels dense.
+        policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
     """
 
@@ -45,16 +46,16 @@ class Reducer:
         self,
         parameters: Sequence[NamedParameter],
         comm: Communicator,
-        compressor: Compressor,
+        policy: Policy,
         bucket_mb: float | None = None,
     ) -> None:
         self.buckets = build_buckets(
             parameters,
-            compressor,
+            policy,
             rank=comm.rank,
             world_size=comm.world_size,
             bucket_mb=bucket_mb,
-            hierarchy=_hierarchy(comm) if compressor.hierarchical else None,
+            hierarchy=_hierarchy(comm) if policy.hierarchical else None,
         )
         for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in self.buckets}:
             rehearse(*kind, comm.world_size)

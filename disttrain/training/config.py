@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from disttrain import compression, tasks
-from disttrain.compression import Compressor
+from disttrain.compression.policy import POLICY_KEYS, Policy
 from disttrain.errors import UserError
 from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.schedules import Schedule, schedules
@@ -86,7 +86,7 @@ class Config(Section):
     )
     optimizer: Annotated[OptimizerSection, BeforeValidator(optimizers.build)] = Field(description="sgd or adamw")
     schedule: Annotated[Schedule, BeforeValidator(schedules.build)] = Field(default="constant")  # type: ignore[assignment]
-    compressor: Annotated[Compressor, BeforeValidator(compression.registry.build)] = Field(default="dense")  # type: ignore[assignment]
+    compressor: Annotated[Policy, BeforeValidator(Policy.build)] = Field(default="dense")  # type: ignore[assignment]
     bucket_mb: float | None = Field(
         default=None, gt=0, description="MiB of gradient sent together; null: the compressor's choice"
     )
@@ -135,9 +135,9 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """All values as plain data: ``load``'s inverse."""
         values = self.model_dump(mode="json", serialize_as_any=True)
-        for key, registry in _NAMED.items():
-            section: BaseModel = getattr(self, key)
-            values[key] = {"name": registry.name_of(section), **section.model_dump(mode="json")}
+        for key in _NAMED:
+            section = getattr(self, key)
+            values[key] = section.to_dict() if isinstance(section, Policy) else _NAMED[key].dump(section)
         return values
 
     def to_yaml(self) -> str:
@@ -193,6 +193,7 @@ def _known_keys(values: Mapping[str, Any]) -> list[str]:
         keys.append(f"{key}.name")
         with contextlib.suppress(UserError):
             keys += [f"{key}.{inner}" for inner in keys_of(registry.get(str(_section_name(values.get(key)))))]
+    keys += [f"compressor.{inner}" for inner in POLICY_KEYS]
     return keys
 
 

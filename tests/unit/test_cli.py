@@ -75,7 +75,31 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "compressor.ratio=2.0 should be less than or eq",
     ),
     "unknown compressor": (["compressor.name=topkk"], "unknown compressor 'topkk'; did you mean 'topk'?"),
-    "unknown compressor, far off": (["compressor=zip"], "unknown compressor 'zip'; choose from dense, powersgd, qsgd"),
+    "unknown compressor, far off": (["compressor=zip"], "unknown compressor 'zip'; choose from bf16, blockwise4"),
+    "ratio of nothing": (["compressor.name=topk", "compressor.ratio=0"], "compressor.ratio=0 should be greater than 0"),
+    "too many bits": (
+        ["compressor.name=qsgd", "compressor.bits=9"],
+        "compressor.bits=9 should be less than or equal to",
+    ),
+    "negative warm-up": (["compressor.dense_steps=-1"], "compressor.dense_steps=-1 should be greater than or equal to"),
+    "misspelt warm-up": (["compressor.dense_step=1"], "(given 1); did you mean 'compressor.dense_steps'?"),
+    "rules that are no list": (
+        ["compressor.rules=3"],
+        "compressor.rules=3 should be a list of rules, such as [{match:",
+    ),
+    "rule that is no section": (["compressor.rules=[topk]"], "compressor.rules.0='topk' should be a section with keys"),
+    "misspelt key in a rule": (
+        ["compressor.rules=[{mach: '0.*', use: dense}]"],
+        "unknown key 'compressor.rules.0.mach' (given '0.*'); did you mean 'compressor.rules.0.match'?",
+    ),
+    "unknown compressor in a rule": (
+        ["compressor.rules=[{match: '0.*', use: topkk}]"],
+        "unknown compressor 'topkk'; did you mean 'topk'?",
+    ),
+    "out of bounds in a rule": (
+        ["compressor.rules=[{match: '0.*', use: {name: topk, ratio: 0}}]"],
+        "compressor.rules.0.use.ratio=0 should be greater than 0",
+    ),
     "unknown optimizer": (["optimizer.name=adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
     "unknown schedule": (["schedule.name=cosin"], "unknown schedule 'cosin'; did you mean 'cosine'?"),
     "unknown engine": (["engine=horovd"], "unknown engine 'horovd'; did you mean 'horovod'?"),
@@ -117,6 +141,14 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no whole checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
+    "rule that matches nothing": (
+        ["compressor.rules=[{match: 'fc.*', use: dense}]"],
+        "compressor.rules.0 ('fc.*') matches no parameter; the nearest name is '",
+    ),
+    "rank above all matrices": (
+        ["compressor.rank=7", "compressor.min_numel=1"],
+        "rank=7 is more than any matrix has rows or columns, the most being 6",
+    ),
     "no data": (["task.num_samples=0"], "TensorData is empty"),
     "output cannot be written": (["output=digits.yaml"], "Not a directory: digits.yaml/run"),
 }

@@ -97,8 +97,18 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path
 @pytest.mark.parametrize("stop_at", [2, 4, 5, 7])  # three steps an epoch: within, and at an end
 @pytest.mark.parametrize(
     "compressor",
-    ["dense", {"name": "topk", "ratio": 0.1, "min_numel": 1}, {"name": "powersgd", "rank": 1, "min_numel": 1}],
-    ids=["dense", "topk", "powersgd"],
+    [
+        "dense",
+        {"name": "topk", "ratio": 0.1, "min_numel": 1},
+        {"name": "powersgd", "rank": 1, "min_numel": 1},
+        {
+            "name": "topk",
+            "min_numel": 1,
+            "dense_steps": 4,
+            "rules": [{"match": "0.*", "use": {"name": "powersgd", "rank": 1, "min_numel": 1}}],
+        },
+    ],
+    ids=["dense", "topk", "powersgd", "rules and warm-up"],
 )
 def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, world_size: int, stop_at: int, compressor: Any) -> None:
     changes = {

@@ -1,0 +1,139 @@
+"""Which compressor exchanges which parameter, and from which step on."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from disttrain.compression.base import Compressor, registry
+from disttrain.compression.dense import Dense
+from disttrain.errors import UserError
+from disttrain.validation import Section, keys_of, unknown_key, validate
+
+POLICY_KEYS = ("rules", "dense_steps")
+"""What a compressor's section has beside the compressor's own options."""
+_KEY = registry.key
+
+Shape = tuple[int, ...]
+
+
+class Rule(Section):
+    """Gives the parameters of some names and sizes a compressor of their own."""
+
+    match: str = Field(default="*", min_length=1, description="a shell pattern of parameter names: 'embedding.*'")
+    min_numel: int = Field(default=0, ge=0, description="only parameters of so many elements or more")
+    use: SerializeAsAny[Compressor] = Field(description="a compressor's name, or a section with its name and options")
+
+    @classmethod
+    def build(cls, spec: Any, key: str) -> Rule:
+        """A rule from one or from a mapping; ``key`` is where it stands, for messages.
+
+        Raises:
+            UserError: it is no mapping, or a key or value in it is wrong.
+        """
+        if isinstance(spec, Rule):
+            return spec
+        if not isinstance(spec, Mapping):
+            raise UserError(f"{key}={spec!r} should be a section with keys {', '.join(cls.model_fields)}")
+        if "use" in spec:
+            spec = {**spec, "use": registry.build(spec["use"], f"{key}.use")}
+        return validate(cls, spec, key)
+
+    def applies(self, name: str, shape: Shape) -> bool:
+        return fnmatchcase(name, self.match) and math.prod(shape) >= self.min_numel
+
+    def __str__(self) -> str:
+        return f"{{match: {self.match!r}, min_numel: {self.min_numel}}}" if self.min_numel else repr(self.match)
+
+
+class Policy(Section):
+    """A compressor for all parameters, rules for some of them, and a dense warm-up.
+
+    The first rule that applies to a parameter decides; ``compressor`` takes the others. What the chosen one does not
+    accept travels dense.
+    """
+
+    compressor: SerializeAsAny[Compressor]
+    rules: tuple[Rule, ...] = Field(default=(), description="the first one that applies to a parameter decides")
+    dense_steps: int = Field(default=0, ge=0, description="steps at the beginning that send all gradients dense")
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _build_rules(cls, rules: Any) -> tuple[Rule, ...]:
+        if not isinstance(rules, Sequence) or isinstance(rules, str):
+            raise UserError("should be a list of rules, such as [{match: '*.bias', use: dense}]")
+        return tuple(Rule.build(rule, f"{_KEY}.rules.{index}") for index, rule in enumerate(rules))
+
+    @classmethod
+    def build(cls, spec: Policy | Compressor | str | Mapping[str, Any]) -> Policy:
+        """A policy from one, from a compressor or its name, or from a mapping as in a config.
+
+        The mapping has the compressor's ``name`` and options and, beside them, ``rules`` and ``dense_steps``.
+
+        Raises:
+            UserError: an unknown name or option, or a value out of bounds.
+        """
+        if isinstance(spec, Policy):
+            return spec
+        if not isinstance(spec, Mapping):
+            return cls(compressor=registry.build(spec))
+        if isinstance(name := spec.get("name"), str):
+            known = ["name", *keys_of(registry.get(name)), *POLICY_KEYS]
+            dotted = [f"{_KEY}.{key}" for key in known]
+            odd = [unknown_key(f"{_KEY}.{key}", value, dotted) for key, value in spec.items() if key not in known]
+            if odd:
+                raise UserError("; ".join(odd))
+        own = {key: value for key, value in spec.items() if key in POLICY_KEYS}
+        chosen = registry.build({key: value for key, value in spec.items() if key not in POLICY_KEYS})
+        return validate(cls, {"compressor": chosen, **own}, _KEY)
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether some parameters may be exchanged by way of nodes."""
+        return any(compressor.hierarchical for compressor in (self.compressor, *(rule.use for rule in self.rules)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: ``build``'s inverse."""
+        rules = [{**rule.model_dump(mode="json"), "use": registry.dump(rule.use)} for rule in self.rules]
+        return {**registry.dump(self.compressor), "rules": rules, "dense_steps": self.dense_steps}
+
+    def assign(self, shapes: Mapping[str, Shape]) -> list[Compressor]:
+        """The compressor of each parameter, by name and shape; Dense for what the chosen one does not accept.
+
+        Raises:
+            UserError: a rule decides nothing, or a compressor does not suit any of its parameters.
+        """
+        deciding = {name: self._deciding(name, shape) for name, shape in shapes.items()}
+        for index, rule in enumerate(self.rules):
+            if not any(decided is rule for decided in deciding.values()):
+                raise UserError(f"{_KEY}.rules.{index} ({rule}) {self._why_idle(rule, shapes)}")
+        chosen = {name: rule.use if rule else self.compressor for name, rule in deciding.items()}
+        for compressor in dict.fromkeys(chosen.values()):
+            compressor.check([shapes[name] for name, its in chosen.items() if its == compressor])
+        return [
+            chosen[name] if chosen[name].accepts(shape) and math.prod(shape) > 0 else _dense(chosen[name])
+            for name, shape in shapes.items()
+        ]
+
+    def _deciding(self, name: str, shape: Shape) -> Rule | None:
+        return next((rule for rule in self.rules if rule.applies(name, shape)), None)
+
+    def _why_idle(self, rule: Rule, shapes: Mapping[str, Shape]) -> str:
+        if any(rule.applies(name, shape) for name, shape in shapes.items()):
+            return "never decides: rules before it take all that it matches"
+        of_name = [name for name in shapes if fnmatchcase(name, rule.match)]
+        if of_name:
+            largest = max(of_name, key=lambda name: math.prod(shapes[name]))
+            return f"matches no parameter: the largest is {largest!r} with {math.prod(shapes[largest])} elements"
+        nearest = difflib.get_close_matches(rule.match, shapes, n=1, cutoff=0.0)[0]
+        return f"matches no parameter; the nearest name is {nearest!r}"
+
+
+def _dense(compressor: Compressor) -> Compressor:
+    """What exchanges the parameters that ``compressor`` does not accept."""
+    return compressor if isinstance(compressor, Dense) else Dense(hierarchical=compressor.hierarchical)
