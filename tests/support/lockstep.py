@@ -47,6 +47,7 @@ def lockstep(programs: Sequence[Program]) -> list[Outcome]:
 def combine(collectives: Sequence[Collective]) -> list[Any]:
     """Each rank's result, as a communicator would give it: nothing is shared between ranks but what their own sent."""
     first, count = collectives[0], len(collectives)
+    assert all(item.group == "world" for item in collectives), "groups of ranks need real communicators: simulate"
     assert all(type(other) is type(first) for other in collectives), [type(other).__name__ for other in collectives]
     if isinstance(first, AllToAll):
         rows: list[list[torch.Tensor]] = [item.chunks for item in collectives]  # type: ignore[union-attr]
