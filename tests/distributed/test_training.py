@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from disttrain.comm.nodes import NODE_SIZE
 from tests.support.workers import LAUNCHERS, run, unavailable, worker_environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -29,12 +30,12 @@ log_every: 1
 """
 
 
-def train(output: Path, launcher: str, num_workers: int, *overrides: str) -> Any:
+def train(output: Path, launcher: str, num_workers: int, *overrides: str, **env: str) -> Any:
     config = output / "config.yaml"
     config.write_text(CONFIG)
     command = [*LAUNCHERS[launcher][0](num_workers), "-m", "disttrain", "train", str(config), f"output={output}"]
     overrides = (*overrides, f"engine={LAUNCHERS[launcher][1]}")
-    return run([*command, *overrides], timeout=120, env=worker_environment(), cwd=output)
+    return run([*command, *overrides], timeout=120, env=worker_environment(**env), cwd=output)
 
 
 @pytest.mark.parametrize("launcher", ["torch", "mpi"])
@@ -72,6 +73,23 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     assert "every rank gets the mean of the saved residuals" in " ".join(done.stdout.split())
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (12, 2)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_hierarchical_exchange_is_alike_on_all_engines(tmp_path: Path, launcher: str) -> None:
+    """Four ranks as two nodes of two: no engine adds up more than two numbers, so all give the same bits."""
+    if reason := unavailable(launcher):
+        pytest.skip(reason)
+    env = {NODE_SIZE: "2", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    models = []
+    for each in dict.fromkeys(("torch", launcher)):
+        output = tmp_path / each
+        output.mkdir()
+        done = train(output, each, 4, "compressor.hierarchical=true", "batch_size=16", "max_steps=6", **env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        models.append(load_file(output / "run/checkpoints/step-00000006/model.safetensors"))
+    for name, value in models[0].items():
+        assert models[-1][name].equal(value), name
 
 
 def test_a_mistake_that_one_rank_finds_is_reported_by_all(tmp_path: Path) -> None:
