@@ -85,10 +85,10 @@ def sent_bytes(collective: Collective, world_size: int, rank: int) -> int:
         case AllReduce(tensor):
             return tensor.nbytes
         case AllGather(tensor):
-            return tensor.nbytes + (SIZE_BYTES if _asks_sizes(collective) else 0)
+            return tensor.nbytes + size_bytes(collective, world_size)
         case AllToAll(chunks):
             others = sum(chunk.nbytes for index, chunk in enumerate(chunks) if index != rank)
-            return others + (SIZE_BYTES * (world_size - 1) if _asks_sizes(collective) else 0)
+            return others + size_bytes(collective, world_size)
         case Broadcast(tensor, root):
             return tensor.nbytes if rank == root else 0
 
@@ -110,5 +110,24 @@ def received_bytes(collective: Collective, result: Result, world_size: int, rank
             return 0 if rank == root else tensor.nbytes
 
 
-def _asks_sizes(collective: AllGather | AllToAll) -> bool:
-    return not collective.same_size and collective.sizes is None
+def size_bytes(collective: Collective, world_size: int) -> int:
+    """Bytes of the sizes that a rank hands over before its payload: one, or in an all-to-all one for each other."""
+    if world_size == 1 or not _asks_sizes(collective):
+        return 0
+    return SIZE_BYTES * (world_size - 1 if isinstance(collective, AllToAll) else 1)
+
+
+def num_messages(collective: Collective, world_size: int, rank: int) -> int:
+    """Messages that ``rank`` sends by the bandwidth-optimal algorithms: rings, and all pairs in an all-to-all."""
+    rounds = 1 + _asks_sizes(collective)
+    match collective:
+        case AllReduce(tensor):
+            return 2 * (world_size - 1) if tensor.numel() else 0
+        case AllGather() | AllToAll():
+            return rounds * (world_size - 1)
+        case Broadcast(tensor, root):
+            return world_size - 1 if rank == root and tensor.numel() else 0
+
+
+def _asks_sizes(collective: Collective) -> bool:
+    return isinstance(collective, AllGather | AllToAll) and not collective.same_size and collective.sizes is None

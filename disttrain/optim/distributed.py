@@ -43,7 +43,8 @@ class DistributedOptimizer(Optimizer):
         clip_norm: largest global norm of the mean gradient; None does not clip.
 
     Attributes:
-        wire: the ledger of bytes, ``wire.last_step`` and ``wire.total``.
+        wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
+            ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
         grad_norm: global norm of the last mean gradient before clipping, if ``clip_norm`` is set.
         skipped_steps: number of steps skipped because of a non-finite gradient.
 

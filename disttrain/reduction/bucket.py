@@ -14,6 +14,8 @@ from disttrain.kernels import for_device
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
+_DENSE = Dense()
+
 
 @dataclass(eq=False)
 class Slot:
@@ -77,14 +79,16 @@ class GradientBucket:
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def program(self) -> Program:
-        """The present compressor's program over what the buffer holds now.
+    @property
+    def present(self) -> Compressor:
+        """What exchanges it in this step."""
+        return self.compressor if self.state.step >= self.dense_steps else _DENSE
 
-        It works in the buffer itself if dtypes agree.
-        """
-        if self.state.step < self.dense_steps:
-            return hierarchical.reduce(Dense(), self.flat, self.description, self.state)
-        return hierarchical.reduce(self.compressor, self.flat.to(self.description.dtype), self.description, self.state)
+    def program(self) -> Program:
+        """The present compressor's program over what the buffer holds now. In the buffer itself if dtypes agree."""
+        compressor, description = self.present, self.description
+        flat = self.flat.to(description.dtype) if compressor.needs_float32 else self.flat
+        return hierarchical.reduce(compressor, flat, description, self.state)
 
     def land(self, mean: torch.Tensor, new_state: NewState) -> None:
         """Commit a finished program: its state, and its mean to the buffer."""

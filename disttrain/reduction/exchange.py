@@ -10,7 +10,7 @@ import torch
 from disttrain.collectives import Result
 from disttrain.comm.base import Work
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, dry_run
-from disttrain.reduction.ledger import Ledger
+from disttrain.reduction.ledger import AGREEMENT, Account, Ledger
 
 Outcome = tuple[torch.Tensor, NewState]
 
@@ -18,8 +18,8 @@ Outcome = tuple[torch.Tensor, NewState]
 class Exchange:
     """One bucket's program: its first collective starts at once, ``advance`` takes it to the next one."""
 
-    def __init__(self, program: Program, ledger: Ledger) -> None:
-        self._program, self._ledger = program, ledger
+    def __init__(self, program: Program, ledger: Ledger, account: Account = AGREEMENT) -> None:
+        self._program, self._ledger, self._account = program, ledger, account
         self._work: Work[Result] | None = None
         self.outcome: Outcome | None = None
         self._resume(None)
@@ -31,7 +31,7 @@ class Exchange:
 
     def _resume(self, result: Result | None) -> None:
         try:
-            self._work = self._ledger.start(self._program.send(result))
+            self._work = self._ledger.start(self._program.send(result), self._account)
         except StopIteration as stop:
             self._work, self.outcome = None, cast("Outcome", stop.value)
 

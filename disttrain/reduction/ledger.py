@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-from disttrain.collectives import Collective, Result, received_bytes, sent_bytes
+from disttrain.collectives import (
+    AllToAll,
+    Collective,
+    Group,
+    Result,
+    num_messages,
+    received_bytes,
+    sent_bytes,
+    size_bytes,
+)
 from disttrain.comm.base import Communicator, Pending, Work
+from disttrain.compression import Bucket
 
 
 @dataclass
@@ -31,31 +43,129 @@ class Traffic:
         self.num_collectives += other.num_collectives
 
 
+@dataclass(frozen=True)
+class Account:
+    """Whose bytes they are: a bucket's, by its index, and the compressor's that exchanges it in this step."""
+
+    compressor: str
+    index: int | None = None
+    bucket: Bucket | None = None
+
+    def __str__(self) -> str:
+        return self.compressor if self.index is None else f"bucket {self.index}: {self.compressor}"
+
+
+AGREEMENT = Account("agreement")
+"""What is no gradient: the flags that ranks agree on."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One collective of this rank.
+
+    Attributes:
+        account: whose it is.
+        kind: "AllReduce", "AllGather", "AllToAll" or "Broadcast".
+        group: the ranks that it is addressed to.
+        dtype: of what travels; packed payloads are uint8.
+        sent_bytes, received_bytes: as in ``Traffic``. ``size_bytes`` of those sent are sizes, exchanged first.
+        num_messages: messages that this rank sends, by the bandwidth-optimal algorithm.
+    """
+
+    account: Account
+    kind: str
+    group: Group
+    dtype: str
+    sent_bytes: int
+    received_bytes: int
+    size_bytes: int
+    num_messages: int
+
+
+@dataclass
 class Ledger:
-    """Starts collectives and keeps account of them: ``last_step``, and ``total`` over all steps that have ended."""
+    """Starts collectives and keeps account of them.
 
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
-        self._current = Traffic()
-        self.last_step = Traffic()
-        self.total = Traffic()
+    Attributes:
+        entries: of the last step, in the order in which they were started.
+        last_step: their sum.
+        total: that of all steps that have ended.
+        by_compressor: the same by the compressor's name; beside them ``agreement``.
+    """
 
-    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]:
-        group = self._comm.group(collective.group)
+    comm: Communicator
+    entries: list[Entry] = field(default_factory=list)
+    last_step: Traffic = field(default_factory=Traffic)
+    total: Traffic = field(default_factory=Traffic)
+    by_compressor: dict[str, Traffic] = field(default_factory=dict)
+    _current: list[Entry] = field(default_factory=list)
+
+    def start(self, collective: Collective, account: Account = AGREEMENT, *, priority: bool = False) -> Work[Result]:
+        group = self.comm.group(collective.group)
         rank, world_size = group.rank, group.world_size
-        work = self._comm.start(collective, priority=priority)
-        self._current.num_collectives += 1
-        self._current.sent_bytes += sent_bytes(collective, world_size, rank)
+        tensor = collective.chunks[0] if isinstance(collective, AllToAll) else collective.tensor
+        entry = Entry(
+            account,
+            type(collective).__name__,
+            collective.group,
+            str(tensor.dtype).removeprefix("torch."),
+            sent_bytes(collective, world_size, rank),
+            0,
+            size_bytes(collective, world_size),
+            num_messages(collective, world_size, rank),
+        )
+        self._current.append(entry)
+        work = self.comm.start(collective, priority=priority)
 
         def finish() -> Result:
             result = work.wait()
-            self._current.received_bytes += received_bytes(collective, result, world_size, rank)
+            entry.received_bytes = received_bytes(collective, result, world_size, rank)
             return result
 
         return Pending(finish)
 
     def end_step(self, num_elements: int) -> None:
         """Close the account of a step that exchanged gradients of ``num_elements`` elements."""
-        self._current.dense_bytes = 4 * num_elements if self._comm.world_size > 1 else 0
-        self.last_step, self._current = self._current, Traffic()
+        self.entries, self._current = self._current, []
+        self.last_step = Traffic(dense_bytes=self._dense_bytes(num_elements))
+        seen = set()
+        for entry in self.entries:
+            traffic = Traffic(entry.sent_bytes, entry.received_bytes, num_collectives=1)
+            self.last_step.add(traffic)
+            if entry.account.bucket is not None and entry.account.index not in seen:
+                seen.add(entry.account.index)
+                traffic.dense_bytes = self._dense_bytes(entry.account.bucket.numel)
+            self.by_compressor.setdefault(entry.account.compressor, Traffic()).add(traffic)
         self.total.add(self.last_step)
+
+    def by_parameter(self) -> dict[str, Traffic]:
+        """The last step's bytes by parameter: those of a bucket shared out by number of elements, exactly."""
+        bytes_an_element = self._dense_bytes(1)
+        shares: dict[str, Traffic] = {}
+        for entry in self.entries:
+            if (bucket := entry.account.bucket) is None:
+                continue
+            sent, received = (_share(total, bucket.numels) for total in (entry.sent_bytes, entry.received_bytes))
+            for name, numel, *both in zip(bucket.names, bucket.numels, sent, received, strict=True):
+                its = shares.setdefault(name, Traffic(dense_bytes=bytes_an_element * numel))
+                its.add(Traffic(both[0], both[1], num_collectives=1))
+        return shares
+
+    def table(self) -> str:
+        """The last step as text, one collective a line."""
+        rows: list[tuple[str, ...]] = [("", "collective", "group", "dtype", "sent", "received", "sizes", "messages")]
+        for entry in self.entries:
+            numbers = (entry.sent_bytes, entry.received_bytes, entry.size_bytes, entry.num_messages)
+            rows.append((str(entry.account), entry.kind, entry.group, entry.dtype, *(f"{n:,}" for n in numbers)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _dense_bytes(self, num_elements: int) -> int:
+        return 4 * num_elements if self.comm.world_size > 1 else 0
+
+
+def _share(total: int, numels: Sequence[int]) -> list[int]:
+    """``total`` in proportion to ``numels``; whole numbers whose sum is ``total``."""
+    ends = [total * end // max(1, sum(numels)) for end in accumulate(numels)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

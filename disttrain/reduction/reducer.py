@@ -23,7 +23,7 @@ from disttrain.compression import Policy
 from disttrain.compression.base import Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
-from disttrain.reduction.ledger import Ledger
+from disttrain.reduction.ledger import Account, Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,11 @@ class Reducer:
         bucket.has_left = True
         known = [slot.finite for slot in bucket.slots]
         self._finite.append(_all_finite(bucket.flat) if None in known else torch.tensor(all(known)))
-        self._sent.append(Exchange(bucket.program(), self.ledger))
+        self._sent.append(self._start(bucket))
+
+    def _start(self, bucket: GradientBucket) -> Exchange:
+        account = Account(bucket.present.name, self.buckets.index(bucket), bucket.description)
+        return Exchange(bucket.program(), self.ledger, account)
 
     def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
         """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.
@@ -186,7 +190,7 @@ class Reducer:
         for bucket in buckets:
             for slot in bucket.slots:
                 slot.take_in()
-        for index, outcome in finish([Exchange(bucket.program(), self.ledger) for bucket in buckets]):
+        for index, outcome in finish([self._start(bucket) for bucket in buckets]):
             buckets[index].land(*outcome)
             buckets[index].flat.add_(first_means[index])
 

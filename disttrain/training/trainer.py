@@ -32,7 +32,8 @@ _WIRE = ("sent_bytes", "received_bytes", "dense_bytes")
 class Progress:
     """How far a run has come, saved with it: steps and samples in all, and the position in the data.
 
-    ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker.
+    ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker, in all
+    and ``by_compressor``.
     """
 
     step: int = 0
@@ -42,7 +43,7 @@ class Progress:
     skipped_steps: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
-    wire: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_WIRE, 0))
+    wire: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_WIRE, 0))
 
 
 class Trainer:
@@ -236,11 +237,19 @@ class Trainer:
             record["grad_norm"] = self.optimizer.grad_norm.item()
         self.recorder.train(progress.step, record)
 
-    def _wire(self) -> dict[str, int]:
-        """Bytes of an average worker, those before a resumption included."""
-        total = torch.tensor([getattr(self.optimizer.wire.total, name) for name in _WIRE], device=self.comm.device)
-        means = (self.comm.all_reduce(total) // self.comm.world_size).tolist()
-        return {name: self._wire_before[name] + mean for name, mean in zip(_WIRE, means, strict=True)}
+    def _wire(self) -> dict[str, Any]:
+        """Bytes of an average worker, in all and by compressor, those before a resumption included."""
+        ledger = self.optimizer.wire
+        parts = {"": ledger.total, **ledger.by_compressor}  # in the order of buckets, so alike on all ranks
+        rows = [[getattr(traffic, key) for key in _WIRE] for traffic in parts.values()]
+        means = (self.comm.all_reduce(torch.tensor(rows, device=self.comm.device)) // self.comm.world_size).tolist()
+        now = {name: dict(zip(_WIRE, row, strict=True)) for name, row in zip(parts, means, strict=True)}
+        before = {"": self._wire_before, **self._wire_before.get("by_compressor", {})}
+        sums = {
+            name: {key: sum(part[name][key] for part in (before, now) if name in part) for key in _WIRE}
+            for name in {**before, **now}
+        }
+        return {**sums.pop(""), "by_compressor": sums}
 
     def _open_run(self) -> RunDirectory | None:
         """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""

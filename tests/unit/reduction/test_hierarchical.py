@@ -66,9 +66,9 @@ class Recorder(Ledger):
         super().__init__(comm)
         self.started: list[Collective] = []
 
-    def start(self, collective: Collective, *, priority: bool = False) -> Any:
+    def start(self, collective: Collective, *arguments: Any, **options: Any) -> Any:
         self.started.append(collective)
-        return super().start(collective, priority=priority)
+        return super().start(collective, *arguments, **options)
 
 
 Run = tuple[list[torch.Tensor], State, list[Collective]]

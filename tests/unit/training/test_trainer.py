@@ -202,7 +202,8 @@ def test_a_run_directory_holds_what_is_promised(tmp_path: Path) -> None:
     assert json.loads((config.directory / "summary.json").read_text()) == summary
     promised = {"engine", "world_size", "steps", "epochs", "seconds", "samples_per_second", "metrics", "wire"}
     assert promised <= summary.keys()
-    assert summary["wire"] == {"sent_bytes": 0, "received_bytes": 0, "dense_bytes": 0}
+    nothing = {"sent_bytes": 0, "received_bytes": 0, "dense_bytes": 0}
+    assert summary["wire"] == {**nothing, "by_compressor": {"dense": nothing, "agreement": nothing}}
     assert configs.load(config.directory / "config.yaml") == config
     assert list((config.directory / "tensorboard").glob("events.*"))
     files = {path.name for path in (config.directory / "checkpoints/step-00000009").iterdir()}
@@ -216,6 +217,10 @@ def test_the_wire_is_counted(tmp_path: Path) -> None:
     assert summary["wire"] == other["wire"]
     assert summary["wire"]["dense_bytes"] == 2 * 4 * (6 * 8 + 8 + 8 * 2 + 2)
     assert summary["wire"]["sent_bytes"] > 0
+    parts = summary["wire"]["by_compressor"]
+    assert parts.keys() == {"topk", "dense", "agreement"}
+    for key in ("sent_bytes", "received_bytes", "dense_bytes"):
+        assert summary["wire"][key] == sum(part[key] for part in parts.values())
 
 
 def test_an_earlier_run_of_the_same_name_is_kept_beside(tmp_path: Path) -> None:
