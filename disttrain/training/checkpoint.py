@@ -101,8 +101,9 @@ def load(
 ) -> bool:
     """Take over model, optimizer and compressor state, and, on as many ranks as before, the random generators'.
 
-    On another number of ranks every rank gets the mean of the saved residuals, so that their mean over ranks, which is
-    what the model has still to receive, stays what it was. All ranks must call this.
+    On another number of ranks, or where other ranks own the parameters, every rank gets the mean of the saved
+    residuals, so that their mean over ranks, which is what the model has still to receive, stays what it was. All ranks
+    must call this.
 
     Hyper-parameters (learning rate, momentum, ...) are not taken from the checkpoint: the config's count.
 
@@ -119,10 +120,10 @@ def load(
             load_model(model, str(path / "model.safetensors"))
         except (RuntimeError, SafetensorError) as error:
             raise UserError(f"checkpoint {str(path)!r} is of another model: {' '.join(str(error).split())}") from error
-    if old_world_size == comm.world_size:
-        per_rank = _read(own, _RESIDUAL)
-    else:
-        per_rank = _mean_residuals(path, old_world_size, comm)
+    like = optimizer.state_dict()["compression"]["per_rank"]
+    per_rank = _read(own, _RESIDUAL) if old_world_size == comm.world_size else {}
+    if not all(comm.all_gather_object(old_world_size == comm.world_size and _sizes(per_rank) == _sizes(like))):
+        per_rank = _mean_residuals(path, old_world_size, comm, like)
     with agreement(comm):
         optimizer.load_state_dict(
             {
@@ -156,23 +157,45 @@ def _read(path: Path, prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
-def _mean_residuals(path: Path, old_world_size: int, comm: Communicator) -> dict[str, torch.Tensor]:
-    """The mean over all saved shards; each rank reads its part of them."""
-    first = _read(path / _rank_file(0), _RESIDUAL)
-    totals = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in sorted(first.items())}
-    for rank in range(comm.rank, old_world_size, comm.world_size):
-        for name, tensor in _read(path / _rank_file(rank), _RESIDUAL).items():
-            totals[name] += tensor
-    if totals and comm.rank == 0:
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.numel() for name, tensor in tensors.items()}
+
+
+def _mean_residuals(
+    path: Path, old_world_size: int, comm: Communicator, like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The mean over the saved shards that hold a residual; each rank reads its part of them.
+
+    In a hierarchical exchange one rank of each node holds it, and the shards of the others have no elements of it. Nor
+    does a rank get what it has no elements for in ``like``, its present state.
+    """
+    shards = [_read(path / _rank_file(rank), _RESIDUAL) for rank in range(comm.rank, old_world_size, comm.world_size)]
+    held: dict[str, list[int]] = {}
+    for some in comm.all_gather_object([_sizes(shard) for shard in shards]):
+        for shard_sizes in some:
+            for name, numel in shard_sizes.items():
+                held.setdefault(name, []).extend([numel] if numel else [])
+    means = {}
+    for name, numels in sorted(held.items()):
+        if len(set(numels)) > 1:
+            raise UserError(
+                f"checkpoint {str(path)!r} was saved by {old_world_size} ranks, each with another piece of {name!r}: "
+                "resume with as many"
+            )
+        total = torch.zeros(numels[0] if numels else 0, dtype=torch.float64, device=comm.device)
+        for shard in shards:
+            if name in shard and shard[name].numel():
+                total += shard[name].to(comm.device)
+        mean = comm.all_reduce(total) / max(1, len(numels))
+        is_mine = name not in like or like[name].numel() > 0
+        means[name] = (mean if is_mine else mean[:0]).to(like[name].dtype if name in like else torch.float32)
+    if means and comm.rank == 0:
         logger.warning(
             "a checkpoint of %d ranks goes on with %d: every rank gets the mean of the saved residuals",
             old_world_size,
             comm.world_size,
         )
-    return {
-        name: (comm.all_reduce(total.to(comm.device)) / old_world_size).to(first[name].dtype)
-        for name, total in totals.items()
-    }
+    return means
 
 
 def _parameter_names(optimizer: DistributedOptimizer, model: nn.Module) -> list[str]:

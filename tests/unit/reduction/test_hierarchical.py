@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from disttrain.compression.base import Hierarchy
 from disttrain.errors import UserError
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Ledger
+from disttrain.training import checkpoint
 
 SHAPES = ((16, 40), (40,), (8, 3, 3, 3), (64, 1), (5, 7), (24, 24))
 NAMES = tuple(f"layer{index}.weight" for index in range(len(SHAPES)))
@@ -308,3 +311,31 @@ def test_fewer_parameters_than_ranks_and_half_precision() -> None:
         torch.testing.assert_close(dense, torch.full_like(dense, 4.5))
         assert torch.equal(sparse, results[0][1])
         assert int((sparse != 0).sum()) == 12
+
+
+@pytest.mark.parametrize("old", [(4, 2), (6, 3)])
+@pytest.mark.parametrize("new", [(4, 2), (4, 1), (8, 4), (6, 2)])
+def test_another_layout_of_nodes_keeps_what_is_pending(
+    tmp_path: Path, old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    """A whole checkpoint, loaded where other ranks own the parameters: the mean over the owners stays."""
+    spec = {"name": "powersgd", "rank": 1, "hierarchical": True}
+
+    def save(comm: Communicator) -> dict[str, torch.Tensor]:
+        _, _, optimizer = train(comm, spec, range(3))
+        checkpoint.save(tmp_path, comm, optimizer._model, optimizer, step=3, progress={}, config={}, keep=1)
+        return optimizer.state_dict()["compression"]["per_rank"]
+
+    def load(comm: Communicator) -> dict[str, torch.Tensor]:
+        _, _, optimizer = train(comm, spec, range(0))
+        path = tmp_path / "step-00000003"
+        checkpoint.load(path, json.loads((path / "manifest.json").read_text()), comm, optimizer._model, optimizer)
+        return optimizer.state_dict()["compression"]["per_rank"]
+
+    def pending(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        names = [name for name in states[0] if name.endswith("residual")]
+        return {name: torch.stack([state[name] for state in states if state[name].numel()]).mean(0) for name in names}
+
+    saved = simulate(old[0], save, local_size=old[1])
+    loaded = simulate(new[0], load, local_size=new[1])
+    torch.testing.assert_close(pending(loaded), pending(saved))
