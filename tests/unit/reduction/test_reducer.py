@@ -28,6 +28,16 @@ COMPRESSORS = [
     pytest.param({"name": name, **options}, id=name)
     for name, options in {**{name: {} for name in compression.names()}, "topk": {"ratio": 0.1}}.items()
 ]
+# These owe something that is not in a residual: momentum, the signs' sizes, the roundings of a sum in half precision.
+NOT_TELESCOPING = {"bf16", "dgc", "fp16", "signsgd"}
+TELESCOPING = [
+    {
+        "name": name,
+        **({"error_feedback": True} if "error_feedback" in compression.registry.get(name).model_fields else {}),
+    }
+    for name in compression.names()
+    if name not in NOT_TELESCOPING
+]
 
 
 def build(model: nn.Module, comm: Communicator, **options: Any) -> tuple[nn.Module, DistributedOptimizer]:
@@ -220,7 +230,7 @@ def test_two_backward_passes_before_a_step_on_some_ranks(caplog: pytest.LogCaptu
     assert "no_sync" in caplog.text
 
 
-@pytest.mark.parametrize("spec", COMPRESSORS)
+@pytest.mark.parametrize("spec", TELESCOPING, ids=lambda spec: spec["name"])
 def test_two_backward_passes_lose_nothing_under_compression(spec: dict[str, Any]) -> None:
     def run(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         model, optimizer = build(MLP, comm, compressor={**spec, "min_numel": 0})
@@ -245,8 +255,7 @@ def test_two_backward_passes_lose_nothing_under_compression(spec: dict[str, Any]
         return sent, comm.all_reduce(torch.cat(residuals), "mean"), comm.all_reduce(total, "mean")
 
     for sent, residual, total in simulate(2, run):
-        tolerance = 0.5 * float(total.abs().max()) if spec["name"] == "qsgd" else 1e-10  # unbiased, keeps no residual
-        torch.testing.assert_close(sent + residual, total, rtol=0, atol=tolerance)
+        torch.testing.assert_close(sent + residual, total, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", COMPRESSORS)
