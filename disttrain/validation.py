@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -160,8 +161,8 @@ def keys_of(model: type[BaseModel]) -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{inner}" for inner in keys_of(field.annotation)]
+        if (section := _section_in(field.annotation)) is not None:
+            keys += [f"{name}.{inner}" for inner in keys_of(section)]
     return keys
 
 
@@ -169,10 +170,17 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
     """The section at a dotted key, or the last one on the way to it."""
     for part in location:
         field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        section = field and _section_in(field.annotation)
+        if section is None:
             break
-        model = field.annotation
+        model = section
     return model
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's type is, or is beside None."""
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
 
 
 def _field_description(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:

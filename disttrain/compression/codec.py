@@ -53,7 +53,7 @@ class Codec(Compressor):
 
     @abstractmethod
     def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
-        """Turn ``acc`` (bucket.numel,) into named tensors whose shapes depend on the bucket alone.
+        """Turn ``acc`` (bucket.numel,) into named tensors whose shapes depend on the bucket and ``state.step`` alone.
 
         Takes out of ``acc`` what the payload will decode to; what stays there is the residual.
         """

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from disttrain.collectives import AllReduce
 from disttrain.compression.base import Bucket, Compressor, Program, State, matrix_shape, seeded_generator
+from disttrain.compression.ramp import RankRamp
 from disttrain.errors import UserError
 from disttrain.kernels import for_device
 
@@ -29,6 +30,7 @@ class PowerSGD(Compressor):
     name = "powersgd"
 
     rank: int = Field(default=4, ge=1, description="columns of each factor; more is more exact and sends more")
+    rank_ramp: RankRamp | None = Field(default=None, description="start and steps of a way to `rank`")
     min_compression: float = Field(
         2.0, ge=1, description="matrices whose factors would not be this much smaller go dense"
     )
@@ -37,7 +39,7 @@ class PowerSGD(Compressor):
 
     def accepts(self, shape: Sequence[int]) -> bool:
         rows, columns = matrix_shape(shape)
-        factors = min(self.rank, rows, columns) * (rows + columns)
+        factors = min(self._largest_rank, rows, columns) * (rows + columns)
         return super().accepts(shape) and factors * self.min_compression <= rows * columns
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
@@ -52,7 +54,7 @@ class PowerSGD(Compressor):
         state = State()
         residual = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         state.add("residual", residual, bucket.numels, replicated=False)
-        shapes = self._shapes(bucket)
+        shapes = self._shapes(bucket, self._largest_rank)
         self._add_factor(state, "q", [columns * rank for _, columns, rank in shapes], bucket)
         if self.alternating:
             self._add_factor(state, "p", [rows * rank for rows, _, rank in shapes], bucket)
@@ -70,9 +72,13 @@ class PowerSGD(Compressor):
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
         kernels = for_device(grad.device)
-        shapes = self._shapes(bucket)
+        rank = self.rank if self.rank_ramp is None else self.rank_ramp.at(state.step, self.rank)
+        shapes = self._shapes(bucket, rank)
         p_shapes = [(rank, rows) for rows, _, rank in shapes]
         q_shapes = [(rank, columns) for _, columns, rank in shapes]
+        kept_shapes = self._shapes(bucket, self._largest_rank)
+        kept_qs = _split(state.q, [(rank, columns) for _, columns, rank in kept_shapes])
+        kept_ps = _split(state.p, [(rank, rows) for rows, _, rank in kept_shapes]) if self.alternating else []
         sends_p = not self.alternating or state.step % 2 == 0
         sends_q = not self.alternating or not sends_p
         rest = state.scratch("residual")
@@ -81,29 +87,33 @@ class PowerSGD(Compressor):
         owed = list(zip(matrices, residuals, totals, strict=True))
 
         if sends_p:
-            old_qs = _split(state.q, q_shapes)
+            old_qs = _first(kept_qs, q_shapes)
             own_qs = mean_qs = [_orthogonal(q) if self.alternating else _scaled(q) for q in old_qs]
             own_ps = [kernels.project(*each, q) for each, q in zip(owed, own_qs, strict=True)]
             mean_ps = _split((yield AllReduce(_join(own_ps), op="mean")), p_shapes)
         else:
             for each in owed:
                 kernels.add(*each)
-            mean_ps = _split(state.p, p_shapes)
+            mean_ps = _first(kept_ps, p_shapes)
         if self.alternating and sends_p:
-            new["p"] = _kept(mean_ps, _split(state.p, p_shapes))
+            new["p"] = _kept(mean_ps, kept_ps)
         if sends_q:
             own_ps = mean_ps = [_orthogonal(p) for p in mean_ps]
             own_qs = [kernels.project_back(total, p) for total, p in zip(totals, own_ps, strict=True)]
             mean_qs = _split((yield AllReduce(_join(own_qs), op="mean")), q_shapes)
-            new["q"] = _kept(mean_qs, _split(state.q, q_shapes))
+            new["q"] = _kept(mean_qs, kept_qs)
 
         for total, out, *own, mean_p, mean_q in zip(totals, matrices, own_ps, own_qs, mean_ps, mean_qs, strict=True):
             kernels.low_rank_rest(total, (own[0], own[1]), (mean_p, mean_q), out)
         return grad, new
 
-    def _shapes(self, bucket: Bucket) -> list[tuple[int, int, int]]:
+    @property
+    def _largest_rank(self) -> int:
+        return self.rank if self.rank_ramp is None else max(self.rank, self.rank_ramp.start)
+
+    def _shapes(self, bucket: Bucket, rank: int) -> list[tuple[int, int, int]]:
         """(rows, columns, rank of the factors) of every matrix."""
-        return [(rows, columns, min(self.rank, rows, columns)) for rows, columns in bucket.matrix_shapes]
+        return [(rows, columns, min(rank, rows, columns)) for rows, columns in bucket.matrix_shapes]
 
 
 # Factors lie as (rank, rows or columns): the kernels run along rows of the matrix.
@@ -118,14 +128,18 @@ def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def _first(kept: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Of factors that are kept at their largest rank, what this step's rank uses."""
+    return [factor[:rank] for factor, (rank, _) in zip(kept, shapes, strict=True)]
+
+
 def _kept(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A direction without any gradient would be zero for ever: it stays what it was."""
-    return _join(
-        [
-            torch.where((factor == 0).all(1, keepdim=True), before, factor)
-            for factor, before in zip(new, old, strict=True)
-        ]
-    )
+    """A direction without any gradient would be zero for ever: it stays what it was. So do those not used now."""
+    parts = []
+    for factor, kept in zip(new, old, strict=True):
+        before, unused = kept[: len(factor)], kept[len(factor) :]
+        parts += [torch.where((factor == 0).all(1, keepdim=True), before, factor), unused]
+    return _join(parts)
 
 
 def _orthogonal(factor: torch.Tensor) -> torch.Tensor:

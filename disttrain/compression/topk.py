@@ -11,6 +11,7 @@ from pydantic import Field
 
 from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import FusedCodec, Payload
+from disttrain.compression.ramp import RatioRamp
 from disttrain.kernels import for_device
 
 
@@ -30,6 +31,7 @@ class TopK(FusedCodec):
     min_two_stage_world_size: ClassVar[int] = 32
 
     ratio: float = Field(default=0.01, gt=0, le=1, description="share of the entries that is sent each step")
+    ratio_ramp: RatioRamp | None = Field(default=None, description="start and steps of a way to `ratio`")
     selection: Literal["exact", "estimated"] = Field(
         default="exact", description="exactly k entries, or all above a threshold that a sample gives"
     )
@@ -38,7 +40,8 @@ class TopK(FusedCodec):
         self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
     ) -> Payload:
         assert grad.numel() < 2**31, "indices are int32"
-        k = max(1, round(self.ratio * grad.numel()))
+        ratio = self.ratio if self.ratio_ramp is None else self.ratio_ramp.at(state.step, self.ratio)
+        k = max(1, round(ratio * grad.numel()))
         kernels = for_device(grad.device)
         if self.selection == "exact":
             values, indices = kernels.take_largest(grad, residual, rest, k)

@@ -188,9 +188,9 @@ def _explain_unknown(key: str, values: Mapping[str, Any]) -> str:
 
 def _known_keys(values: Mapping[str, Any]) -> list[str]:
     """All dotted keys, with those of the named sections as far as their names are right."""
-    keys = keys_of(Config)
+    keys = [key for key in keys_of(Config) if key.partition(".")[0] not in _NAMED]
     for key, registry in _NAMED.items():
-        keys.append(f"{key}.name")
+        keys += [key, f"{key}.name"]
         with contextlib.suppress(UserError):
             keys += [f"{key}.{inner}" for inner in keys_of(registry.get(str(_section_name(values.get(key)))))]
     keys += [f"compressor.{inner}" for inner in POLICY_KEYS]

@@ -83,6 +83,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "negative warm-up": (["compressor.dense_steps=-1"], "compressor.dense_steps=-1 should be greater than or equal to"),
     "misspelt warm-up": (["compressor.dense_step=1"], "(given 1); did you mean 'compressor.dense_steps'?"),
+    "ramp of another compressor": (["compressor.ratio_ramp.start=1"], "unknown key 'compressor.ratio_ramp'; did you"),
+    "ramp without its steps": (["compressor.rank_ramp.start=1"], "missing key 'compressor.rank_ramp.steps': committed"),
+    "key of a section, for the policy": (["min_numel=3"], "did you mean 'compressor.min_numel'?"),
     "rules that are no list": (
         ["compressor.rules=3"],
         "compressor.rules=3 should be a list of rules, such as [{match:",
