@@ -129,9 +129,11 @@ class Policy(Section):
         of_name = [name for name in shapes if fnmatchcase(name, rule.match)]
         if of_name:
             largest = max(of_name, key=lambda name: math.prod(shapes[name]))
-            return f"matches no parameter: the largest is {largest!r} with {math.prod(shapes[largest])} elements"
+            return (
+                f"matches no trained parameter: the largest is {largest!r} with {math.prod(shapes[largest])} elements"
+            )
         nearest = difflib.get_close_matches(rule.match, shapes, n=1, cutoff=0.0)[0]
-        return f"matches no parameter; the nearest name is {nearest!r}"
+        return f"matches no trained parameter; the nearest name is {nearest!r}"
 
 
 def _dense(compressor: Compressor) -> Compressor:

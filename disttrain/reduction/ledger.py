@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import torch
+
 from disttrain.collectives import (
     AllToAll,
     Collective,
@@ -75,7 +77,7 @@ class Entry:
     account: Account
     kind: str
     group: Group
-    dtype: str
+    dtype: torch.dtype
     sent_bytes: int
     received_bytes: int
     size_bytes: int
@@ -108,7 +110,7 @@ class Ledger:
             account,
             type(collective).__name__,
             collective.group,
-            str(tensor.dtype).removeprefix("torch."),
+            tensor.dtype,
             sent_bytes(collective, world_size, rank),
             0,
             size_bytes(collective, world_size),
@@ -156,7 +158,8 @@ class Ledger:
         rows: list[tuple[str, ...]] = [("", "collective", "group", "dtype", "sent", "received", "sizes", "messages")]
         for entry in self.entries:
             numbers = (entry.sent_bytes, entry.received_bytes, entry.size_bytes, entry.num_messages)
-            rows.append((str(entry.account), entry.kind, entry.group, entry.dtype, *(f"{n:,}" for n in numbers)))
+            dtype = str(entry.dtype).removeprefix("torch.")
+            rows.append((str(entry.account), entry.kind, entry.group, dtype, *(f"{number:,}" for number in numbers)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)

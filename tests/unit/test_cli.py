@@ -146,7 +146,7 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "rule that matches nothing": (
         ["compressor.rules=[{match: 'fc.*', use: dense}]"],
-        "compressor.rules.0 ('fc.*') matches no parameter; the nearest name is '",
+        "compressor.rules.0 ('fc.*') matches no trained parameter; the nearest name is '",
     ),
     "rank above all matrices": (
         ["compressor.rank=7", "compressor.min_numel=1"],

@@ -80,6 +80,12 @@ SPECS: list[dict[str, Any]] = [
     {"name": "powersgd", "rank": 2},
     {"name": "powersgd", "rank": 2, "alternating": True, "dense_steps": 1},
     {"name": "topk", "hierarchical": True},
+    {
+        "name": "topk",
+        "hierarchical": True,
+        "dense_steps": 1,
+        "rules": [{"match": "2.*", "use": {"name": "powersgd", "min_numel": 0}}],
+    },
     {"name": "dgc", "rules": [{"match": "2.*", "use": {"name": "powersgd", "min_numel": 0}}]},
 ]
 

@@ -72,9 +72,12 @@ def test_a_policy_can_be_made_of_its_parts_and_be_written_down() -> None:
     [
         (
             {"match": "hed.*", "use": "dense"},
-            r"rules\.1 \('hed\.\*'\) matches no parameter.*'head\.weight'",
+            r"rules\.1 \('hed\.\*'\) matches no trained parameter.*'head\.weight'",
         ),
-        ({"min_numel": 10**6, "use": "dense"}, r"matches no parameter: the largest is 'embedding\.weight' with 64000"),
+        (
+            {"min_numel": 10**6, "use": "dense"},
+            r"no trained parameter: the largest is 'embedding\.weight' with 640",
+        ),
         ({"match": "head.*", "min_numel": 32001, "use": "dense"}, r"the largest is 'head\.weight' with 32000"),
         ({"match": "embedding.*", "use": "dense"}, r"rules\.1 \('embedding\.\*'\) never decides"),
         ({"match": "block.linear.*", "use": {"name": "powersgd", "rank": 65}}, r"rank=65 .* most being 64: .*lower it"),
