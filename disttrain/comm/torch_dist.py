@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -51,6 +53,8 @@ class TorchCommunicator(Communicator):
             self._lanes.append(dist.new_group(backend="gloo"))
             self._priority_lane = dist.new_group(backend="gloo")
             self.priority_overtakes = True
+            dist.barrier()  # connections, and with them their threads, are made
+            _let_event_loops_wait()
 
     def _join(self, environment: Environment, timeout: float) -> None:
         host, port = environment.rendezvous()
@@ -117,6 +121,20 @@ class TorchCommunicator(Communicator):
     def _close(self) -> None:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _let_event_loops_wait() -> None:
+    """Tell Linux that gloo's event loops need not preempt anyone (SCHED_BATCH; priorities stay as they are).
+
+    While a thread holds a connection's lock, the loop asks the kernel over and over; where workers have more threads
+    than cores, it would do so in place of that very thread.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # no such file system, or a thread that has ended
+            if (task / "comm").read_text().startswith("gloo_tcp"):
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def _pending(work: Any, result: torch.Tensor) -> Work[torch.Tensor]:
