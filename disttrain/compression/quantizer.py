@@ -19,6 +19,8 @@ class Quantizer(FusedCodec):
     Wire: bits/8 bytes an entry, and the size of a value a block.
     """
 
+    # Payloads are still a good part of what the wire is busy with: sooner sent, more of them hides behind backward.
+    bucket_mb: ClassVar[float] = 10.0
     rounds_at_random: ClassVar[bool] = False
 
     block_size: int = Field(default=512, ge=16, multiple_of=16, description="entries that share one scale")
