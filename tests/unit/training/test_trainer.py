@@ -167,6 +167,14 @@ def test_another_number_of_ranks_keeps_the_mean_of_the_residuals(tmp_path: Path,
         torch.testing.assert_close(value, expected[name], rtol=1e-14, atol=1e-15)
 
 
+def test_another_number_of_ranks_does_not_mix_the_stretches_that_ranks_average(tmp_path: Path) -> None:
+    compressor = {"name": "blockwise8", "exchange": "two_stage", "min_numel": 1}
+    config = make_config(tmp_path, compressor=compressor, max_steps=2)
+    simulate(3, lambda comm: train(config, comm))
+    with pytest.raises(UserError, match="saved by 3 ranks, each with another piece of .*: resume with as many"):
+        simulate(2, lambda comm: train(config.model_copy(update={"resume": "auto"}), comm))
+
+
 def test_a_non_finite_gradient_is_counted_and_the_schedule_goes_on(tmp_path: Path) -> None:
     config = make_config(tmp_path, task={"bad_step": 1}, schedule={"name": "cosine"}, max_steps=4)
     summary, model = train(config, SingleProcess())
