@@ -171,7 +171,7 @@ def test_another_number_of_ranks_does_not_mix_the_stretches_that_ranks_average(t
     compressor = {"name": "blockwise8", "exchange": "two_stage", "min_numel": 1}
     config = make_config(tmp_path, compressor=compressor, max_steps=2)
     simulate(3, lambda comm: train(config, comm))
-    with pytest.raises(UserError, match="saved by 3 ranks, each with another piece of .*: resume with as many"):
+    with pytest.raises(UserError, match=r"saved by 3 ranks, each with another piece of .*: resume with as many"):
         simulate(2, lambda comm: train(config.model_copy(update={"resume": "auto"}), comm))
 
 
