@@ -6,7 +6,7 @@ Where chance comes in, seeds are fixed, and bounds are such that a right program
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +15,10 @@ import torch
 from disttrain import compression
 from tests.support.compressing import Ranks, Shapes, case_id, gradient, one_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MATRIX: Shapes = ((16, 64),)
 NUMEL = 1024
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(kind: str, numel: int = NUMEL, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,8 @@ from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Ledger
 from tests.support.compressing import CASES, SHAPES, Ranks, Shapes, case_id, gradient, make_bucket
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = [
     {"name": "dense"},
     {"name": "topk", "ratio": 1.0},
@@ -37,15 +39,6 @@ WITH_FEEDBACK = [
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """What is small is faster with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @every_case

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Ledger
 from disttrain.training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = ((16, 40), (40,), (8, 3, 3, 3), (64, 1), (5, 7), (24, 24))
 NAMES = tuple(f"layer{index}.weight" for index in range(len(SHAPES)))
 NUMEL = sum(math.prod(shape) for shape in SHAPES)
@@ -39,14 +40,6 @@ LAYOUTS = [(4, 2), (6, 3), (6, 2), (8, 2), (8, 4)]  # ranks, ranks a node
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 every_layout = pytest.mark.parametrize(("world_size", "local_size"), LAYOUTS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gradient(step: int, rank: int) -> torch.Tensor:
