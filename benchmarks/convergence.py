@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
-from benchmarks.step_time import parse_compressor  # noqa: E402
+from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
+from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
 from disttrain import compression  # noqa: E402
 from disttrain.comm import simulate  # noqa: E402
 from disttrain.training import config as configs  # noqa: E402
@@ -73,13 +73,8 @@ def main(
             runs.append({"workers": world_size, "compressor": spec, "seed": seed, **future.result()})
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     rows = summarise_runs(runs, METRIC[task])
-    Console(width=110).print(make_table(rows, task.value, METRIC[task], seeds))
-    path = result_path(output, "convergence", task.value)
-    path.with_suffix(".json").write_text(json.dumps({"machine": machine, "runs": runs}) + "\n")
-    plain = Console(file=io.StringIO(), width=110)
-    plain.print(make_table(rows, task.value, METRIC[task], seeds))
-    assert isinstance(plain.file, io.StringIO)
-    path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(machine)}\n```\n")
+    table = make_table(rows, task.value, METRIC[task], seeds)
+    show_and_write(table, {"machine": machine, "runs": runs}, output, "convergence", task.value, width=110)
 
 
 def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -132,8 +127,7 @@ def make_table(rows: list[dict[str, Any]], task: str, metric: str, seeds: int) -
         table.add_column(column, justify="right")
     dense = {row["workers"]: row["bytes_per_step"] for row in rows if row["compressor"] == {"name": "dense"}}
     for row in rows:
-        spec = row["compressor"]
-        name = ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
+        name = describe_compressor(row["compressor"])
         sent = row["bytes_per_step"]
         figures = [f"{row['mean']:.4f}", f"{row['spread']:.4f}", f"{row['from_dense']:+.4f}", f"{sent / 1e3:.1f}"]
         share = f"{sent / dense[row['workers']]:.3f}" if dense[row["workers"]] else ""

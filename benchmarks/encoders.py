@@ -9,8 +9,6 @@ with collectives that give back what was sent. Every compressor takes turns with
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import statistics
 import sys
@@ -21,18 +19,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
-from benchmarks.step_time import parse_compressor  # noqa: E402
+from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
+from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
 from disttrain import compression  # noqa: E402
-from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast  # noqa: E402
 from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
+from disttrain.compression.base import dry_run  # noqa: E402
 
 # Beside the defaults of all that are registered.
 MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
@@ -50,13 +47,7 @@ def main(
     specs = [parse_compressor(text) for text in compressor or [*compression.names(), *MORE]]
     rows = [{"width": size, **row} for size in width for row in measure(specs, size, turns)]
     result = {"machine": machine, "turns": turns, "rows": rows}
-    Console(width=120).print(make_table(rows))
-    path = result_path(output, "encoders")
-    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    plain = Console(file=io.StringIO(), width=120)
-    plain.print(make_table(rows))
-    assert isinstance(plain.file, io.StringIO)
-    path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(machine)}\n```\n")
+    show_and_write(make_table(rows), result, output, "encoders", width=120)
 
 
 def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[str, Any]]:
@@ -117,19 +108,8 @@ def run_program(
     compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor, state: State
 ) -> None:
     """A whole step by hand. The gradient is copied in first, since programs may overwrite it: that is timed too."""
-    program = compressor.reduce(work.copy_(gradient), bucket, state)
-    result: Any = None
-    try:
-        while True:
-            match program.send(result):
-                case AllReduce(tensor) | Broadcast(tensor):
-                    result = tensor
-                case AllGather(tensor):
-                    result = [tensor]
-                case AllToAll(chunks):
-                    result = chunks
-    except StopIteration as stop:
-        state.commit(stop.value[1])
+    _, new_state = dry_run(compressor.reduce(work.copy_(gradient), bucket, state), bucket)
+    state.commit(new_state)
 
 
 def seconds(job: Callable[[], Any]) -> float:
@@ -144,12 +124,10 @@ def make_table(rows: list[dict[str, Any]]) -> Table:
     for column in ("elements", "copy ms", "encode ms", "encode", "decode one", "payload MB"):
         table.add_column(column, justify="right")
     for row in rows:
-        spec = row["compressor"]
-        name = ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
         payload = "" if row["payload_bytes"] is None else f"{row['payload_bytes'] / 1e6:.2f}"
         decode = "" if row["decode"] is None else f"{row['decode']:.2f}"
         figures = [f"{row['copy_ms']:.2f}", f"{row['encode_ms']:.2f}", f"{row['encode']:.2f}", decode, payload]
-        table.add_row(name, f"{10 * row['width'] ** 2:,}", *figures)
+        table.add_row(describe_compressor(row["compressor"]), f"{10 * row['width'] ** 2:,}", *figures)
     return table
 
 

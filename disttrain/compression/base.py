@@ -110,6 +110,11 @@ class State:
         assert tensor.numel() == sum(sizes), (name, tensor.numel(), sum(sizes))
         self.tensors[name] = StateTensor(tensor, sizes, replicated)
 
+    def add_zeros(self, name: str, bucket: Bucket) -> None:
+        """Declare a tensor of this rank's own, as large as the gradient: a residual, a momentum."""
+        zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        self.add(name, zeros, bucket.numels, replicated=False)
+
     def __getattr__(self, name: str) -> torch.Tensor:
         tensors: dict[str, StateTensor] = self.__dict__.get("tensors", {})
         if name not in tensors:
@@ -196,8 +201,8 @@ class Compressor(Section, ABC):
         """
 
 
-def dry_run(program: Program, bucket: Bucket) -> int:
-    """Run a program by hand as if all ranks sent what this one sends; the number of its collectives."""
+def dry_run(program: Program, bucket: Bucket) -> tuple[int, NewState]:
+    """Run a program by hand as if all ranks sent what this one sends: the number of its collectives, its new state."""
     result: Any = None
     num_collectives = 0
     try:
@@ -210,8 +215,9 @@ def dry_run(program: Program, bucket: Bucket) -> int:
                 case AllToAll(chunks):
                     result = list(torch.stack([chunks[bucket.rank]] * bucket.world_size))
             num_collectives += 1
-    except StopIteration:
-        return num_collectives
+    except StopIteration as stop:
+        _, new_state = stop.value
+        return num_collectives, new_state
 
 
 registry: Registry[Compressor] = Registry("compressor", Compressor, REGISTRY)  # type: ignore[type-abstract]

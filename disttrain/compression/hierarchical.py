@@ -140,7 +140,8 @@ def _owned(names: Sequence[str], numels: Sequence[int], node_size: int) -> list[
 
 def _num_steps(compressor: Compressor, bucket: Bucket) -> int:
     zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-    return dry_run(compressor.reduce(zeros, bucket, compressor.init_state(bucket)), bucket)
+    num_steps, _ = dry_run(compressor.reduce(zeros, bucket, compressor.init_state(bucket)), bucket)
+    return num_steps
 
 
 def _mean(rows: Sequence[torch.Tensor]) -> torch.Tensor:

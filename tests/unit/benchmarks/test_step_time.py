@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from benchmarks import step_time
+from benchmarks.machine import show_and_write
 from benchmarks.teams import TeamError
 
 ROW: dict[str, Any] = {
@@ -67,8 +68,9 @@ def test_teams_that_compute_something_else_are_refused() -> None:
 
 
 def test_results_are_written_beside_earlier_ones(tmp_path: Path) -> None:
-    first = step_time.write(RESULT, tmp_path, "try")
-    second = step_time.write(RESULT, tmp_path, "try")
+    table = step_time.make_table(RESULT["rows"], RESULT["workers"])
+    first = show_and_write(table, RESULT, tmp_path, "step-time", "try")
+    second = show_and_write(table, RESULT, tmp_path, "step-time", "try")
     assert first != second
     assert json.loads(first.with_suffix(".json").read_text()) == RESULT
     assert second.with_suffix(".json").exists()
