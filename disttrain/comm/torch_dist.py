@@ -53,7 +53,6 @@ class TorchCommunicator(Communicator):
             self._lanes.append(dist.new_group(backend="gloo"))
             self._priority_lane = dist.new_group(backend="gloo")
             self.priority_overtakes = True
-            dist.barrier()  # connections, and with them their threads, are made
             _let_event_loops_wait()
 
     def _join(self, environment: Environment, timeout: float) -> None:
@@ -117,6 +116,7 @@ class TorchCommunicator(Communicator):
         self._ranks, self._num_started = parts[own], 0
         self._lanes = [groups[own] for groups in lanes]
         self._priority_lane, self.priority_overtakes = self._lanes[0], False
+        _let_event_loops_wait()
 
     def _close(self) -> None:
         if self._owns_group and dist.is_initialized():
@@ -127,7 +127,8 @@ def _let_event_loops_wait() -> None:
     """Tell Linux that gloo's event loops need not preempt anyone (SCHED_BATCH; priorities stay as they are).
 
     While a thread holds a connection's lock, the loop asks the kernel over and over; where workers have more threads
-    than cores, it would do so in place of that very thread.
+    than cores, it would do so in place of that very thread. Each group brings a loop of its own, so this is for
+    every time that groups are made.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return
