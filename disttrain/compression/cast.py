@@ -33,8 +33,7 @@ class Cast(Compressor):
     def init_state(self, bucket: Bucket) -> State:
         state = State()
         if self.error_feedback:
-            residual = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-            state.add("residual", residual, bucket.numels, replicated=False)
+            state.add_zeros("residual", bucket)
         return state
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeAlias
@@ -83,11 +82,12 @@ class Codec(Compressor):
     def init_state(self, bucket: Bucket) -> State:
         state = State()
         if self.error_feedback:
-            state.add("residual", _zeros(bucket, bucket.numel), bucket.numels, replicated=False)
+            state.add_zeros("residual", bucket)
             if self._takes_two_stages(bucket):
                 start, end = _chunks(bucket)[bucket.rank]
                 sizes = _overlaps(bucket.numels, start, end)
-                state.add("server_residual", _zeros(bucket, end - start), sizes, replicated=False)
+                owed = torch.zeros(end - start, dtype=bucket.dtype, device=bucket.device)
+                state.add("server_residual", owed, sizes, replicated=False)
         return state
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
@@ -176,10 +176,6 @@ class FusedCodec(Codec):
 _payload_bytes: dict[object, int] = {}
 
 
-def _zeros(bucket: Bucket, numel: int) -> torch.Tensor:
-    return torch.zeros(numel, dtype=bucket.dtype, device=bucket.device)
-
-
 def _chunks(bucket: Bucket) -> list[tuple[int, int]]:
     """(start, end) of the stretch that each rank averages; the last ones may be empty."""
     length = -(-bucket.numel // bucket.world_size)
@@ -229,4 +225,4 @@ def unpack(packed: torch.Tensor, like: Payload) -> dict[str, torch.Tensor]:
 
 
 def _padded(nbytes: int) -> int:
-    return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -8,6 +8,7 @@ from pydantic import Field
 from disttrain.collectives import AllGather
 from disttrain.compression.base import Bucket, Compressor, Program, State
 from disttrain.compression.codec import pack, unpack
+from disttrain.compression.sparse import num_kept
 from disttrain.kernels import for_device
 
 _WARM_UP = (0.25, 0.0625, 0.015625, 0.004)
@@ -42,8 +43,7 @@ class DGC(Compressor):
     def init_state(self, bucket: Bucket) -> State:
         state = State()
         for name in ("momentum", "velocity"):
-            zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-            state.add(name, zeros, bucket.numels, replicated=False)
+            state.add_zeros(name, bucket)
         return state
 
     def ratio_at(self, step: int) -> float:
@@ -61,7 +61,7 @@ class DGC(Compressor):
             grad += momentum
         else:
             torch.add(grad, state.momentum, alpha=self.momentum, out=momentum)
-        k = max(1, round(self.ratio_at(state.step) * grad.numel()))
+        k = num_kept(self.ratio_at(state.step), grad.numel())
         kernels = for_device(grad.device)
         values, indices = kernels.take_largest(grad if self.nesterov else momentum, state.velocity, velocity, k)
         if self.masking:

@@ -52,8 +52,7 @@ class PowerSGD(Compressor):
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()
-        residual = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-        state.add("residual", residual, bucket.numels, replicated=False)
+        state.add_zeros("residual", bucket)
         shapes = self._shapes(bucket, self._largest_rank)
         self._add_factor(state, "q", [columns * rank for _, columns, rank in shapes], bucket)
         if self.alternating:

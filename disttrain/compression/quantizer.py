@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -27,9 +28,9 @@ class Quantizer(FusedCodec):
     seed: int = Field(default=0, description="of the private random generators")
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Bits of a code."""
-        raise NotImplementedError
 
     def encode_owed(
         self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State

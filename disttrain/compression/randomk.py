@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from disttrain.collectives import AllReduce
 from disttrain.compression.base import Bucket, Compressor, Program, State
+from disttrain.compression.sparse import num_kept
 from disttrain.errors import UserError
 
 
@@ -40,8 +41,7 @@ class RandomK(Compressor):
     def init_state(self, bucket: Bucket) -> State:
         state = State()
         if self.error_feedback:
-            residual = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-            state.add("residual", residual, bucket.numels, replicated=False)
+            state.add_zeros("residual", bucket)
         return state
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
@@ -62,7 +62,7 @@ class RandomK(Compressor):
     def _draw(self, bucket: Bucket, step: int) -> torch.Tensor:
         """k places, all different."""
         numel, device = bucket.numel, bucket.device
-        k = max(1, round(self.ratio * numel))
+        k = num_kept(self.ratio, numel)
         generator = bucket.generator(self.seed, step, per_rank=False)
         starts = torch.arange(k + 1, device=device) * numel // k
         # float64 holds every place exactly; float32 would miss the odd ones from 2^24 on.

@@ -41,8 +41,8 @@ class TernGrad(Quantizer):
     ) -> Payload:
         if self.clip is None:
             return super().encode_owed(grad, residual, rest, bucket, state)
-        kernels = for_device(grad.device)
-        clipped = kernels.add(grad, residual, None)
+        total = for_device(grad.device).add(grad, residual, rest)
+        clipped = total if rest is None else total.clone()
         for layer in bucket.split(clipped):
             # In float64, which the squares of float32 cannot leave.
             deviation = float(torch.linalg.vector_norm(layer, dtype=torch.float64)) / max(1, layer.numel()) ** 0.5
@@ -50,7 +50,7 @@ class TernGrad(Quantizer):
                 layer.clamp_(-self.clip * deviation, self.clip * deviation)
         if rest is None:
             return super().encode_owed(clipped, None, None, bucket, state)
-        excess = kernels.add(grad, residual, rest).sub_(clipped)
+        total.sub_(clipped)
         payload = super().encode_owed(clipped, None, clipped, bucket, state)
-        excess += clipped
+        total.add_(clipped)
         return payload

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from disttrain.compression.base import Bucket, Program, State
-from disttrain.compression.codec import FusedCodec, Payload
-from disttrain.compression.topk import room_for
+from disttrain.compression.codec import Payload
+from disttrain.compression.sparse import SparseCodec, num_kept, room_for
 from disttrain.kernels import for_device
 
 _DAMPING = 0.7  # less than a full step: tails lighter than an exponential's answer more strongly
 _LOST = 4.0  # so many times too few or too many entries mean that the threshold has lost its distribution
 
 
-class Threshold(FusedCodec):
+class Threshold(SparseCodec):
     """Send the entries p with |p| >= t, as values and int32 indices, in one pass without any selection.
 
     Every rank adapts its own t to send ``ratio`` of the entries: after each step t <- t (1 + a ln(sent / wanted)), with
@@ -51,17 +50,13 @@ class Threshold(FusedCodec):
     ) -> Payload:
         assert grad.numel() < 2**31, "indices are int32"
         kernels = for_device(grad.device)
-        k = max(1, round(self.ratio * grad.numel()))
+        k = num_kept(self.ratio, grad.numel())
         threshold = float(state.threshold.mean())
         if not threshold > 0:
             threshold = kernels.estimate_threshold(grad, residual, k / grad.numel())
         values, indices, count = kernels.take_above(grad, residual, rest, threshold, room_for(k, grad.numel()))
         state.scratch("threshold").fill_(self._adapted(threshold, count / k))
         return {"values": values, "indices": indices}
-
-    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
-        values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
-        for_device(out.device).sparse_mean(values, indices, out, add=add)
 
     def _adapted(self, threshold: float, achieved: float) -> float:
         if not 1 / _LOST <= achieved <= _LOST:

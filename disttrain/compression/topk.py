@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from disttrain.compression.base import Bucket, State
-from disttrain.compression.codec import FusedCodec, Payload
+from disttrain.compression.codec import Payload
 from disttrain.compression.ramp import RatioRamp
+from disttrain.compression.sparse import SparseCodec, num_kept, room_for
 from disttrain.kernels import for_device
 
 
-class TopK(FusedCodec):
+class TopK(SparseCodec):
     """Send the ``ratio`` of a bucket's entries that are largest in magnitude, as values and int32 indices.
 
     A contraction: ||x - C(x)||^2 <= (1 - k/d) ||x||^2. Biased, so error feedback is on by default.
@@ -41,7 +40,7 @@ class TopK(FusedCodec):
     ) -> Payload:
         assert grad.numel() < 2**31, "indices are int32"
         ratio = self.ratio if self.ratio_ramp is None else self.ratio_ramp.at(state.step, self.ratio)
-        k = max(1, round(ratio * grad.numel()))
+        k = num_kept(ratio, grad.numel())
         kernels = for_device(grad.device)
         if self.selection == "exact":
             values, indices = kernels.take_largest(grad, residual, rest, k)
@@ -49,12 +48,3 @@ class TopK(FusedCodec):
             threshold = kernels.estimate_threshold(grad, residual, k / grad.numel())
             values, indices, _ = kernels.take_above(grad, residual, rest, threshold, room_for(k, grad.numel()))
         return {"values": values, "indices": indices}
-
-    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
-        values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
-        for_device(out.device).sparse_mean(values, indices, out, add=add)
-
-
-def room_for(k: int, numel: int) -> int:
-    """Entries that a payload has room for, where about k of ``numel`` are expected."""
-    return min(numel, math.ceil(1.25 * k))

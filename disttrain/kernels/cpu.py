@@ -20,13 +20,9 @@ _POWERS = {dtype: POWERS.to(dtype).numpy() for dtype in _MAGIC}
 
 
 class CpuKernels(Kernels):
-    def add(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None) -> Tensor:
-        return super().add(grad, residual, rest)
-
     def copy_finite(self, source: Tensor, target: Tensor) -> bool | None:
-        if source.dtype != target.dtype or source.itemsize < 4 or source.stride() != target.stride():
-            return super().copy_finite(source, target)
-        if not source.is_contiguous():
+        is_alike = source.dtype == target.dtype and source.stride() == target.stride()
+        if not is_alike or source.itemsize < 4 or not source.is_contiguous():
             return super().copy_finite(source, target)
         return bool(loops.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
 

@@ -1,0 +1,30 @@
+"""What codecs that send some entries, as values and indices, have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from disttrain.compression.base import Bucket
+from disttrain.compression.codec import FusedCodec, Payload
+from disttrain.kernels import for_device
+
+
+class SparseCodec(FusedCodec):
+    """Payloads of ``values`` and int32 ``indices``. Wire: 4 bytes and the size of a value an entry that is sent."""
+
+    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
+        values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
+        for_device(out.device).sparse_mean(values, indices, out, add=add)
+
+
+def num_kept(ratio: float, numel: int) -> int:
+    """How many of ``numel`` entries a share of them is: one at least."""
+    return max(1, round(ratio * numel))
+
+
+def room_for(k: int, numel: int) -> int:
+    """Entries that a payload has room for, where about k of ``numel`` are expected."""
+    return min(numel, math.ceil(1.25 * k))
