@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 
 from pydantic import Field
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from disttrain.errors import UserError
+from disttrain.optim.learning_rate import LearningRate
 from disttrain.validation import Registry, Section
 
 
@@ -27,22 +27,19 @@ class Schedule(Section, ABC):
     def after_warmup(self, progress: float) -> float:
         """The factor at ``progress``, which goes from 0 (the warm-up's end) to 1 (the run's end)."""
 
-    def factor(self, step: int, num_steps: int) -> float:
+    def factor(self, step: float, num_steps: int) -> float:
         """The factor for step ``step`` (from 0) of a run of ``num_steps``."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return self.after_warmup(min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)))
 
-    def build(self, optimizer: Optimizer, num_steps: int, step: int = 0) -> LambdaLR:
-        """A torch scheduler, to be stepped once an optimizer step, that stands at ``step`` already.
+    def build(self, optimizer: Optimizer, num_steps: int, step: int = 0) -> LearningRate:
+        """What sets the optimizer's rates, to be stepped once an optimizer step, that stands at ``step`` already.
 
         Raises:
             UserError: the warm-up is as long as the run.
         """
-        self.check(num_steps)
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        return LambdaLR(optimizer, lambda at: self.factor(at, num_steps), last_epoch=step - 1)
+        return LearningRate(optimizer, self, num_steps, step=step)
 
     def check(self, num_steps: int) -> None:
         """Raise UserError if the schedule does not fit a run of ``num_steps``."""

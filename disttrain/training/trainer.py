@@ -15,6 +15,7 @@ from rich.console import Console
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
+from disttrain.optim.learning_rate import LearningRate
 from disttrain.training import checkpoint
 from disttrain.training.agreement import AgreedError, agreement
 from disttrain.training.config import Checkpoint, Config, Evaluation
@@ -33,7 +34,7 @@ class Progress:
     """How far a run has come, saved with it: steps and samples in all, and the position in the data.
 
     ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker, in all
-    and ``by_compressor``.
+    and ``by_compressor``; ``learning_rate`` what the schedule must know besides the step.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     seconds: float = 0.0
     step_seconds: float = 0.0
     wire: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_WIRE, 0))
+    learning_rate: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -94,7 +96,8 @@ class Trainer:
             )
         self.progress = Progress()
         self._run = self._open_run()
-        self.schedule = config.schedule.build(self.optimizer, self.num_steps, self.progress.step)
+        self.learning_rate = LearningRate(self.optimizer, config.schedule, self.num_steps, step=self.progress.step)
+        self.learning_rate.load_state_dict(self.progress.learning_rate)
         self._metrics: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._logged = (self.progress.samples, self.progress.step_seconds)
@@ -140,8 +143,8 @@ class Trainer:
                 # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.
                 (loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
             mean_loss += loss.detach() * ((stop - start) / share.num_samples)
+        self.learning_rate.set(self.progress.step)
         self.optimizer.step()
-        self.schedule.step()
         return mean_loss
 
     def evaluate(self) -> None:
@@ -163,7 +166,12 @@ class Trainer:
             self.model,
             self.optimizer,
             step=self.progress.step,
-            progress={**asdict(self.progress), "wire": self._wire(), "num_samples": self.sampler.num_samples},
+            progress={
+                **asdict(self.progress),
+                "wire": self._wire(),
+                "learning_rate": self.learning_rate.state_dict(),
+                "num_samples": self.sampler.num_samples,
+            },
             config=self.config.to_dict(),
             keep=self.config.checkpoint.keep,
         )
@@ -228,7 +236,7 @@ class Trainer:
         record = {
             "epoch": self._epochs,
             "loss": loss,
-            "lr": self.config.optimizer.lr * self.config.schedule.factor(progress.step - 1, self.num_steps),
+            "lr": self.learning_rate.lr,
             "samples_per_second": (progress.samples - samples_before) / (step_seconds - seconds_before),
             "skipped_steps": progress.skipped_steps,
             **{name: getattr(self.optimizer.wire.last_step, name) for name in _WIRE},
