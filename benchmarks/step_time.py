@@ -74,6 +74,9 @@ def main(
     compressor: Annotated[list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...")] = ["dense"],  # noqa: B006
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
     hook: Annotated[list[Hook], typer.Option(help="The peer's own compression, beside it without.")] = [],  # noqa: B006
+    peer_env: Annotated[
+        list[str], typer.Option(help="NAME=VALUE for the peer's workers: MALLOC_MMAP_THRESHOLD_=1073741824, ...")
+    ] = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
     label: Annotated[str, typer.Option(help="Goes into the result files' names.")] = "",
 ) -> None:
@@ -83,6 +86,7 @@ def main(
         "compressors": [parse_compressor(text) for text in compressor],
         "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
         "bucket_mb": bucket_mb,
+        "peer_env": parse_environment(peer_env),
     }
     if (reason := ShapedNetwork.unavailable()) is not None:
         console.print(f"No shaped network: {reason}. All workers share this host's loopback.", style="yellow")
@@ -131,12 +135,10 @@ def measure(
         options += ["--bucket-mb", str(settings["bucket_mb"])]
     num_threads = max(1, (os.cpu_count() or 1) // workers)
     with contextlib.ExitStack() as stack:
-        teams = [
-            stack.enter_context(
-                Team(name, launcher, workers, options, network, num_threads, port=29400 + index, freeze=freeze)
-            )
-            for index, name in enumerate((peer, "disttrain"))
-        ]
+        teams = []
+        for port, name, env in ((29400, peer, settings["peer_env"]), (29401, "disttrain", {})):
+            team = Team(name, launcher, workers, options, network, num_threads, port, freeze, environment=env)
+            teams.append(stack.enter_context(team))
         entries: list[tuple[Team, int, dict[str, Any]]] = []
         for team, all_settings in zip(teams, (settings["hooks"], settings["compressors"]), strict=True):
             for index, setting in enumerate(all_settings):
@@ -219,6 +221,14 @@ def parse_compressor(text: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             compressor[key] = value
     return compressor
+
+
+def parse_environment(texts: list[str]) -> dict[str, str]:
+    """NAME=VALUE, several times."""
+    pairs = [text.partition("=") for text in texts]
+    if odd := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise typer.BadParameter(f"{odd[0]!r} is no NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def describe_compressor(spec: dict[str, Any]) -> str:

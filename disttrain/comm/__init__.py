@@ -9,6 +9,7 @@ import torch
 from disttrain.comm.base import Communicator, Work
 from disttrain.comm.environment import Environment, detect
 from disttrain.comm.liveness import Guard
+from disttrain.comm.memory import keep_freed_memory
 from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.single import SingleProcess
 from disttrain.errors import UserError
@@ -37,7 +38,7 @@ def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, gua
     """Join the other workers that the launcher started.
 
     Use it as a context manager, or call ``close`` at the end: a rank that fails or is lost then ends the others within
-    seconds, with an error that names it.
+    seconds, with an error that names it. On the CPU, the process keeps the memory that it frees (``comm.memory``).
 
     Args:
         engine: one of ``ENGINES``, or ``auto`` for the one that fits the launcher (torchrun, horovodrun, mpirun, srun;
@@ -65,7 +66,10 @@ def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, gua
             f"{environment.launcher} started {environment.world_size} workers, and engine 'single' would train as many "
             "separate models: use engine=auto, or start one process"
         )
-    comm = _join(engine, environment, _place(device, environment), timeout)
+    placed = _place(device, environment)
+    if placed.type == "cpu":
+        keep_freed_memory()
+    comm = _join(engine, environment, placed, timeout)
     if guard and comm.world_size > 1:
         comm.guard = Guard(comm)
     return comm

@@ -52,6 +52,12 @@ def test_compressors_are_read_as_a_config_would_have_them() -> None:
         step_time.parse_compressor("topk:ratio")
 
 
+def test_variables_are_read_as_pairs() -> None:
+    assert step_time.parse_environment(["A=1", "B=x=y"]) == {"A": "1", "B": "x=y"}
+    with pytest.raises(typer.BadParameter, match="is no NAME=VALUE"):
+        step_time.parse_environment(["A"])
+
+
 def test_the_interval_holds_the_median_and_narrows_with_more_turns() -> None:
     values = np.random.default_rng(1).normal(1.0, 0.1, 400)
     low, high = step_time.interval_of_median(values)
