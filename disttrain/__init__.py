@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     from disttrain import compression
     from disttrain.comm import init
     from disttrain.optim.distributed import DistributedOptimizer
+    from disttrain.optim.loss_scale import LossScale
 
 __version__ = "0.1.0"
 
-__all__ = ["DistributedOptimizer", "PeerLostError", "UserError", "__version__", "compression", "init"]
+__all__ = ["DistributedOptimizer", "LossScale", "PeerLostError", "UserError", "__version__", "compression", "init"]
 
 # Imported when they are asked for, so that `disttrain --help` need not wait for torch.
-_HOMES = {"DistributedOptimizer": "disttrain.optim.distributed", "init": "disttrain.comm"}
+_HOMES = {
+    "DistributedOptimizer": "disttrain.optim.distributed",
+    "LossScale": "disttrain.optim.loss_scale",
+    "init": "disttrain.comm",
+}
 
 
 def __getattr__(name: str) -> Any:

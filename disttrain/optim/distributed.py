@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer
 from disttrain.reduction.bucket import GradientBucket
@@ -41,6 +42,8 @@ class DistributedOptimizer(Optimizer):
             with ``rules`` for some of the parameters and ``dense_steps`` if need be (``compression.Policy``).
         bucket_mb: MiB of gradient that travel together; None leaves it to the compressor.
         clip_norm: largest global norm of the mean gradient; None does not clip.
+        loss_scale: what the losses were multiplied by, for float16. Gradients are divided by it as they leave, so all
+            else is in true units; ``step`` lets it fall after an overflow and rise again.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
@@ -62,6 +65,7 @@ class DistributedOptimizer(Optimizer):
         compressor: Policy | Compressor | str | Mapping[str, Any] = "dense",
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):
@@ -74,6 +78,7 @@ class DistributedOptimizer(Optimizer):
             raise UserError(f"clip_norm must be above 0; got {clip_norm}")
         self.inner = optimizer
         self.clip_norm = clip_norm
+        self.loss_scale = loss_scale
         self.grad_norm: torch.Tensor | None = None
         self.skipped_steps = 0
         self._model, self._comm = model, comm
@@ -84,6 +89,9 @@ class DistributedOptimizer(Optimizer):
         broadcast_model(model, comm)
         self.reducer = Reducer(trained, comm, Policy.build(compressor), bucket_mb)
         self._reduced = {parameter for _, parameter in trained}
+        if loss_scale is not None:
+            _check_can_be_unscaled(trained)
+            self.reducer.scale = loss_scale.value
 
     @property
     def wire(self) -> Ledger:
@@ -100,6 +108,10 @@ class DistributedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DistributedOptimizer holds live connections: save its state_dict() instead")
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, if there is one: what ``backward`` is to be called on."""
+        return loss if self.loss_scale is None else self.loss_scale.scale(loss)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
@@ -123,8 +135,13 @@ class DistributedOptimizer(Optimizer):
         that evaluate it repeatedly (LBFGS) take the same decisions everywhere.
         """
         if closure is not None:
+            if self.loss_scale is not None:
+                raise UserError("a step with a closure cannot be skipped, so it takes no loss_scale: train in bfloat16")
             return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
         is_sound = self._step_while_arriving() if self._can_step_by_bucket() else self._take_means()
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_sound)
+            self.reducer.scale = self.loss_scale.value
         if not is_sound:
             self.skipped_steps += 1
             logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
@@ -210,11 +227,14 @@ class DistributedOptimizer(Optimizer):
         average_buffers(self._model, self._comm)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, plus the compressor's under ``"compression"``.
+        """The wrapped optimizer's state, plus the compressor's under ``"compression"``, and ``"loss_scale"`` if any.
 
         ``compression["per_rank"]`` (residuals) is this rank's own: save one a rank, or the sums not yet sent are lost.
         """
-        return {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self._comm)}
+        state = {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self._comm)}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, from this class or from the plain optimizer.
@@ -222,10 +242,13 @@ class DistributedOptimizer(Optimizer):
         Residuals that another rank saved are not taken: they start at zero, with a warning.
         """
         inner = dict(state_dict)
-        saved = inner.pop("compression", None)
+        saved, loss_scale = inner.pop("compression", None), inner.pop("loss_scale", None)
         self.inner.load_state_dict(inner)
         if saved is not None:
             load_state(self.reducer.buckets, saved, self._comm)
+        if loss_scale is not None and self.loss_scale is not None:
+            self.loss_scale.load_state_dict(loss_scale)
+            self.reducer.scale = self.loss_scale.value
 
 
 def _trained_parameters(optimizer: Optimizer, model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -247,3 +270,12 @@ def _trained_parameters(optimizer: Optimizer, model: torch.nn.Module) -> list[tu
     if not trained:
         raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
     return trained
+
+
+def _check_can_be_unscaled(trained: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    for name, parameter in trained:
+        if parameter.dtype == torch.float16:
+            raise UserError(
+                f"parameter {name!r} is float16, in which unscaled gradients would vanish: "
+                "keep parameters in float32 and compute under torch.autocast"
+            )

@@ -84,10 +84,15 @@ class GradientBucket:
         """What exchanges it in this step."""
         return self.compressor if self.state.step >= self.dense_steps else _DENSE
 
-    def program(self) -> Program:
-        """The present compressor's program over what the buffer holds now. In the buffer itself if dtypes agree."""
+    def program(self, scale: float = 1.0) -> Program:
+        """The present compressor's program over what the buffer holds now. In the buffer itself if dtypes agree.
+
+        ``scale``: what the buffer holds is so many times the gradient.
+        """
         compressor, description = self.present, self.description
         flat = self.flat.to(description.dtype) if compressor.needs_float32 else self.flat
+        if scale != 1.0:
+            flat.mul_(1.0 / scale)
         return hierarchical.reduce(compressor, flat, description, self.state)
 
     def land(self, mean: torch.Tensor, new_state: NewState) -> None:

@@ -40,6 +40,10 @@ class Reducer:
         comm: the ranks to exchange with.
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
+
+    Attributes:
+        scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
+            after the look at whether they are finite, so compressors and their residuals know true units alone.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Reducer:
         self._slots = [slot for bucket in self.buckets for slot in bucket.slots]
         self._num_elements = sum(bucket.description.numel for bucket in self.buckets)
         self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._make_hook(slot)) for slot in self._slots]
+        self.scale = 1.0
         self._sending = True
         self._sent: list[Exchange] = []  # of the buckets that have left, by index
         self._finite: list[torch.Tensor] = []  # one flag for each of them
@@ -119,7 +124,7 @@ class Reducer:
 
     def _start(self, bucket: GradientBucket) -> Exchange:
         account = Account(bucket.present.name, self.buckets.index(bucket), bucket.description)
-        return Exchange(bucket.program(), self.ledger, account)
+        return Exchange(bucket.program(self.scale), self.ledger, account)
 
     def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
         """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.

@@ -83,6 +83,7 @@ def save(
         "config": config,
         "optimizer": values,
         "compression_step": compression["step"],
+        "loss_scale": state.get("loss_scale"),
         "files": files,
     }
     with agreement(comm):
@@ -129,6 +130,7 @@ def load(
             {
                 "state": _restore_optimizer_state(path, manifest["optimizer"], optimizer, model),
                 "param_groups": optimizer.state_dict()["param_groups"],
+                "loss_scale": manifest.get("loss_scale"),
                 "compression": {
                     "rank": comm.rank,
                     "world_size": comm.world_size,

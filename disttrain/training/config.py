@@ -23,6 +23,7 @@ from disttrain.errors import UserError
 from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.schedules import Schedule, schedules
 from disttrain.tasks import Task
+from disttrain.training.precision import LossScaling, Precision, check_precision
 from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
 
 # Sections that a name chooses the fields of.
@@ -68,6 +69,10 @@ class Config(Section):
         default=300.0, gt=0, description="seconds that torch.distributed waits for the others, to start and later"
     )
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and floating-point inputs")
+    precision: Precision = Field(
+        default="fp32", description="of forward and backward, by autocast; fp16 scales the loss: see loss_scale"
+    )
+    loss_scale: LossScaling = LossScaling()
     deterministic: bool = Field(default=True, description="prefer algorithms that give the same bits in every run")
     task: Annotated[Task, BeforeValidator(tasks.registry.build)] = Field(
         description="a registered task (digits, text) or an import path 'package.module:Class'"
@@ -119,6 +124,8 @@ class Config(Section):
             raise UserError("missing key 'epochs': set epochs, max_steps or both, to say when the run ends")
         if self.batch_size % self.accumulation:
             raise UserError(_does_not_divide(self.batch_size, 1, self.accumulation))
+        check_precision(self.precision, self.dtype)
+        self.loss_scale.build()
         if self.max_steps is not None:
             self.schedule.check(self.max_steps)
         return self

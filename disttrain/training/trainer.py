@@ -22,6 +22,7 @@ from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import ShardedSampler, Share, eval_loader, num_samples_of, to_device, train_loader
 from disttrain.training.evaluation import evaluate
 from disttrain.training.metrics import Recorder, Silent
+from disttrain.training.precision import autocast
 from disttrain.training.random_state import seed_everything
 from disttrain.training.run_directory import RunDirectory, open_run
 from disttrain.training.setup import set_up_torch
@@ -93,6 +94,7 @@ class Trainer:
                 compressor=config.compressor,
                 bucket_mb=config.bucket_mb,
                 clip_norm=config.clip_norm,
+                loss_scale=config.loss_scale.build() if config.precision == "fp16" else None,
             )
         self.progress = Progress()
         self._run = self._open_run()
@@ -139,9 +141,10 @@ class Trainer:
                 continue  # the last step of an epoch has too few samples for all ranks
             batch = to_device(next(batches), self.comm.device, self.dtype)
             with self.optimizer.no_sync() if index < last else contextlib.nullcontext():
-                loss = self.task.loss(self.model, batch)
+                with autocast(self.config.precision, self.comm.device):
+                    loss = self.task.loss(self.model, batch)
                 # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.
-                (loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
+                self.optimizer.scale(loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
             mean_loss += loss.detach() * ((stop - start) / share.num_samples)
         self.learning_rate.set(self.progress.step)
         self.optimizer.step()
@@ -154,7 +157,8 @@ class Trainer:
             return
         self.optimizer.synchronize_buffers()
         batches = eval_loader(self.config, self.eval_data, self.comm)
-        self._metrics = evaluate(self.task, self.model, batches, self.comm, self.dtype)
+        with autocast(self.config.precision, self.comm.device):
+            self._metrics = evaluate(self.task, self.model, batches, self.comm, self.dtype)
         self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
 
     def save(self) -> None:
@@ -243,6 +247,8 @@ class Trainer:
         }
         if self.optimizer.grad_norm is not None:
             record["grad_norm"] = self.optimizer.grad_norm.item()
+        if self.optimizer.loss_scale is not None:
+            record["loss_scale"] = self.optimizer.loss_scale.value
         self.recorder.train(progress.step, record)
 
     def _wire(self) -> dict[str, Any]:

@@ -140,6 +140,49 @@ def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, world_size: int, st
     assert not (tmp_path / "stopped/test.1").exists(), "resumed in place"
 
 
+@pytest.mark.parametrize("compressor", ["dense", "topk", "dgc"])
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_resuming_equals_no_stop_while_the_loss_scale_moves(tmp_path: Path, stop_at: int, compressor: str) -> None:
+    changes = {
+        "dtype": "float32",
+        "precision": "fp16",
+        "loss_scale": {"initial": 2.0**26, "growth_interval": 2},
+        "compressor": {"name": compressor, "min_numel": 1},
+        "checkpoint": {"every_steps": 1, "keep": 1},
+        "accumulation": 2,
+        "clip_norm": 0.5,
+        "epochs": 7,
+    }
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.progress.step == stop_at:
+            raise InterruptedError
+
+    reference = make_config(tmp_path / "reference", **changes)
+    expected = simulate(2, lambda comm: train(reference, comm))
+    config = make_config(tmp_path / "stopped", **changes, resume="auto")
+    with pytest.raises(InterruptedError):
+        simulate(2, lambda comm: train(config, comm, stop))
+    resumed = simulate(2, lambda comm: train(config, comm))
+    for (summary, model), (expected_summary, expected_model) in zip(resumed, expected, strict=True):
+        assert all(torch.equal(model[name], value) for name, value in expected_model.items())
+        assert summary["skipped_steps"] == expected_summary["skipped_steps"] > 0
+    scales = [record["loss_scale"] for record in records(config) if record["kind"] == "train"]
+    assert scales == [record["loss_scale"] for record in records(reference) if record["kind"] == "train"]
+    changes_of_scale = [after / before for before, after in zip(scales, scales[1:], strict=False)]
+    assert {0.5, 1.0, 2.0} == set(changes_of_scale)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_about_as_far_as_float32(tmp_path: Path, precision: str) -> None:
+    changes: dict[str, Any] = {"dtype": "float32", "epochs": 10}
+    full, _ = train(make_config(tmp_path / "full", **changes), SingleProcess())
+    half, model = train(make_config(tmp_path / "half", precision=precision, **changes), SingleProcess())
+    assert half["metrics"]["error"] == pytest.approx(full["metrics"]["error"], rel=0.05)
+    assert half["metrics"]["error"] != full["metrics"]["error"]
+    assert all(value.dtype == torch.float32 for value in model.values())
+
+
 def residual_means(trainers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([rank[name] for rank in trainers]).mean(0) for name in trainers[0]}
 
@@ -293,6 +336,8 @@ def test_what_does_not_fit_a_checkpoint_is_refused(
     [
         ({"batch_size": 25}, "batch_size=25 does not divide evenly among 2 workers: use batch_size=24 or 26"),
         ({"batch_size": 1}, "use batch_size=2"),
+        ({"precision": "fp16"}, "precision='fp16' computes float32 models in half precision: set dtype=float32"),
+        ({"loss_scale": {"initial": 3}}, "loss_scale.initial=3.0 must be a power of two"),
         ({"schedule": {"name": "constant", "warmup_steps": 9}}, "must be less than the run's 9 steps"),
         ({"task": {"num_samples": 0}}, "TensorData is empty"),
         ({"drop_last": True, "task": {"num_samples": 20}}, "drop_last=true leaves no step: batch_size=24 is more than"),
@@ -301,9 +346,8 @@ def test_what_does_not_fit_a_checkpoint_is_refused(
 def test_what_does_not_fit_the_workers_or_the_data_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    config = make_config(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
-        simulate(2, lambda comm: train(config, comm))
+        simulate(2, lambda comm: train(make_config(tmp_path, **changes), comm))
 
 
 def test_loading_in_processes_of_their_own_changes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""A dynamic loss scale: it keeps small float16 gradients from vanishing and follows overflows down."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from disttrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class LossScale:
+    """What the loss is multiplied by before backward, so that gradients in float16 do not underflow.
+
+    Give it to the ``DistributedOptimizer``, which divides every gradient by it before a compressor sees it, skips the
+    step on all ranks where some gradient overflowed, and then calls ``update``. Residuals, clipping and
+    ``parameter.grad`` after ``synchronize`` are in true units, whatever the scale was::
+
+        loss_scale = disttrain.LossScale()
+        optimizer = disttrain.DistributedOptimizer(inner, model, comm=comm, loss_scale=loss_scale)
+        with torch.autocast(comm.device.type, torch.float16):
+            loss = loss_fn(model(x), y)
+        loss_scale.scale(loss).backward()
+        optimizer.step()
+
+    All numbers are powers of two, so that scaling rounds nothing (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    Args:
+        initial: the scale of the first step.
+        growth_factor: what the scale is multiplied by after ``growth_interval`` sound steps in a row.
+        backoff_factor: what it is multiplied by after an overflow.
+        growth_interval: in optimizer steps.
+        minimum: the scale never falls below it.
+
+    Attributes:
+        value: the scale of the present step.
+        sound_steps: in a row since the scale last changed.
+
+    Raises:
+        UserError: a number is no power of two, or the bounds contradict each other.
+    """
+
+    def __init__(
+        self,
+        initial: float = 2.0**16,
+        *,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        minimum: float = 1.0,
+    ) -> None:
+        numbers = {"initial": initial, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
+        for name, number in {**numbers, "minimum": minimum}.items():
+            if not number > 0 or not math.isfinite(number) or math.frexp(number)[0] != 0.5:
+                raise UserError(f"loss_scale.{name}={number!r} must be a power of two, so that scaling rounds nothing")
+        if growth_factor < 1:
+            raise UserError(f"loss_scale.growth_factor={growth_factor!r} must be 1 or more")
+        if backoff_factor > 1:
+            raise UserError(f"loss_scale.backoff_factor={backoff_factor!r} must be 1 or less")
+        if growth_interval < 1:
+            raise UserError(f"loss_scale.growth_interval={growth_interval!r} must be 1 or more")
+        if not 1 <= minimum <= initial:
+            raise UserError(f"loss_scale.minimum={minimum!r} must be at least 1 and at most initial={initial!r}")
+        self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
+        self.minimum = minimum
+        self.value = float(initial)
+        self.sound_steps = 0
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale, in float32 at least, as it might overflow in float16."""
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
+
+    def update(self, is_sound: bool) -> None:
+        """Note how a step went: down after an overflow, up after enough sound steps. Alike on all ranks."""
+        self.sound_steps = self.sound_steps + 1 if is_sound else 0
+        if not is_sound:
+            if self.value == self.minimum:
+                logger.warning("the loss scale is at its minimum of %g and a gradient was inf or NaN", self.minimum)
+            self.value = max(self.minimum, self.value * self.backoff_factor)
+        elif self.sound_steps == self.growth_interval:
+            self.sound_steps = 0
+            grown = self.value * self.growth_factor
+            if math.isfinite(torch.tensor(grown, dtype=torch.float32).item()):
+                self.value = grown
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"value", "sound_steps"}``, as JSON can hold it."""
+        return {"value": self.value, "sound_steps": self.sound_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.value, self.sound_steps = float(state_dict["value"]), int(state_dict["sound_steps"])
