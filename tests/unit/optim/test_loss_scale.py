@@ -1,4 +1,4 @@
-"""The loss scale: exact, gone before anything is compressed, and steps that overflow leave no trace but in the scale."""
+"""The loss scale: exact, gone before anything is compressed, with no trace of an overflow but in itself."""
 
 from __future__ import annotations
 

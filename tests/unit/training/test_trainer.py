@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_resuming_equals_no_stop_while_the_loss_scale_moves(tmp_path: Path, stop
         assert summary["skipped_steps"] == expected_summary["skipped_steps"] > 0
     scales = [record["loss_scale"] for record in records(config) if record["kind"] == "train"]
     assert scales == [record["loss_scale"] for record in records(reference) if record["kind"] == "train"]
-    changes_of_scale = [after / before for before, after in zip(scales, scales[1:], strict=False)]
+    changes_of_scale = [after / before for before, after in pairwise(scales)]
     assert {0.5, 1.0, 2.0} == set(changes_of_scale)
 
 
