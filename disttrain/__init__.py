@@ -10,17 +10,28 @@ from disttrain.errors import PeerLostError, UserError
 if TYPE_CHECKING:
     from disttrain import compression
     from disttrain.comm import init
+    from disttrain.optim.averaging import WeightAverage
     from disttrain.optim.distributed import DistributedOptimizer
     from disttrain.optim.loss_scale import LossScale
 
 __version__ = "0.1.0"
 
-__all__ = ["DistributedOptimizer", "LossScale", "PeerLostError", "UserError", "__version__", "compression", "init"]
+__all__ = [
+    "DistributedOptimizer",
+    "LossScale",
+    "PeerLostError",
+    "UserError",
+    "WeightAverage",
+    "__version__",
+    "compression",
+    "init",
+]
 
 # Imported when they are asked for, so that `disttrain --help` need not wait for torch.
 _HOMES = {
     "DistributedOptimizer": "disttrain.optim.distributed",
     "LossScale": "disttrain.optim.loss_scale",
+    "WeightAverage": "disttrain.optim.averaging",
     "init": "disttrain.comm",
 }
 

@@ -44,12 +44,15 @@ class DistributedOptimizer(Optimizer):
         clip_norm: largest global norm of the mean gradient; None does not clip.
         loss_scale: what the losses were multiplied by, for float16. Gradients are divided by it as they leave, so all
             else is in true units; ``step`` lets it fall after an overflow and rise again.
+        clip_value: largest magnitude of an entry of the mean gradient; None does not clip. Before ``clip_norm``, so
+            that both bounds hold.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
             ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
-        grad_norm: global norm of the last mean gradient before clipping, if ``clip_norm`` is set.
+        grad_norm: global norm of the last mean gradient before ``clip_norm`` scaled it, if that is set.
         skipped_steps: number of steps skipped because of a non-finite gradient.
+        model, comm: as given.
 
     Raises:
         UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer wants sparse
@@ -66,6 +69,7 @@ class DistributedOptimizer(Optimizer):
         bucket_mb: float | None = None,
         clip_norm: float | None = None,
         loss_scale: LossScale | None = None,
+        clip_value: float | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):
@@ -74,14 +78,15 @@ class DistributedOptimizer(Optimizer):
             raise UserError("SparseAdam wants sparse gradients, and means are exchanged dense: use Adam")
         if bucket_mb is not None and bucket_mb <= 0:
             raise UserError(f"bucket_mb must be above 0; got {bucket_mb}")
-        if clip_norm is not None and clip_norm <= 0:
-            raise UserError(f"clip_norm must be above 0; got {clip_norm}")
+        for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if limit is not None and limit <= 0:
+                raise UserError(f"{name} must be above 0; got {limit}")
         self.inner = optimizer
-        self.clip_norm = clip_norm
         self.loss_scale = loss_scale
+        self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
         self.skipped_steps = 0
-        self._model, self._comm = model, comm
+        self.model, self.comm = model, comm
         self._synchronized: bool | None = None
         self._has_stepped = False
         trained = _trained_parameters(optimizer, model)
@@ -104,7 +109,7 @@ class DistributedOptimizer(Optimizer):
         return getattr(self.inner, name)
 
     def __repr__(self) -> str:
-        return f"DistributedOptimizer({self.inner!r}, world_size={self._comm.world_size})"
+        return f"DistributedOptimizer({self.inner!r}, world_size={self.comm.world_size})"
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DistributedOptimizer holds live connections: save its state_dict() instead")
@@ -164,25 +169,37 @@ class DistributedOptimizer(Optimizer):
     def _step_while_arriving(self) -> bool:
         def step(bucket: GradientBucket) -> None:
             self._has_stepped = True
+            self._clip_values(bucket)
             self.inner.step()  # skips parameters without a gradient: all but this bucket's
 
         self._check_parameters()
-        return self.reducer.synchronize(step)
+        is_sound = self.reducer.synchronize(step)
+        if is_sound and not self._has_stepped:  # a second exchange had to follow
+            self._clip_values(*self.reducer.buckets)
+        return is_sound
 
     def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor:
         with torch.enable_grad():
             loss = closure()
         if not self._take_means():
             raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
-        return self._comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
+        return self.comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
 
     def _take_means(self) -> bool:
         """Finish this step's exchange, clipped if asked; whether it is sound."""
         is_sound = self.synchronize()
+        if is_sound:
+            self._clip_values(*self.reducer.buckets)
         if is_sound and self.clip_norm is not None:
             self.grad_norm = self.clip_grad_norm_(self.clip_norm)
         self._synchronized = None
         return is_sound
+
+    def _clip_values(self, *buckets: GradientBucket) -> None:
+        """Bound every entry of the means by ``clip_value``: each for itself, so bucket by bucket as they arrive."""
+        if self.clip_value is not None:
+            for bucket in buckets:
+                bucket.flat.clamp_(-self.clip_value, self.clip_value)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the mean gradients so that their global 2-norm is at most ``max_norm``; the norm before, 0-d.
@@ -224,14 +241,14 @@ class DistributedOptimizer(Optimizer):
 
         Training leaves each rank with statistics of its own samples: call this before evaluation and before saving.
         """
-        average_buffers(self._model, self._comm)
+        average_buffers(self.model, self.comm)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, plus the compressor's under ``"compression"``, and ``"loss_scale"`` if any.
 
         ``compression["per_rank"]`` (residuals) is this rank's own: save one a rank, or the sums not yet sent are lost.
         """
-        state = {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self._comm)}
+        state = {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self.comm)}
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state_dict()
         return state
@@ -245,7 +262,7 @@ class DistributedOptimizer(Optimizer):
         saved, loss_scale = inner.pop("compression", None), inner.pop("loss_scale", None)
         self.inner.load_state_dict(inner)
         if saved is not None:
-            load_state(self.reducer.buckets, saved, self._comm)
+            load_state(self.reducer.buckets, saved, self.comm)
         if loss_scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(loss_scale)
             self.reducer.scale = self.loss_scale.value

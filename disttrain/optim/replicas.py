@@ -49,9 +49,14 @@ def broadcast_model(model: torch.nn.Module, comm: Communicator) -> None:
 def average_buffers(model: torch.nn.Module, comm: Communicator) -> None:
     """Average floating-point buffers over ranks; copy the others (counters, masks) from rank 0."""
     buffers = list(model.buffers())
-    for chunk in _chunks(buffer for buffer in buffers if buffer.is_floating_point()):
-        _scatter(comm.start(AllReduce(_join(chunk), "mean")).wait(), chunk)
+    average_tensors((buffer for buffer in buffers if buffer.is_floating_point()), comm)
     _broadcast([buffer for buffer in buffers if not buffer.is_floating_point()], comm)
+
+
+def average_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
+    """Replace floating-point tensors by their means over ranks."""
+    for chunk in _chunks(tensors):
+        _scatter(comm.start(AllReduce(_join(chunk), "mean")).wait(), chunk)
 
 
 def _broadcast(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:

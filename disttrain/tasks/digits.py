@@ -21,7 +21,10 @@ class Digits(Task):
 
     width: int = Field(default=32, ge=1, description="channels of the first convolution; the others have twice as many")
     batch_norm: bool = Field(default=False, description="normalise over each rank's part of the batch")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the features before the last two layers")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each label spread over all classes, in the training loss alone"
+    )
 
     def build_model(self) -> nn.Module:
         width, wide = self.width, 2 * self.width
@@ -68,7 +71,7 @@ class Digits(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         images, labels = batch
-        return F.cross_entropy(model(images), labels)
+        return F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:
         images, labels = batch

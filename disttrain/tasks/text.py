@@ -47,7 +47,10 @@ class Text(Task):
     width: int = Field(default=128, ge=1)
     heads: int = Field(default=4, ge=1)
     layers: int = Field(default=4, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of embeddings, attention and what each branch adds")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each target spread over all bytes, in the training loss alone"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Text:
@@ -66,7 +69,8 @@ class Text(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         inputs, targets = _next_bytes(batch)
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        scores = model(inputs).flatten(0, 1)
+        return F.cross_entropy(scores, targets.flatten(), label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:
         inputs, targets = _next_bytes(batch)

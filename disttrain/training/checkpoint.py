@@ -7,6 +7,8 @@ No pickle: tensors in safetensors, all else in JSON. One folder a checkpoint::
         model.safetensors           parameters and buffers
         optimizer.safetensors       its tensors, as "parameter/key"
         compression.safetensors     the compressor's state that is equal on all ranks
+        average.safetensors         the moving average of the weights, if there is one
+        best.safetensors            the weights that early stopping would put back, if any
         rank-00000.safetensors      one a rank: its residuals, and the states of its random generators
 """
 
@@ -45,10 +47,12 @@ def save(
     progress: Mapping[str, Any],
     config: Mapping[str, Any],
     keep: int,
+    parts: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write ``folder/step-<step>`` together with the other ranks, then delete all but the newest ``keep``.
 
-    ``progress`` and ``config`` are JSON values of the caller's. All ranks must see the same ``folder``.
+    ``progress`` and ``config`` are JSON values of the caller's, ``parts`` further tensors, equal on all ranks, each in
+    a file of its own. All ranks must see the same ``folder``.
 
     Raises:
         UserError: it cannot be written, or the ranks do not share the file system.
@@ -75,6 +79,9 @@ def save(
             written["optimizer.safetensors"] = write_file(partial / "optimizer.safetensors", tensors)
             replicated = compression["replicated"]
             written["compression.safetensors"] = write_file(partial / "compression.safetensors", replicated)
+            for part, content in (parts or {}).items():
+                if content:
+                    written[f"{part}.safetensors"] = write_file(partial / f"{part}.safetensors", content)
     files = {name: entry for entries in comm.all_gather_object(written) for name, entry in entries.items()}
     manifest = {
         "step": step,
@@ -146,6 +153,12 @@ def load(
         rest = file.metadata()["rng"]
     random_state.set_state(_read(own, _RNG), rest, comm.device)
     return True
+
+
+def load_part(path: Path, manifest: Mapping[str, Any], part: str) -> dict[str, torch.Tensor]:
+    """The tensors that ``save`` was given as ``parts[part]``; none if there were none."""
+    name = f"{part}.safetensors"
+    return load_file(path / name) if name in manifest["files"] else {}
 
 
 def _rank_file(rank: int) -> str:

@@ -20,9 +20,11 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from disttrain import compression, tasks
 from disttrain.compression.policy import POLICY_KEYS, Policy
 from disttrain.errors import UserError
+from disttrain.optim.averaging import Average
 from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.schedules import Schedule, schedules
 from disttrain.tasks import Task
+from disttrain.training.early_stopping import EarlyStopping
 from disttrain.training.precision import LossScaling, Precision, check_precision
 from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
 
@@ -96,6 +98,15 @@ class Config(Section):
         default=None, gt=0, description="MiB of gradient sent together; null: the compressor's choice"
     )
     clip_norm: float | None = Field(default=None, gt=0, description="largest global norm of the mean gradient")
+    clip_value: float | None = Field(
+        default=None, gt=0, description="largest magnitude of an entry of the mean gradient; before clip_norm"
+    )
+    average: Average | None = Field(
+        default=None, description="moving average of the weights, which is then what is evaluated; null: none"
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="end when a held-out metric gets no better; null: go on to the last step"
+    )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     resume: str = Field(
@@ -126,6 +137,10 @@ class Config(Section):
             raise UserError(_does_not_divide(self.batch_size, 1, self.accumulation))
         check_precision(self.precision, self.dtype)
         self.loss_scale.build()
+        if self.early_stopping and self.evaluation.every_epochs is None and self.evaluation.every_steps is None:
+            raise UserError(
+                "early_stopping looks at evaluations: set evaluation.every_epochs or evaluation.every_steps"
+            )
         if self.max_steps is not None:
             self.schedule.check(self.max_steps)
         return self

@@ -107,6 +107,11 @@ def eval_loader(config: Config, data: Dataset[Any], comm: Communicator) -> DataL
     return _loader(config, data, batches, comm, torch.Generator())
 
 
+def first_batch(config: Config, data: Dataset[Any]) -> Any:
+    """A batch of the first sample alone, to see what a task makes of it."""
+    return next(iter(DataLoader(data, batch_sampler=[[0]], collate_fn=config.task.collate)))
+
+
 def _loader(
     config: Config, data: Dataset[Any], batches: Iterable[list[int]], comm: Communicator, generator: torch.Generator
 ) -> DataLoader[Any]:

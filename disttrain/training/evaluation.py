@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,22 +15,31 @@ from disttrain.tasks import Task
 from disttrain.training.data import to_device
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
     task: Task, model: nn.Module, batches: Iterable[Any], comm: Communicator, dtype: torch.dtype
 ) -> dict[str, float]:
     """Every metric over all ranks' batches: the sums and counts are added up, so all ranks get the same values."""
-    was_training = model.training
-    model.eval()
     totals: defaultdict[str, torch.Tensor] = defaultdict(
         lambda: torch.zeros(2, dtype=torch.float64, device=comm.device)
     )
-    for batch in batches:
-        for name, (total, count) in task.evaluate(model, to_device(batch, comm.device, dtype)).items():
-            totals[name] += torch.stack(
-                [torch.as_tensor(value, device=comm.device).double() for value in (total, count)]
-            )
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            for name, (total, count) in task.evaluate(model, to_device(batch, comm.device, dtype)).items():
+                totals[name] += torch.stack(
+                    [torch.as_tensor(value, device=comm.device).double() for value in (total, count)]
+                )
     # A rank may have had no batch, and so no names.
     names = sorted({name for names in comm.all_gather_object(list(totals)) for name in names})
     if not names:

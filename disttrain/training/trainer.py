@@ -14,13 +14,23 @@ from rich.console import Console
 
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
+from disttrain.optim.averaging import NoAverage
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.training import checkpoint
 from disttrain.training.agreement import AgreedError, agreement
 from disttrain.training.config import Checkpoint, Config, Evaluation
-from disttrain.training.data import ShardedSampler, Share, eval_loader, num_samples_of, to_device, train_loader
-from disttrain.training.evaluation import evaluate
+from disttrain.training.data import (
+    ShardedSampler,
+    Share,
+    eval_loader,
+    first_batch,
+    num_samples_of,
+    to_device,
+    train_loader,
+)
+from disttrain.training.early_stopping import NoStopper, Stopper
+from disttrain.training.evaluation import evaluate, evaluating
 from disttrain.training.metrics import Recorder, Silent
 from disttrain.training.precision import autocast
 from disttrain.training.random_state import seed_everything
@@ -95,7 +105,10 @@ class Trainer:
                 bucket_mb=config.bucket_mb,
                 clip_norm=config.clip_norm,
                 loss_scale=config.loss_scale.build() if config.precision == "fp16" else None,
+                clip_value=config.clip_value,
             )
+            self.average = config.average.build(self.optimizer) if config.average else NoAverage()
+            self.stopper = self._stopper()
         self.progress = Progress()
         self._run = self._open_run()
         self.learning_rate = LearningRate(self.optimizer, config.schedule, self.num_steps, step=self.progress.step)
@@ -114,18 +127,20 @@ class Trainer:
             started = time.perf_counter()
             loss = self.train_step(share, batches)
             self._advance(share)
-            is_last = progress.step == self.num_steps
+            is_last = self._has_ended()
             if is_last or progress.step % self.config.log_every == 0:
                 self._log(self.comm.all_reduce(loss).item(), time.perf_counter() - started)
             progress.step_seconds += time.perf_counter() - started
             self.recorder.step(progress.step)
             if is_last or self._is_due(self.config.evaluation):
                 self.evaluate()
+                is_last = self._has_ended()
             progress.seconds = time.perf_counter() - began
             if self.config.checkpoint.enabled and (is_last or self._is_due(self.config.checkpoint)):
                 self.save()
         if self._evaluated_at != progress.step:  # a run was resumed that had ended
             self.evaluate()
+        self._take_result()
         progress.seconds = time.perf_counter() - began
         summary = self.summary()
         self.recorder.finish(summary)
@@ -148,6 +163,7 @@ class Trainer:
             mean_loss += loss.detach() * ((stop - start) / share.num_samples)
         self.learning_rate.set(self.progress.step)
         self.optimizer.step()
+        self.average.update()
         return mean_loss
 
     def evaluate(self) -> None:
@@ -155,15 +171,28 @@ class Trainer:
         self._evaluated_at = self.progress.step
         if self.eval_data is None:
             return
-        self.optimizer.synchronize_buffers()
+        self._synchronize_buffers()
+        with self.average.applied():
+            self._metrics = self._measure()
+            self.stopper.see(self.progress.step, self._metrics, self.model)
+        self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
+
+    def _measure(self) -> dict[str, float]:
+        assert self.eval_data is not None
         batches = eval_loader(self.config, self.eval_data, self.comm)
         with autocast(self.config.precision, self.comm.device):
-            self._metrics = evaluate(self.task, self.model, batches, self.comm, self.dtype)
-        self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
+            return evaluate(self.task, self.model, batches, self.comm, self.dtype)
+
+    def _take_result(self) -> None:
+        """Leave the weights in the model that the summary's metrics are of: the best, the averaged, or the last."""
+        if self.stopper.restore(self.model):
+            self._metrics = self._measure()
+        else:
+            self.average.copy_to_model()
 
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
-        self.optimizer.synchronize_buffers()
+        self._synchronize_buffers()
         checkpoint.save(
             self._checkpoints,
             self.comm,
@@ -175,9 +204,11 @@ class Trainer:
                 "wire": self._wire(),
                 "learning_rate": self.learning_rate.state_dict(),
                 "num_samples": self.sampler.num_samples,
+                "parts": {"average": self.average.num_steps, "best": self.stopper.state_dict()},
             },
             config=self.config.to_dict(),
             keep=self.config.checkpoint.keep,
+            parts={"average": self.average.state_dict(), "best": self.stopper.best_weights},
         )
 
     def summary(self) -> dict[str, Any]:
@@ -193,6 +224,8 @@ class Trainer:
             "metrics": self._metrics,
             "wire": self._wire(),
             "skipped_steps": progress.skipped_steps,
+            "ended_by": "last_step" if progress.step >= self.num_steps else "early_stopping",
+            **self.stopper.summary(),
         }
 
     def close(self) -> None:
@@ -200,6 +233,9 @@ class Trainer:
         self.recorder.close()
         if self._run is not None:
             self._run.lock.close()
+
+    def _has_ended(self) -> bool:
+        return self.progress.step >= self.num_steps or self.stopper.is_over
 
     @property
     def _epochs(self) -> float:
@@ -212,11 +248,11 @@ class Trainer:
     def _steps(self) -> Iterator[tuple[Share, Iterator[Any]]]:
         """From the position on to the end of the run: a step's share, and an iterator that its batches are next on."""
         self.model.train()
-        while self.progress.step < self.num_steps:
+        while not self._has_ended():
             batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
             for share in self.sampler.shares():
                 yield share, batches
-                if self.progress.step == self.num_steps:
+                if self._has_ended():
                     return
 
     def _advance(self, share: Share) -> None:
@@ -265,6 +301,21 @@ class Trainer:
         }
         return {**sums.pop(""), "by_compressor": sums}
 
+    def _synchronize_buffers(self) -> None:
+        self.optimizer.synchronize_buffers()
+        self.average.synchronize_buffers()
+
+    def _stopper(self) -> Stopper | NoStopper:
+        """Also sees to it that the metric exists, before hours have been spent."""
+        if self.config.early_stopping is None:
+            return NoStopper()
+        if self.eval_data is None:
+            raise UserError("early_stopping looks at held-out data, and the task has none: remove it")
+        batch = to_device(first_batch(self.config, self.eval_data), self.comm.device, self.dtype)
+        with torch.no_grad(), evaluating(self.model), autocast(self.config.precision, self.comm.device):
+            self.config.early_stopping.check(self.task.evaluate(self.model, batch))
+        return Stopper(self.config.early_stopping)
+
     def _open_run(self) -> RunDirectory | None:
         """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""
         run = None
@@ -282,7 +333,7 @@ class Trainer:
     def _resume(self, path: Path, manifest: dict[str, Any]) -> bool:
         """Take over a checkpoint; whether that restored the random generators."""
         saved, old = dict(manifest["progress"]), manifest["config"]
-        num_samples = saved.pop("num_samples")
+        num_samples, parts = saved.pop("num_samples"), saved.pop("parts", {"average": 0, "best": {}})
         was, now = old["optimizer"]["name"], self.config.to_dict()["optimizer"]["name"]
         if was != now:
             raise AgreedError(f"optimizer.name={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that")
@@ -293,6 +344,9 @@ class Trainer:
                 f"{self.config.seed} and {self.sampler.num_samples}: keep them, or resume from an epoch's end"
             )
         restored = checkpoint.load(path, manifest, self.comm, self.model, self.optimizer)
+        with agreement(self.comm):
+            self.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])
+            self.stopper.load_state_dict(parts["best"], checkpoint.load_part(path, manifest, "best"))
         self.progress = Progress(**saved)
         self.sampler.epoch, self.sampler.offset = self.progress.epoch, self.progress.offset
         return restored

@@ -74,6 +74,7 @@ class Plan:
     batch_sizes: tuple[int, ...] = (24,)
     accumulation: int = 1
     clip_norm: float | None = None
+    clip_value: float | None = None
     bucket_mb: float | None = 0.0005  # so that the small net has several buckets
 
 
@@ -89,6 +90,8 @@ def one_process(plan: Plan) -> torch.Tensor:
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         mean_loss(net, batch(step, plan.batch_sizes[step % len(plan.batch_sizes)])).backward()
+        if plan.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(net.parameters(), plan.clip_value)
         if plan.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(net.parameters(), plan.clip_norm)
         optimizer.step()
@@ -108,6 +111,7 @@ def one_of_many(plan: Plan, comm: Communicator) -> torch.Tensor:
         net,
         comm=comm,
         clip_norm=plan.clip_norm,
+        clip_value=plan.clip_value,
         bucket_mb=plan.bucket_mb,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
@@ -155,6 +159,9 @@ def test_every_optimizer(optimizer: str, world_size: int) -> None:
         Plan(clip_norm=0.05, accumulation=2, optimizer="adamw"),
         Plan(batch_sizes=(24, 24, 7, 2)),
         Plan(batch_sizes=(9, 1), accumulation=2, clip_norm=0.1),
+        Plan(clip_value=0.002),
+        Plan(clip_value=0.002, clip_norm=0.01, accumulation=2),
+        Plan(clip_value=0.002, optimizer="adamw", batch_sizes=(9, 1)),
         Plan(bucket_mb=None),
         Plan(bucket_mb=1e-9),
     ],

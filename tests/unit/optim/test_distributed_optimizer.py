@@ -198,6 +198,8 @@ def test_refuses_what_cannot_work() -> None:
         DistributedOptimizer(sgd, model, comm=comm, compressor="power_sgd")
     with pytest.raises(UserError, match="clip_norm"):
         DistributedOptimizer(sgd, model, comm=comm, clip_norm=-1.0)
+    with pytest.raises(UserError, match="clip_value"):
+        DistributedOptimizer(sgd, model, comm=comm, clip_value=0.0)
     with pytest.raises(UserError, match="bucket_mb"):
         DistributedOptimizer(sgd, model, comm=comm, bucket_mb=0.0)
     frozen = nn.Linear(2, 2).requires_grad_(False)
@@ -240,3 +242,24 @@ def test_dropping_gradients_that_are_on_the_wire() -> None:
 
     results = simulate(2, run)
     assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("synchronize_first", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])  # two without no_sync: a second exchange follows
+def test_values_are_clipped_in_the_mean_wherever_it_is_stepped_on(synchronize_first: bool, passes: int) -> None:
+    def run(comm: Communicator, clip_value: float | None) -> list[torch.Tensor]:
+        model = copy.deepcopy(TEMPLATE).eval()
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = DistributedOptimizer(sgd, model, comm=comm, clip_value=clip_value, bucket_mb=1e-4)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for index in range(passes):
+            model(10 * data(comm.rank, index)).square().mean().backward()
+        if synchronize_first:
+            optimizer.synchronize()
+        optimizer.step()
+        return [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+
+    clipped, free = (simulate(2, lambda comm, v=v: run(comm, v))[0] for v in (0.05, None))  # type: ignore[misc]
+    assert max(change.abs().max() for change in free) > 0.1
+    for ours, unbounded in zip(clipped, free, strict=True):
+        torch.testing.assert_close(ours, unbounded.clamp(-0.05, 0.05), rtol=1e-5, atol=1e-6)

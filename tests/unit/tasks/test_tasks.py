@@ -26,6 +26,20 @@ def batch_of(task: Task, data: Any, indices: list[int]) -> Any:
     return task.collate(samples)
 
 
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_smoothed_labels_count_in_the_training_loss_alone(name: str) -> None:
+    """(1 - s) x cross-entropy + s x the mean over classes of the negative log-probability (Szegedy et al. 2016)."""
+    plain, smooth = (tasks.registry.build({**SPECS[name], "label_smoothing": share}) for share in (0.0, 0.2))
+    model = plain.build_model().double().eval()
+    batch = batch_of(plain, plain.train_data(), [0, 1, 2])
+    inputs = batch[0].double() if isinstance(batch, tuple) else batch[:, :-1]
+    uniform = -model(inputs).log_softmax(-1).mean()
+    batch = (inputs, batch[1]) if isinstance(batch, tuple) else batch
+    expected = 0.8 * plain.loss(model, batch) + 0.2 * uniform
+    torch.testing.assert_close(smooth.loss(model, batch), expected, rtol=1e-12, atol=0)
+    assert smooth.evaluate(model, batch) == plain.evaluate(model, batch)
+
+
 @pytest.mark.parametrize("name", SPECS)
 class TestContract:
     """What the trainer relies on, for every task."""
