@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from disttrain.optim.averaging import WeightAverage
     from disttrain.optim.distributed import DistributedOptimizer
     from disttrain.optim.loss_scale import LossScale
+    from disttrain.training.start_from import load_weights
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "compression",
     "init",
+    "load_weights",
 ]
 
 # Imported when they are asked for, so that `disttrain --help` need not wait for torch.
@@ -33,6 +35,7 @@ _HOMES = {
     "LossScale": "disttrain.optim.loss_scale",
     "WeightAverage": "disttrain.optim.averaging",
     "init": "disttrain.comm",
+    "load_weights": "disttrain.training.start_from",
 }
 
 

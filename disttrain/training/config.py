@@ -26,6 +26,7 @@ from disttrain.optim.schedules import Schedule, schedules
 from disttrain.tasks import Task
 from disttrain.training.early_stopping import EarlyStopping
 from disttrain.training.precision import LossScaling, Precision, check_precision
+from disttrain.training.start_from import StartFrom
 from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
 
 # Sections that a name chooses the fields of.
@@ -100,6 +101,9 @@ class Config(Section):
     clip_norm: float | None = Field(default=None, gt=0, description="largest global norm of the mean gradient")
     clip_value: float | None = Field(
         default=None, gt=0, description="largest magnitude of an entry of the mean gradient; before clip_norm"
+    )
+    start_from: StartFrom | None = Field(
+        default=None, description="weights to begin with, to fine-tune; null: what the task builds"
     )
     average: Average | None = Field(
         default=None, description="moving average of the weights, which is then what is evaluated; null: none"

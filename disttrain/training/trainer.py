@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,8 @@ from disttrain.training.precision import autocast
 from disttrain.training.random_state import seed_everything
 from disttrain.training.run_directory import RunDirectory, open_run
 from disttrain.training.setup import set_up_torch
+
+logger = logging.getLogger(__name__)
 
 _WIRE = ("sent_bytes", "received_bytes", "dense_bytes")
 
@@ -324,6 +327,10 @@ class Trainer:
                 run = open_run(self.config)
         found = run and run.resumed and [str(run.resumed.path), run.resumed.manifest]
         found = self.comm.broadcast_object(found)
+        if found is None and self.config.start_from is not None:
+            self.config.start_from.load(self.model, self.comm)
+        elif found is not None and self.config.start_from is not None:
+            logger.info("start_from is not used: the run goes on from %s", found[0])
         restored = found is not None and self._resume(Path(found[0]), found[1])
         if not restored:  # unlike on each rank: dropout should differ
             seed_everything(self.config.seed, self.comm.rank, self.progress.step)
