@@ -16,7 +16,7 @@ from disttrain.errors import UserError
 from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.bucket import GradientBucket, NamedParameter
 from disttrain.reduction.state import load_state, state_dict
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,10 @@ class DistributedOptimizer(Optimizer):
         self.model, self.comm = model, comm
         self._synchronized: bool | None = None
         self._has_stepped = False
-        trained = _trained_parameters(optimizer, model)
+        trained, frozen = _named_parameters(optimizer, model)
         check_same_model(model, comm)
         broadcast_model(model, comm)
-        self.reducer = Reducer(trained, comm, Policy.build(compressor), bucket_mb)
+        self.reducer = Reducer(trained, comm, Policy.build(compressor), bucket_mb, later=frozen)
         self._reduced = {parameter for _, parameter in trained}
         if loss_scale is not None:
             _check_can_be_unscaled(trained)
@@ -227,13 +227,44 @@ class DistributedOptimizer(Optimizer):
             "parameters cannot be added to a DistributedOptimizer: add them to the optimizer before wrapping it"
         )
 
+    def unfreeze(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Train parameters that were frozen so far, from the next step on; to be called on all ranks, between steps.
+
+        They must be in the wrapped optimizer's groups, and have their rates there, from the start. All others keep
+        their buckets, residuals and optimizer state; these get buckets of their own, behind the present ones: best thaw
+        first what backward reaches first. A run that goes on from a checkpoint thaws in the same order before it loads
+        the state. (The statistics of a frozen BatchNorm layer follow the data all the while.)
+
+        Raises:
+            UserError: a parameter is not the wrapped optimizer's, ranks thaw different ones, or a step is under way.
+        """
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        held = {parameter for group in self.inner.param_groups for parameter in group["params"]}
+        wanted = set(parameters)
+        if foreign := [names.get(parameter, "?") for parameter in wanted - held]:
+            raise UserError(
+                f"{sorted(foreign)[0]!r} cannot be unfrozen: give it to the torch optimizer before that is wrapped"
+            )
+        if self.reducer.has_sent or self._synchronized is not None:
+            raise UserError("parameters cannot be unfrozen between backward and step: do it after the step")
+        thawed = [(name, p) for p, name in names.items() if p in wanted and p not in self._reduced]
+        if len(different := {tuple(n) for n in self.comm.all_gather_object([name for name, _ in thawed])}) > 1:
+            raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
+        if self.loss_scale is not None:
+            _check_can_be_unscaled(thawed)
+        for _, parameter in thawed:
+            parameter.requires_grad_(True)
+        if thawed:
+            self.reducer.add(thawed)
+            self._reduced |= wanted
+
     def _check_parameters(self) -> None:
         for group in self.inner.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter not in self._reduced:
                     raise UserError(
                         "a parameter has a gradient but was frozen when the DistributedOptimizer was made: "
-                        "unfreeze it first, then wrap the optimizer"
+                        "unfreeze it by optimizer.unfreeze(parameters), on all ranks"
                     )
 
     def synchronize_buffers(self) -> None:
@@ -268,8 +299,10 @@ class DistributedOptimizer(Optimizer):
             self.reducer.scale = self.loss_scale.value
 
 
-def _trained_parameters(optimizer: Optimizer, model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters that the optimizer steps and that require a gradient, in the model's order."""
+def _named_parameters(
+    optimizer: Optimizer, model: torch.nn.Module
+) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """The optimizer's parameters by name, in the model's order: those that require a gradient, and the frozen ones."""
     optimized: Iterable[torch.nn.Parameter] = (
         parameter for group in optimizer.param_groups for parameter in group["params"]
     )
@@ -286,10 +319,10 @@ def _trained_parameters(optimizer: Optimizer, model: torch.nn.Module) -> list[tu
     trained = [(name, p) for p, name in names.items() if p in wanted and p.requires_grad]
     if not trained:
         raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
-    return trained
+    return trained, [(name, p) for p, name in names.items() if p in wanted and not p.requires_grad]
 
 
-def _check_can_be_unscaled(trained: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+def _check_can_be_unscaled(trained: Iterable[NamedParameter]) -> None:
     for name, parameter in trained:
         if parameter.dtype == torch.float16:
             raise UserError(

@@ -110,16 +110,19 @@ def build_buckets(
     world_size: int,
     bucket_mb: float | None = None,
     hierarchy: Hierarchy | None = None,
+    others: Sequence[NamedParameter] = (),
 ) -> list[GradientBucket]:
     """Group parameters, in the order in which backward reaches them, into buckets of one compressor, dtype and device.
 
     Buckets are ordered by when their last gradient is due; the grouping depends on nothing but the parameters and the
-    policy, so it is alike on all ranks.
+    policy, so it is alike on all ranks. ``others`` come into no bucket, but rules may be for them: they are in
+    buckets already, or will be.
 
     Raises:
         UserError: a rule or a compressor of the policy does not suit the parameters.
     """
-    compressors = policy.assign({name: tuple(parameter.shape) for name, parameter in parameters})
+    shapes = {name: tuple(parameter.shape) for name, parameter in (*parameters, *others)}
+    compressors = policy.assign(shapes)[: len(parameters)]
     open_groups: dict[tuple[Compressor, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
     groups: list[tuple[Compressor, list[tuple[int, NamedParameter]]]] = []
     pairs = list(zip(parameters, compressors, strict=True))

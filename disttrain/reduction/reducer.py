@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
@@ -40,6 +41,7 @@ class Reducer:
         comm: the ranks to exchange with.
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
+        later: those that ``add`` may bring; rules may be for them.
 
     Attributes:
         scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
@@ -52,27 +54,48 @@ class Reducer:
         comm: Communicator,
         policy: Policy,
         bucket_mb: float | None = None,
+        later: Sequence[NamedParameter] = (),
     ) -> None:
-        self.buckets = build_buckets(
-            parameters,
-            policy,
-            rank=comm.rank,
-            world_size=comm.world_size,
-            bucket_mb=bucket_mb,
-            hierarchy=_hierarchy(comm) if policy.hierarchical else None,
-        )
-        for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in self.buckets}:
-            rehearse(*kind, comm.world_size)
+        self.buckets: list[GradientBucket] = []
         self.ledger = Ledger(comm)
-        self._comm = comm
-        self._slots = [slot for bucket in self.buckets for slot in bucket.slots]
-        self._num_elements = sum(bucket.description.numel for bucket in self.buckets)
-        self._hooks = [slot.parameter.register_post_accumulate_grad_hook(self._make_hook(slot)) for slot in self._slots]
+        self._comm, self._policy, self._bucket_mb = comm, policy, bucket_mb
+        self._all = (*parameters, *later)
+        self._hierarchy = _hierarchy(comm) if policy.hierarchical else None
+        self._slots: list[Slot] = []
+        self._num_elements = 0
+        self._hooks: list[RemovableHandle] = []
         self.scale = 1.0
         self._sending = True
         self._sent: list[Exchange] = []  # of the buckets that have left, by index
         self._finite: list[torch.Tensor] = []  # one flag for each of them
         self._warned_late = False
+        self.add(parameters)
+
+    def add(self, parameters: Sequence[NamedParameter]) -> None:
+        """Exchange more parameters from now on, in buckets of their own behind the present ones.
+
+        Those keep their members, their state and, in a hierarchical exchange, their owners. Nothing may be on the wire.
+        """
+        assert not self._sent
+        names = {name for name, _ in parameters}
+        buckets = build_buckets(
+            parameters,
+            self._policy,
+            rank=self._comm.rank,
+            world_size=self._comm.world_size,
+            bucket_mb=self._bucket_mb,
+            hierarchy=self._hierarchy,
+            others=[member for member in self._all if member[0] not in names],
+        )
+        for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in buckets}:
+            rehearse(*kind, self._comm.world_size)
+        for bucket in buckets:
+            bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # ramps and warm-ups are the run's
+        slots = [slot for bucket in buckets for slot in bucket.slots]
+        self._hooks += [slot.parameter.register_post_accumulate_grad_hook(self._make_hook(slot)) for slot in slots]
+        self.buckets = [*self.buckets, *buckets]
+        self._slots += slots
+        self._num_elements += sum(bucket.description.numel for bucket in buckets)
 
     @property
     def has_sent(self) -> bool:
