@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.lamb import LAMB
+from disttrain.optim.lars import LARS
 from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 _BY_PARAMETER = {
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Rprop")
-}
+} | {LARS, LAMB}
 
 
 class DistributedOptimizer(Optimizer):
@@ -159,11 +161,12 @@ class DistributedOptimizer(Optimizer):
     def _can_step_by_bucket(self) -> bool:
         """Whether the means may be stepped on one bucket after another, in place of all at once.
 
-        That hides the optimizer's time behind the wire. It is the same arithmetic for torch's own optimizers that treat
-        each parameter for itself; a norm over all gradients, a hook or a subclass may want to see them together.
+        That hides the optimizer's time behind the wire. It is the same arithmetic for those that treat each parameter
+        for itself; a norm over all gradients, a user's hook or a subclass may want to see them together.
         """
         inner = self.inner
-        hooked = inner._optimizer_step_pre_hooks or inner._optimizer_step_post_hooks
+        hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
+        hooked = not all(getattr(hook, "acts_by_parameter", False) for hook in hooks)
         return type(inner) in _BY_PARAMETER and self.clip_norm is None and self._synchronized is None and not hooked
 
     def _step_while_arriving(self) -> bool:

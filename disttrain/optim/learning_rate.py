@@ -3,6 +3,9 @@
 The rate of a group at a step is::
 
     its initial rate x scale (of the batch size) x schedule's factor x gain (of a policy that grows the batch)
+
+Momentum needs no correction when the rate jumps (Goyal et al. 2017, remark 3): torch's optimizers keep the gradients'
+sum in their buffers and multiply it by the present rate. LARS, which its paper writes otherwise, has an option for it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
+
+from disttrain.errors import UserError
 
 if TYPE_CHECKING:
     from disttrain.optim.schedules import Schedule
@@ -30,24 +35,37 @@ class LearningRate:
         optimizer: plain or distributed. Its groups' present rates are the initial ones, each multiplied alike.
         schedule: from ``schedules.build``.
         num_steps: optimizer steps of the whole run.
+        steps_per_epoch: of the initial batch; needed by schedules that count epochs.
         scale: of all rates, for the size of the batch.
         step: where the run stands; the rates are set for it at once.
 
     Attributes:
         lr: the rate that is set now, of a group that has no factor of its own.
+        tracker: what follows a measurement, if the schedule does: see ``observe``.
 
     Raises:
-        UserError: the schedule does not fit a run of ``num_steps``.
+        UserError: the schedule does not fit a run of ``num_steps``, or counts epochs of unknown length.
     """
 
     def __init__(
-        self, optimizer: Optimizer, schedule: Schedule, num_steps: int, *, scale: float = 1.0, step: float = 0
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        num_steps: int,
+        *,
+        steps_per_epoch: float | None = None,
+        scale: float = 1.0,
+        step: float = 0,
     ) -> None:
-        schedule.check(num_steps)
-        self._optimizer, self._schedule, self._num_steps, self._scale = optimizer, schedule, num_steps, scale
+        if schedule.needs_epochs and steps_per_epoch is None:
+            raise UserError("the schedule counts epochs: give steps_per_epoch too, or set by=step and warmup_steps")
+        schedule.check(num_steps, steps_per_epoch)
+        self._optimizer, self._schedule, self._scale = optimizer, schedule, scale
+        self._num_steps, self._steps_per_epoch = num_steps, steps_per_epoch
+        self.tracker = schedule.tracker()
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        initial = [float(group["initial_lr"]) for group in optimizer.param_groups]
+            group["initial_lr"] = float(group.get("initial_lr", group["lr"]))  # of its own, should the rate be a tensor
+        initial = [group["initial_lr"] for group in optimizer.param_groups]
         self._base = float(optimizer.defaults.get("lr", max(initial)))
         self.set(step)
 
@@ -58,7 +76,10 @@ class LearningRate:
         data; ``gain`` is what the grown batch multiplies all rates by.
         """
         self._step = step
-        multiplier = self._scale * self._schedule.factor(step, self._num_steps) * gain
+        factor = self._schedule.factor(step, self._num_steps, self._steps_per_epoch)
+        multiplier = self._scale * factor * gain
+        if self.tracker is not None:
+            multiplier *= self.tracker.factor
         self.lr = self._base * multiplier
         for group in self._optimizer.param_groups:
             rate = group["initial_lr"] * multiplier
@@ -71,9 +92,20 @@ class LearningRate:
         """Go on to the next step."""
         self.set(self._step + 1, gain)
 
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Tell what was measured, equal on all ranks; only ``reduce_on_plateau`` listens, and to its metric alone.
+
+        The rate follows with the next ``step`` or ``set``.
+        """
+        if self.tracker is not None and self.tracker.metric in metrics:
+            self.tracker.observe(metrics[self.tracker.metric])
+
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must know besides its step, as JSON values."""
-        return {}
+        return {} if self.tracker is None else {"tracker": self.tracker.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over ``state_dict`` of a run that goes on."""
+        if self.tracker is not None and "tracker" in state:
+            self.tracker.load_state_dict(state["tracker"])
+            self.set(self._step)

@@ -22,7 +22,8 @@ from disttrain.compression.policy import POLICY_KEYS, Policy
 from disttrain.errors import UserError
 from disttrain.optim.averaging import Average
 from disttrain.optim.build import OptimizerSection, optimizers
-from disttrain.optim.schedules import Schedule, schedules
+from disttrain.optim.groups import Layers
+from disttrain.optim.schedules import ReduceOnPlateau, Schedule, schedules
 from disttrain.tasks import Task
 from disttrain.training.early_stopping import EarlyStopping
 from disttrain.training.precision import LossScaling, Precision, check_precision
@@ -92,7 +93,10 @@ class Config(Section):
     max_steps: int | None = Field(
         default=None, ge=1, description="of epochs and max_steps, whichever comes first ends the run"
     )
-    optimizer: Annotated[OptimizerSection, BeforeValidator(optimizers.build)] = Field(description="sgd or adamw")
+    optimizer: Annotated[OptimizerSection, BeforeValidator(optimizers.build)] = Field(
+        description="sgd, adagrad, adadelta, rmsprop, adam, adamw, lars or lamb"
+    )
+    layers: Layers = Layers()
     schedule: Annotated[Schedule, BeforeValidator(schedules.build)] = Field(default="constant")  # type: ignore[assignment]
     compressor: Annotated[Policy, BeforeValidator(Policy.build)] = Field(default="dense")  # type: ignore[assignment]
     bucket_mb: float | None = Field(
@@ -147,7 +151,22 @@ class Config(Section):
             )
         if self.max_steps is not None:
             self.schedule.check(self.max_steps)
+        self._check_recipe()
         return self
+
+    def _check_recipe(self) -> None:
+        """Optimizer, layers and schedule against each other and the rest."""
+        if not self.optimizer.layerwise and (odd := [rule for rule in self.layers.rules if rule.adapt is not None]):
+            raise UserError(
+                f"layers.rules ({odd[0].match!r}) has adapt, which is for trust ratios: set optimizer.name to lars or "
+                "lamb, or leave it out"
+            )
+        never = self.evaluation.every_epochs is None and self.evaluation.every_steps is None
+        if isinstance(self.schedule, ReduceOnPlateau) and self.schedule.metric != "loss" and never:
+            raise UserError(
+                f"schedule.metric={self.schedule.metric!r} looks at evaluations: set evaluation.every_epochs or "
+                "evaluation.every_steps"
+            )
 
     @property
     def directory(self) -> Path:

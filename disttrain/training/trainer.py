@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.optim.averaging import NoAverage
 from disttrain.optim.distributed import DistributedOptimizer
+from disttrain.optim.layerwise import trust_ratios
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.training import checkpoint
 from disttrain.training.agreement import AgreedError, agreement
@@ -33,6 +34,7 @@ from disttrain.training.data import (
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating
 from disttrain.training.metrics import Recorder, Silent
+from disttrain.training.plateau import watch
 from disttrain.training.precision import autocast
 from disttrain.training.random_state import seed_everything
 from disttrain.training.run_directory import RunDirectory, open_run
@@ -99,9 +101,10 @@ class Trainer:
                 )
             limits = (config.max_steps, config.epochs and config.epochs * self.sampler.steps_per_epoch)
             self.num_steps = min(limit for limit in limits if limit is not None)
-            config.schedule.check(self.num_steps)
+            config.schedule.check(self.num_steps, self.sampler.steps_per_epoch)
+            config.layers.freeze(self.model)
             self.optimizer = DistributedOptimizer(
-                config.optimizer.build([p for p in self.model.parameters() if p.requires_grad]),
+                config.optimizer.build(config.layers.groups(self.model, config.optimizer.lr)),
                 self.model,
                 comm=comm,
                 compressor=config.compressor,
@@ -111,11 +114,19 @@ class Trainer:
                 clip_value=config.clip_value,
             )
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
+            self.learning_rate = LearningRate(
+                self.optimizer,
+                config.schedule,
+                self.num_steps,
+                steps_per_epoch=self.sampler.steps_per_epoch,
+                scale=config.optimizer.scale(config.batch_size),
+            )
+            self.plateau = watch(config.schedule, self.learning_rate, comm)
             self.stopper = self._stopper()
+            if self.plateau.needs_evaluation:
+                self.plateau.check(self._metric_names("schedule.metric"))
         self.progress = Progress()
         self._run = self._open_run()
-        self.learning_rate = LearningRate(self.optimizer, config.schedule, self.num_steps, step=self.progress.step)
-        self.learning_rate.load_state_dict(self.progress.learning_rate)
         self._metrics: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._logged = (self.progress.samples, self.progress.step_seconds)
@@ -129,7 +140,7 @@ class Trainer:
         for share, batches in self._steps():
             started = time.perf_counter()
             loss = self.train_step(share, batches)
-            self._advance(share)
+            self._advance(share, loss)
             is_last = self._has_ended()
             if is_last or progress.step % self.config.log_every == 0:
                 self._log(self.comm.all_reduce(loss).item(), time.perf_counter() - started)
@@ -178,6 +189,7 @@ class Trainer:
         with self.average.applied():
             self._metrics = self._measure()
             self.stopper.see(self.progress.step, self._metrics, self.model)
+        self.plateau.evaluation(self._metrics)
         self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
 
     def _measure(self) -> dict[str, float]:
@@ -205,7 +217,7 @@ class Trainer:
             progress={
                 **asdict(self.progress),
                 "wire": self._wire(),
-                "learning_rate": self.learning_rate.state_dict(),
+                "learning_rate": {**self.learning_rate.state_dict(), **self.plateau.state_dict()},
                 "num_samples": self.sampler.num_samples,
                 "parts": {"average": self.average.num_steps, "best": self.stopper.state_dict()},
             },
@@ -258,12 +270,13 @@ class Trainer:
                 if self._has_ended():
                     return
 
-    def _advance(self, share: Share) -> None:
+    def _advance(self, share: Share, loss: torch.Tensor) -> None:
         self.sampler.advance(share)
         self.progress.step += 1
         self.progress.samples += share.num_samples
         self.progress.epoch, self.progress.offset = self.sampler.epoch, self.sampler.offset
         self.progress.skipped_steps = self._skipped_before + self.optimizer.skipped_steps
+        self.plateau.step(loss, share.num_samples, self.progress)
 
     def _is_due(self, section: Evaluation | Checkpoint) -> bool:
         by_step = section.every_steps is not None and self.progress.step % section.every_steps == 0
@@ -288,6 +301,7 @@ class Trainer:
             record["grad_norm"] = self.optimizer.grad_norm.item()
         if self.optimizer.loss_scale is not None:
             record["loss_scale"] = self.optimizer.loss_scale.value
+        record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
 
     def _wire(self) -> dict[str, Any]:
@@ -312,12 +326,18 @@ class Trainer:
         """Also sees to it that the metric exists, before hours have been spent."""
         if self.config.early_stopping is None:
             return NoStopper()
+        self.config.early_stopping.check(self._metric_names("early_stopping"))
+        return Stopper(self.config.early_stopping)
+
+    def _metric_names(self, asking: str) -> Mapping[str, Any]:
+        """What evaluation will give, from one batch."""
         if self.eval_data is None:
-            raise UserError("early_stopping looks at held-out data, and the task has none: remove it")
+            raise UserError(
+                "early_stopping and schedule.metric look at held-out data, and the task has none: remove it"
+            )
         batch = to_device(first_batch(self.config, self.eval_data), self.comm.device, self.dtype)
         with torch.no_grad(), evaluating(self.model), autocast(self.config.precision, self.comm.device):
-            self.config.early_stopping.check(self.task.evaluate(self.model, batch))
-        return Stopper(self.config.early_stopping)
+            return self.task.evaluate(self.model, batch)
 
     def _open_run(self) -> RunDirectory | None:
         """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""
@@ -355,5 +375,7 @@ class Trainer:
             self.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])
             self.stopper.load_state_dict(parts["best"], checkpoint.load_part(path, manifest, "best"))
         self.progress = Progress(**saved)
+        self.learning_rate.load_state_dict(self.progress.learning_rate)
+        self.plateau.load_state_dict(self.progress.learning_rate)
         self.sampler.epoch, self.sampler.offset = self.progress.epoch, self.progress.offset
         return restored

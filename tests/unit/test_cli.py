@@ -103,7 +103,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["compressor.rules=[{match: '0.*', use: {name: topk, ratio: 0}}]"],
         "compressor.rules.0.use.ratio=0 should be greater than 0",
     ),
-    "unknown optimizer": (["optimizer.name=adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
+    "unknown optimizer": (["optimizer.name=admw"], "unknown optimizer 'admw'; did you mean 'adamw'?"),
     "unknown schedule": (["schedule.name=cosin"], "unknown schedule 'cosin'; did you mean 'cosine'?"),
     "unknown engine": (["engine=horovd"], "unknown engine 'horovd'; did you mean 'horovod'?"),
     "unknown dtype": (["dtype=float16"], "unknown dtype 'float16'; did you mean 'float"),
@@ -118,6 +118,77 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["schedule.warmup_steps=9", "max_steps=5"],
         "less than the run's 5 steps: lower it",
     ),
+    "two warm-ups": (["schedule.warmup_steps=1", "schedule.warmup_epochs=1"], "clash: set one of them"),
+    "one cycle and a warm-up": (
+        ["schedule.name=one_cycle", "schedule.warmup_steps=1"],
+        "and a warm-up clash, since",
+    ),
+    "milestones out of order": (
+        ["schedule.name=multi_step", "schedule.milestones=[5,2]"],
+        "schedule.milestones=[5, 2] must rise from 1 on: use [2, 5]",
+    ),
+    "milestone after the end": (
+        ["schedule.name=multi_step", "schedule.milestones=[2,9]", "max_steps=5"],
+        "schedule.milestones=[2, 9]: step 9 is never reached, the run has 5 steps",
+    ),
+    "milestone in the warm-up": (
+        ["schedule.name=multi_step", "schedule.milestones=[2]", "schedule.warmup_steps=3", "max_steps=5"],
+        "schedule.milestones=[2] begin within the warm-up of 3 steps",
+    ),
+    "parts that are no list": (["schedule.name=sequence", "schedule.parts=3"], "schedule.parts=3 should be a list of"),
+    "parts without a length": (
+        ["schedule.name=sequence", "schedule.parts=[constant,cosine]"],
+        "missing key 'schedule.parts.0.steps': all parts but the last",
+    ),
+    "parts longer than the run": (
+        ["schedule.name=sequence", "schedule.parts=[{name: constant, steps: 9}, cosine]", "max_steps=5"],
+        "schedule.parts last 9 steps without the last one, but the run has 5",
+    ),
+    "parts shorter than the run": (
+        ["schedule.name=sequence", "schedule.parts=[{name: constant, steps: 3}]", "max_steps=5"],
+        "schedule.parts last 3 steps, but the run has 5: change their lengths",
+    ),
+    "warm-up longer than its part": (
+        ["schedule.name=sequence", "schedule.parts=[{name: cosine, steps: 2, warmup_steps: 2}, cosine]", "max_steps=5"],
+        "schedule.parts.0.warmup_steps=2 must be less than the part's 2 steps",
+    ),
+    "warm-up of a sequence": (
+        ["schedule.name=sequence", "schedule.parts=[cosine]", "schedule.warmup_steps=2"],
+        "schedule.warmup_steps is for the parts of a sequence: set schedule.parts.0.warmup_steps",
+    ),
+    "plateau in a sequence": (
+        ["schedule.name=sequence", "schedule.parts=[reduce_on_plateau]"],
+        "schedule.parts.0.name='reduce_on_plateau' cannot be part of a sequence",
+    ),
+    "plateau of what is never measured": (
+        ["schedule.name=reduce_on_plateau", "schedule.metric=error", "evaluation.every_epochs=null"],
+        "schedule.metric='error' looks at evaluations: set evaluation.every_epochs",
+    ),
+    "base batch size without scaling": (
+        ["optimizer.base_batch_size=32"],
+        "optimizer.base_batch_size=32 and optimizer.lr_scaling='none': set both",
+    ),
+    "scaling without a base": (
+        ["optimizer.lr_scaling=linear"],
+        "=None and optimizer.lr_scaling='linear'",
+    ),
+    "norm bounds that fall": (
+        ["optimizer.name=lamb", "optimizer.lr=0.1", "optimizer.norm_bounds=[3,1]"],
+        "optimizer.norm_bounds=[3.0, 1.0] must rise from 0",
+    ),
+    "rules of layers that are no list": (["layers.rules=3"], "layers.rules=3 should be a list of rules, such as"),
+    "rule of layers that says nothing": (["layers.rules=[{match: '0.*'}]"], "layers.rules ('0.*') says nothing: give"),
+    "rule of layers that clashes": (
+        ["layers.rules=[{match: '0.*', freeze: true, lr_factor: 2}]"],
+        "layers.rules ('0.*') has freeze and lr_factor, which clash",
+    ),
+    "misspelt key in a rule of layers": (
+        ["layers.rules=[{match: '0.*', frieze: true}]"],
+        "unknown key 'layers.rules.0.frieze' (given True); did you mean 'layers.rules.0.freeze'?",
+    ),
+    "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "has adapt, which is for trust ratios"),
+    "decay above 1": (["layers.decay=1.1"], "layers.decay=1.1 should be less than or equal to 1"),
+    "order without decay": (["layers.order=['*']"], "layers.order=['*'] is for layers.decay: set that below 1"),
     "accumulation does not divide": (
         ["accumulation=7"],
         "batch_size=24 does not divide evenly among 1 worker x accumu",
@@ -129,7 +200,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "override that is no YAML": (["seed={"], "overrides 'seed={'"),
     "below a value": (["optimizer.lr.x=1"], "optimizer.lr={'x': 1} should be a valid number"),
     "value for a section": (["evaluation=3"], "evaluation=3 should be a section with keys every_epochs, every_steps"),
-    "section for a name": (["optimizer=[1]"], "optimizer=[1] should be a name or a section with a name: adamw, sgd"),
+    "section for a name": (["optimizer=[1]"], "optimizer=[1] should be a name or a section with a name: adadelta"),
     "unset interpolation": (["seed=${foo}"], "Interpolation key 'foo' not found"),
     "name with a slash": (["name=../x"], "name='../x' should be a folder's name"),
     "missing file": (["digit.yaml"], "config 'digit.yaml' does not exist; did you mean 'digits.yaml'?"),
@@ -144,6 +215,31 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no whole checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
+    "metric that is not there": (
+        ["schedule.name=reduce_on_plateau", "schedule.metric=eror"],
+        "schedule.metric='eror' is no metric of the task; did you mean 'error'?",
+    ),
+    "warm-up longer than the epochs, in epochs": (
+        ["schedule.warmup_epochs=1"],
+        "schedule.warmup_epochs=1 is 3 steps and must be less than the run's 3 steps",
+    ),
+    "milestone after the last epoch": (
+        ["schedule.name=multi_step", "schedule.milestones=[1]", "schedule.by=epoch"],
+        "schedule.milestones=[1]: epoch 1 is never reached, the run has 1 epochs",
+    ),
+    "rule of layers that matches nothing": (
+        ["layers.rules=[{match: 'fc.*', freeze: true}]"],
+        "layers.rules.0 ('fc.*') matches no parameter; the nearest name is '",
+    ),
+    "rule of layers that never decides": (
+        ["layers.rules=[{lr_factor: 2}, {match: '0.*', freeze: true}]"],
+        "layers.rules.1 ('0.*') never decides: those before it take all that it matches",
+    ),
+    "everything frozen": (["layers.rules=[{freeze: true}]"], "layers.rules freeze every parameter: nothing is left"),
+    "order that leaves one out": (
+        ["layers.decay=0.5", "layers.order=['0.*']"],
+        "layers.order has no layer for '3.weight': add a pattern that matches it",
+    ),
     "rule that matches nothing": (
         ["compressor.rules=[{match: 'fc.*', use: dense}]"],
         "compressor.rules.0 ('fc.*') matches no trained parameter; the nearest name is '",
