@@ -28,6 +28,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
 from disttrain import compression  # noqa: E402
+from disttrain.comm.memory import keep_freed_memory  # noqa: E402
 from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
 from disttrain.compression.base import dry_run  # noqa: E402
 
@@ -44,6 +45,7 @@ def main(
     """Measure all compressors."""
     torch.set_num_threads(1)
     machine = describe_machine()
+    keep_freed_memory()  # as in a worker
     specs = [parse_compressor(text) for text in compressor or [*compression.names(), *MORE]]
     rows = [{"width": size, **row} for size in width for row in measure(specs, size, turns)]
     result = {"machine": machine, "turns": turns, "rows": rows}

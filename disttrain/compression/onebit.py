@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 
 from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import Codec, Payload
-from disttrain.kernels import for_device, num_blocks
+from disttrain.kernels import for_device
 
 _BLOCK = 4096  # of the bits' layout
 
@@ -29,29 +28,14 @@ class OneBit(Codec):
     by_element: ClassVar[bool] = False  # a stretch would cut columns
 
     def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
-        bits, _ = for_device(acc.device).sign(acc, None, None, _BLOCK)
-        means = []
-        for matrix in bucket.matrices(acc):
-            negative = matrix < 0
-            count = negative.sum(1)
-            below = torch.where(negative, matrix, 0).sum(1) / count.clamp(min=1)
-            above = torch.where(negative, 0, matrix).sum(1) / (matrix.shape[1] - count).clamp(min=1)
-            matrix -= torch.where(negative, below.unsqueeze(1), above.unsqueeze(1))
-            means.append(torch.stack([below, above]).view(-1))
+        kernels = for_device(acc.device)
+        bits, _ = kernels.sign(acc, None, None, _BLOCK)
+        means = [kernels.take_two_means(matrix).view(-1) for matrix in bucket.matrices(acc)]
         return {"means": torch.cat(means), "bits": bits}
 
     def decode_add(self, payload: Payload, out: torch.Tensor, bucket: Bucket) -> None:
-        signs = torch.empty_like(out)
-        ones = torch.ones(num_blocks(out.numel(), _BLOCK), dtype=out.dtype, device=out.device)
-        for_device(out.device).sign_mean([payload["bits"]], [ones], _BLOCK, signs)
-        for matrix, sign, (below, above) in zip(
-            bucket.matrices(out), bucket.matrices(signs), self._means(payload, bucket), strict=True
-        ):
-            matrix += torch.where(sign < 0, below.unsqueeze(1), above.unsqueeze(1))
-
-    @staticmethod
-    def _means(payload: Payload, bucket: Bucket) -> Iterator[torch.Tensor]:
-        """(2, rows) of every matrix."""
-        sizes = [2 * rows for rows, _ in bucket.matrix_shapes]
-        for part in payload["means"].split(sizes):
-            yield part.view(2, -1)
+        kernels, start = for_device(out.device), 0
+        means = payload["means"].split([2 * rows for rows, _ in bucket.matrix_shapes])
+        for matrix, pair in zip(bucket.matrices(out), means, strict=True):
+            kernels.add_two_means(payload["bits"], _BLOCK, start, pair.view(2, -1), matrix)
+            start += matrix.numel()

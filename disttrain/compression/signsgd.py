@@ -41,9 +41,5 @@ class SignSGD(FusedCodec):
         # Half a vote more for the first voter of every block breaks ties and nothing else.
         is_first = (votes.cumsum(0) == 1) & (votes > 0)
         weights = votes + 0.5 * is_first
-        vote = torch.empty_like(out) if add else out
         bits = [payload["bits"] for payload in payloads]
-        for_device(out.device).sign_mean(bits, list(weights), self.block_size, vote)
-        vote.sign_()
-        if add:
-            out += vote
+        for_device(out.device).sign_vote(bits, list(weights), self.block_size, out, add=add)

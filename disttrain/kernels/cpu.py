@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from disttrain.kernels import loops, loops_natural
-from disttrain.kernels.reference import POWERS, RUN, Kernels, Tensor, num_blocks, sampled_rank, sampled_runs, widths
+from disttrain.kernels.reference import RUN, Kernels, Tensor, num_blocks, sampled_rank, sampled_runs, widths
 
 _MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
-_POWERS = {dtype: POWERS.to(dtype).numpy() for dtype in _MAGIC}
 
 
 class CpuKernels(Kernels):
@@ -102,14 +101,14 @@ class CpuKernels(Kernels):
         codes, scales = torch.empty(count * block, dtype=torch.uint8), torch.empty(count, dtype=grad.dtype)
         loops_natural.natural(
             grad.numpy(), _array(residual), _array(rest), block, np.uint32(seed & 0xFFFFFFFF),
-            _POWERS[grad.dtype], codes.numpy(), scales.numpy(),
+            codes.numpy(), scales.numpy(),
         )  # fmt: skip
         return codes, scales
 
     def natural_mean(
         self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
-        loops_natural.natural_mean(_stack(codes), _stack(scales), block, _POWERS[out.dtype], add, out.numpy())
+        loops_natural.natural_mean(_stack(codes), _stack(scales), block, add, out.numpy())
 
     def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
         count = num_blocks(grad.numel(), block)
@@ -122,6 +121,19 @@ class CpuKernels(Kernels):
         self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
         loops.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
+
+    def sign_vote(
+        self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        loops.sign_vote(_stack(bits), _stack(weights), block, add, out.numpy())
+
+    def take_two_means(self, matrix: Tensor) -> Tensor:
+        means = torch.empty(2, len(matrix), dtype=matrix.dtype)
+        loops.take_two_means(matrix.numpy(), means.numpy())
+        return means
+
+    def add_two_means(self, bits: Tensor, block: int, start: int, means: Tensor, matrix: Tensor) -> None:
+        loops.add_two_means(bits.numpy(), block, start, means.numpy(), matrix.numpy())
 
     def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
         p = torch.empty(len(q), len(grad), dtype=q.dtype)

@@ -113,31 +113,32 @@ def _largest(work):
 
 
 @_finite
-def _round(work, inverse, scale, levels, magic, code):
-    """Codes of the nearest levels; leaves in ``work`` what they miss."""
+def _round(work, inverse, scale, levels, magic, code, left):
+    """Codes of the nearest levels; what they miss goes to ``left``."""
     for i in range(work.size):
         # Adding a number so large that no fraction fits behind it rounds to the nearest integer, ties to even.
         rounded = (work[i] * inverse + magic) - magic
         rounded = min(max(rounded, -levels), levels)
         code[i] = np.uint8(rounded + levels)
-        work[i] -= rounded * scale
+        left[i] = work[i] - rounded * scale
 
 
 @_finite
-def _round_at_random(work, inverse, scale, levels, first, seed, code):
+def _round_at_random(work, inverse, scale, levels, first, seed, code, left):
     real = work.dtype.type
     half = code.size // 2
     low, high, low_code, high_code = work[:half], work[half:], code[:half], code[half:]
+    low_left, high_left = left[:half], left[half:]
     for i in range(half):
         noise = _hash(np.uint32(np.uint64(np.uint32(first + i)) * np.uint64(0x9E3779B9) + np.uint64(seed)))
         rounded = np.floor(low[i] * inverse + real(np.int32(noise & np.uint32(0xFFFF))) * real(2.0**-16))
         rounded = min(max(rounded, -levels), levels)
         low_code[i] = np.uint8(rounded + levels)
-        low[i] -= rounded * scale
+        low_left[i] = low[i] - rounded * scale
         rounded = np.floor(high[i] * inverse + real(np.int32(noise >> np.uint32(16))) * real(2.0**-16))
         rounded = min(max(rounded, -levels), levels)
         high_code[i] = np.uint8(rounded + levels)
-        high[i] -= rounded * scale
+        high_left[i] = high[i] - rounded * scale
 
 
 @_jit
@@ -147,6 +148,7 @@ def quantize(grad, residual, rest, widths, block, is_random, seed, magic, codes,
     levels = real((1 << (bits - 1)) - 1)
     tiny = np.finfo(grad.dtype).tiny
     work = np.empty(block, grad.dtype)
+    spare = np.empty(block, grad.dtype)
     code = np.empty(block, np.uint8)
     length = block * bits // 8
     for index in range(scales.size):
@@ -157,12 +159,15 @@ def quantize(grad, residual, rest, widths, block, is_random, seed, magic, codes,
             scale = real(0)
         scales[index] = scale
         inverse = real(1) / scale if scale > 0 else real(0)
+        left = spare  # never ``work``: the loops below are fast where they need not care for what overlaps
+        if rest is not None and size == block:
+            left = rest[start : start + block]
         if is_random:
-            _round_at_random(work, inverse, scale, levels, index * (block // 2), seed, code)
+            _round_at_random(work, inverse, scale, levels, index * (block // 2), seed, code, left)
         else:
-            _round(work, inverse, scale, levels, magic, code)
-        if rest is not None:
-            _copy(work[:size], rest[start : start + size])
+            _round(work, inverse, scale, levels, magic, code, left)
+        if rest is not None and size < block:
+            _copy(spare[:size], rest[start : start + size])
         _pack(code, widths, codes[index * length : (index + 1) * length])
 
 
@@ -225,16 +230,21 @@ def dequantize(codes, scales, widths, block, add, out):
     code = np.empty(block, np.uint8)
     length = block * bits // 8
     for index in range(scales.shape[1]):
+        values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
             _unpack(codes[part, index * length : (index + 1) * length], widths, code)
             scale = scales[part, index]
-            if part == 0:
+            if add and codes.shape[0] == 1:
+                for i in range(values.size):
+                    values[i] += (real(code[i]) - levels) * scale
+            elif part == 0:
                 for i in range(block):
                     work[i] = (real(code[i]) - levels) * scale
             else:
                 for i in range(block):
                     work[i] += (real(code[i]) - levels) * scale
-        _store_mean(work, real(codes.shape[0]), add, out[index * block : (index + 1) * block])
+        if not (add and codes.shape[0] == 1):
+            _store_mean(work, real(codes.shape[0]), add, values)
 
 
 @_inline
@@ -288,24 +298,82 @@ def sign(grad, residual, rest, block, bits, scales):
                 left[i] = work[i] - (-scale if work[i] < 0 else scale)
 
 
+@_inline
+def _sum_signs(bits, scales, index, work):
+    """``work`` = the sum over all payloads of plus or minus the scale of this block."""
+    length = work.size // 8
+    for part in range(bits.shape[0]):
+        scale = scales[part, index]
+        packed = bits[part, index * length : (index + 1) * length]
+        for plane in range(8):
+            values, bit = work[plane * length : (plane + 1) * length], np.uint8(1 << plane)
+            if part == 0:
+                for i in range(length):
+                    values[i] = -scale if packed[i] & bit else scale
+            else:
+                for i in range(length):
+                    values[i] += -scale if packed[i] & bit else scale
+
+
 @_jit
 def sign_mean(bits, scales, block, add, out):
+    work = np.empty(block, out.dtype)
+    for index in range(scales.shape[1]):
+        _sum_signs(bits, scales, index, work)
+        _store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
+
+
+@_jit
+def sign_vote(bits, weights, block, add, out):
     real = out.dtype.type
     work = np.empty(block, out.dtype)
+    for index in range(weights.shape[1]):
+        _sum_signs(bits, weights, index, work)
+        for i in range(block):
+            work[i] = real(work[i] > 0) - real(work[i] < 0)
+        _store_mean(work, real(1), add, out[index * block : (index + 1) * block])
+
+
+@_jit
+def take_two_means(matrix, means):
+    """The mean of each row's negative entries and that of its others, taken out of them."""
+    for row in range(matrix.shape[0]):
+        below, above = _two_means(matrix[row])
+        means[0, row], means[1, row] = below, above
+        values = matrix[row]
+        for i in range(values.size):
+            values[i] -= below if values[i] < 0 else above
+
+
+@_reordered
+def _two_means(values):
+    real = values.dtype.type
+    below, above, count = real(0), real(0), 0
+    for i in range(values.size):
+        is_below = values[i] < 0
+        below += values[i] if is_below else real(0)
+        above += real(0) if is_below else values[i]
+        count += 1 if is_below else 0
+    return below / real(max(count, 1)), above / real(max(values.size - count, 1))
+
+
+@_jit
+def add_two_means(bits, block, start, means, matrix):
+    """Add each entry's mean, by its sign: bit ``start`` of the blocks' planes belongs to the matrix's first entry."""
     length = block // 8
-    for index in range(scales.shape[1]):
-        for part in range(bits.shape[0]):
-            scale = scales[part, index]
-            packed = bits[part, index * length : (index + 1) * length]
-            for plane in range(8):
-                values, bit = work[plane * length : (plane + 1) * length], np.uint8(1 << plane)
-                if part == 0:
-                    for i in range(length):
-                        values[i] = -scale if packed[i] & bit else scale
-                else:
-                    for i in range(length):
-                        values[i] += -scale if packed[i] & bit else scale
-        _store_mean(work, real(bits.shape[0]), add, out[index * block : (index + 1) * block])
+    place = start
+    for row in range(matrix.shape[0]):
+        below, above = means[0, row], means[1, row]
+        first = 0
+        while first < matrix.shape[1]:  # by stretches of one plane, whose bytes are neighbours
+            plane, byte = place % block // length, place % length
+            values = matrix[row][first : first + length - byte]
+            packed = bits[place // block * length + byte :]
+            bit = np.uint8(1 << plane)
+            for i in range(values.size):
+                values[i] += below if packed[i] & bit else above
+            first += values.size
+            place += values.size
 
 
 @_reordered

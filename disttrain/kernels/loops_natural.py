@@ -22,13 +22,23 @@ def _round_at_random(work, bits, first, seed, code):
         high_code[i] = np.uint8(exponent | (128 if high[i] < 0 else 0))
 
 
+@_finite
+def _powers(code, bits):
+    """What codes stand for, in units of the scale: a float32's bits, with sign and exponent where they belong."""
+    for i in range(code.size):
+        sign, exponent = np.int32(code[i] & np.uint8(128)), np.int32(code[i] & np.uint8(127))
+        bits[i] = (sign << np.int32(24)) | (exponent << np.int32(23))
+
+
 @_jit
-def natural(grad, residual, rest, block, seed, powers, codes, scales):
+def natural(grad, residual, rest, block, seed, codes, scales):
     real = grad.dtype.type
     info = np.finfo(grad.dtype)
     last_exponent = math.frexp(info.max)[1] - 1
     work = np.empty(block, grad.dtype)
     magnitudes = np.empty(block, np.float32)
+    bits = np.empty(block, np.int32)
+    powers = bits.view(np.float32)
     for index in range(scales.size):
         start = index * block
         size = _load(grad, residual, start, work)
@@ -44,17 +54,25 @@ def natural(grad, residual, rest, block, seed, powers, codes, scales):
         _round_at_random(work, magnitudes.view(np.int32), index * (block // 2), seed, code)
         if rest is not None:
             left = rest[start : start + size]
+            _powers(code, bits)
             for i in range(size):
-                left[i] = work[i] - powers[code[i]] * scale
+                left[i] = work[i] - real(powers[i]) * scale
 
 
 @_jit
-def natural_mean(codes, scales, block, powers, add, out):
+def natural_mean(codes, scales, block, add, out):
+    real = out.dtype.type
     work = np.empty(block, out.dtype)
+    bits = np.empty(block, np.int32)
+    powers = bits.view(np.float32)
     for index in range(scales.shape[1]):
-        work[:] = 0
         for part in range(codes.shape[0]):
-            code, scale = codes[part, index * block : (index + 1) * block], scales[part, index]
-            for i in range(block):
-                work[i] += powers[code[i]] * scale
-        _store_mean(work, out.dtype.type(codes.shape[0]), add, out[index * block : (index + 1) * block])
+            scale = scales[part, index]
+            _powers(codes[part, index * block : (index + 1) * block], bits)
+            if part == 0:
+                for i in range(block):
+                    work[i] = real(powers[i]) * scale
+            else:
+                for i in range(block):
+                    work[i] += real(powers[i]) * scale
+        _store_mean(work, real(codes.shape[0]), add, out[index * block : (index + 1) * block])

@@ -199,6 +199,33 @@ class Kernels:
             total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
         _finish_mean(total, len(bits), out, add)
 
+    def sign_vote(
+        self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        """The sign, -1, 0 or 1, of the sum of several signs times the weights of their blocks."""
+        vote = torch.empty_like(out) if add else out
+        self.sign_mean(bits, weights, block, vote)
+        vote.sign_()
+        if add:
+            out += vote
+
+    def take_two_means(self, matrix: Tensor) -> Tensor:
+        """Take out of each row's negative entries their mean, and of its others theirs: the means, (2, rows)."""
+        negative = matrix < 0
+        count = negative.sum(1)
+        below = torch.where(negative, matrix, 0).sum(1) / count.clamp(min=1)
+        above = torch.where(negative, 0, matrix).sum(1) / (matrix.shape[1] - count).clamp(min=1)
+        matrix -= torch.where(negative, below.unsqueeze(1), above.unsqueeze(1))
+        return torch.stack([below, above])
+
+    def add_two_means(self, bits: Tensor, block: int, start: int, means: Tensor, matrix: Tensor) -> None:
+        """Add to each entry (rows, columns) one of its row's two means (2, rows), the first where its bit is set.
+
+        ``bits`` are as ``sign`` packs them; bit ``start`` is the first entry's.
+        """
+        codes = _from_planes(bits.view(-1, block // 8), 1).view(-1)[start : start + matrix.numel()]
+        matrix += torch.where(codes.view(matrix.shape).bool(), means[0].unsqueeze(1), means[1].unsqueeze(1))
+
     # Low rank. Factors lie as (rank, size), so that their rows are as long as the matrix's.
 
     def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:

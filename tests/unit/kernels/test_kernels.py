@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -237,6 +238,45 @@ def test_sign(samples: Iterator[Sample]) -> None:
             kernels.sign_mean([bits, bits, bits], [scales, scales, 2 * scales], BLOCK, out)
         torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(total.dtype).eps, atol=0)
         assert ((outs[1] < 0) == ((total < 0) & (outs[1] != 0))).all()
+
+
+def test_sign_vote(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        total = total_of(sample)
+        voters = [REFERENCE.sign(part, None, None, BLOCK)[0] for part in (total, -total, total.roll(1))]
+        weights = [torch.full((math.ceil(len(total) / BLOCK),), weight, dtype=total.dtype) for weight in (1.5, 0, 1)]
+        for count in (1, 2, 3):
+            for add in (False, True):
+                outs = [torch.full_like(total, 7.0) for _ in range(2)]
+                for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+                    kernels.sign_vote(voters[:count], weights[:count], BLOCK, out, add=add)
+                expected = torch.where(total < 0, -1.0, 1.0) + (7.0 if add else 0.0)  # the first outweighs the third
+                assert torch.equal(outs[0], expected.to(total.dtype))
+                assert torch.equal(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (7, 3), (9, 64), (3, 65), (40, 130), (0, 5), (5, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_means(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    numel = shape[0] * shape[1]
+    for kind, start in itertools.product(KINDS, (0, 1, 63, 70)):
+        flat = make(kind, start + numel + 5, dtype) if numel else torch.ones(start + 5, dtype=dtype)
+        bits, _ = REFERENCE.sign(flat, None, None, BLOCK)
+        matrix = flat[start : start + numel].view(shape)
+        results = []
+        for kernels in (REFERENCE, FAST):
+            rest, sent = matrix.clone(), torch.ones(shape, dtype=dtype)
+            means = kernels.take_two_means(rest)
+            kernels.add_two_means(bits, BLOCK, start, means, sent)
+            largest = float(matrix.abs().max()) if numel else 0.0
+            tolerance = 4 * (1 + largest) * torch.finfo(dtype).eps
+            torch.testing.assert_close(sent - 1 + rest, matrix, rtol=0, atol=tolerance)
+            # The means are right if what they miss sums to nothing on either side.
+            missed = torch.stack([torch.where(matrix < 0, rest, 0).sum(1), torch.where(matrix < 0, 0, rest).sum(1)])
+            torch.testing.assert_close(missed, torch.zeros_like(missed), rtol=0, atol=shape[1] * tolerance)
+            results.append((means, rest, sent))
+        for reference, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, reference, rtol=0, atol=shape[1] * tolerance)
 
 
 @settings(max_examples=60, deadline=2000, derandomize=True, suppress_health_check=list(HealthCheck))
