@@ -316,13 +316,13 @@ def test_another_layout_of_nodes_keeps_what_is_pending(
 
     def save(comm: Communicator) -> dict[str, torch.Tensor]:
         _, _, optimizer = train(comm, spec, range(3))
-        checkpoint.save(tmp_path, comm, optimizer._model, optimizer, step=3, progress={}, config={}, keep=1)
+        checkpoint.save(tmp_path, comm, optimizer.model, optimizer, step=3, progress={}, config={}, keep=1)
         return optimizer.state_dict()["compression"]["per_rank"]
 
     def load(comm: Communicator) -> dict[str, torch.Tensor]:
         _, _, optimizer = train(comm, spec, range(0))
         path = tmp_path / "step-00000003"
-        checkpoint.load(path, json.loads((path / "manifest.json").read_text()), comm, optimizer._model, optimizer)
+        checkpoint.load(path, json.loads((path / "manifest.json").read_text()), comm, optimizer.model, optimizer)
         return optimizer.state_dict()["compression"]["per_rank"]
 
     def pending(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
