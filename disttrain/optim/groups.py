@@ -26,11 +26,16 @@ class LayerRule(Section):
     weight_decay: float | None = Field(default=None, ge=0, description="in place of the optimizer's, biases included")
     adapt: bool | None = Field(default=None, description="lars, lamb: whether they have a trust ratio")
     freeze: bool = Field(default=False, description="they are not trained")
+    until_step: int | None = Field(
+        default=None, ge=1, description="freeze: they are trained from this step on, counted from 0"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> LayerRule:
         says = [name for name in ("lr_factor", "weight_decay", "adapt") if getattr(self, name) is not None]
-        if self.freeze and says:
+        if self.until_step is not None and not self.freeze:
+            raise UserError(f"{_KEY}.rules ({self.match!r}) has until_step, which is for freeze: add freeze: true")
+        if self.freeze and says and self.until_step is None:
             raise UserError(f"{_KEY}.rules ({self.match!r}) has freeze and {says[0]}, which clash: keep one of them")
         if not self.freeze and not says:
             raise UserError(f"{_KEY}.rules ({self.match!r}) says nothing: give lr_factor, weight_decay or freeze")
@@ -45,6 +50,12 @@ class Assigned:
     weight_decay: float | None = None
     adapt: bool | None = None
     frozen: bool = False
+    until_step: int | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """At some time."""
+        return not self.frozen or self.until_step is not None
 
 
 class Layers(Section):
@@ -98,22 +109,23 @@ class Layers(Section):
                 weight_decay=rule.weight_decay if rule else None,
                 adapt=rule.adapt if rule else None,
                 frozen=(rule.freeze if rule else False) or not parameters[name].requires_grad,
+                until_step=rule.until_step if rule else None,
             )
             for name, rule in deciding.items()
         }
         if assigned and all(entry.frozen for entry in assigned.values()):
-            raise UserError(f"{_KEY}.rules freeze every parameter: nothing is left to train")
+            raise UserError(f"{_KEY}.rules freeze every parameter: nothing is left to train at first")
         return assigned
 
     def freeze(self, model: nn.Module) -> None:
-        """Take the parameters that rules freeze out of training; to be called before an optimizer is wrapped."""
+        """Freeze what rules freeze, for good or at first; to be called before an optimizer is wrapped."""
         assigned = self.assign(model)
         for name, parameter in model.named_parameters():
             if assigned[name].frozen:
                 parameter.requires_grad_(False)
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-        """Groups for an optimizer, of the parameters that are trained: those with the same values together.
+        """Groups for an optimizer, of the parameters that are ever trained: those with the same values together.
 
         Each has ``params`` and ``lr``, and ``weight_decay`` and ``adapt`` where a rule gives them.
         """
@@ -121,7 +133,7 @@ class Layers(Section):
         groups: dict[Assigned, dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             entry = assigned[name]
-            if entry.frozen:
+            if not entry.is_trained:
                 continue
             group = groups.setdefault(entry, {"params": [], "lr": lr * entry.lr_factor})
             group["params"].append(parameter)
@@ -130,6 +142,15 @@ class Layers(Section):
             if entry.adapt is not None:
                 group["adapt"] = entry.adapt
         return list(groups.values())
+
+    def thawing(self, model: nn.Module) -> dict[int, list[nn.Parameter]]:
+        """By ``until_step``, the parameters that are frozen until then."""
+        assigned = self.assign(model)
+        due: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if (step := assigned[name].until_step) is not None:
+                due.setdefault(step, []).append(parameter)
+        return due
 
     def _factors(self, model: nn.Module) -> dict[str, float]:
         names = [name for name, _ in model.named_parameters()]

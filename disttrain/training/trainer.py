@@ -19,6 +19,7 @@ from disttrain.optim.averaging import NoAverage
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.optim.layerwise import trust_ratios
 from disttrain.optim.learning_rate import LearningRate
+from disttrain.optim.thawing import Thawing
 from disttrain.training import checkpoint
 from disttrain.training.agreement import AgreedError, agreement
 from disttrain.training.config import Checkpoint, Config, Evaluation
@@ -113,6 +114,7 @@ class Trainer:
                 loss_scale=config.loss_scale.build() if config.precision == "fp16" else None,
                 clip_value=config.clip_value,
             )
+            self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
             self.learning_rate = LearningRate(
                 self.optimizer,
@@ -162,6 +164,7 @@ class Trainer:
 
     def train_step(self, share: Share, batches: Iterator[Any]) -> torch.Tensor:
         """One optimizer step on this rank's part of the samples; its part of the mean loss over all of them."""
+        self.thawing.reach(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         last = len(share.micro_batches) - 1
@@ -370,6 +373,7 @@ class Trainer:
                 f"checkpoint {str(path)!r} lies within an epoch of seed={order[0]} and {order[1]} samples, now it is "
                 f"{self.config.seed} and {self.sampler.num_samples}: keep them, or resume from an epoch's end"
             )
+        self.thawing.reach(saved["step"] - 1)
         restored = checkpoint.load(path, manifest, self.comm, self.model, self.optimizer)
         with agreement(self.comm):
             self.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])

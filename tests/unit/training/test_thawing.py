@@ -1,0 +1,123 @@
+"""Parameters that rules freeze until a step, in whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from disttrain.comm import SingleProcess, simulate
+from disttrain.errors import UserError
+from disttrain.training.trainer import Trainer
+from tests.unit.training.test_early_stopping import STOPPING
+from tests.unit.training.test_trainer import make_config, records, train
+
+UNTIL = 4
+LAYERS: dict[str, Any] = {
+    "rules": [
+        {"match": "0.weight", "freeze": True, "until_step": UNTIL, "lr_factor": 0.5},
+        {"match": "0.bias", "freeze": True, "until_step": UNTIL + 2},
+    ]
+}
+
+
+def changes_of(trainer: Trainer, before: dict[str, torch.Tensor]) -> set[str]:
+    now = trainer.model.state_dict()
+    return {name for name, value in before.items() if not torch.equal(now[name], value)}
+
+
+def test_parameters_train_from_their_step_on(tmp_path: Path) -> None:
+    seen: list[tuple[int, set[str]]] = []
+    before: dict[str, torch.Tensor] = {}
+
+    def watch(trainer: Trainer) -> None:
+        if before:
+            seen.append((trainer.progress.step - 1, changes_of(trainer, before)))
+        before.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    train(make_config(tmp_path, layers=LAYERS), SingleProcess(), watch)
+    head = {"3.weight", "3.bias"}
+    assert len(seen) == 8
+    for step, changed in seen:
+        assert changed == head | ({"0.weight"} if step >= UNTIL else set()) | (
+            {"0.bias"} if step >= UNTIL + 2 else set()
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"clip_norm": 0.05, "accumulation": 2}, {"optimizer": {"name": "adamw", "lr": 0.01}}]
+)
+def test_ranks_equal_one_process(tmp_path: Path, changes: dict[str, Any]) -> None:
+    alone = make_config(tmp_path / "alone", layers=LAYERS, **changes)
+    _, expected = train(alone, SingleProcess())
+    together = make_config(tmp_path / "together", layers=LAYERS, **changes)
+    for _, model in simulate(4, lambda comm: train(together, comm)):
+        for name, value in expected.items():
+            torch.testing.assert_close(model[name], value, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("stop_at", [3, UNTIL, UNTIL + 1, UNTIL + 3])
+@pytest.mark.parametrize(
+    "compressor",
+    ["dense", {"name": "topk", "ratio": 0.2, "min_numel": 1}, {"name": "powersgd", "rank": 1, "min_numel": 1}],
+    ids=["dense", "topk", "powersgd"],
+)
+def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bit(
+    tmp_path: Path, stop_at: int, compressor: Any
+) -> None:
+    changes: dict[str, Any] = {
+        "layers": LAYERS,
+        "compressor": compressor,
+        "average": {"decay": 0.6},
+        "early_stopping": STOPPING,
+        "evaluation": {"every_steps": 2},
+        "checkpoint": {"every_steps": 1, "keep": 1},
+        "task": {"batch_norm": False, "num_samples": 52},
+    }
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.progress.step == stop_at:
+            raise InterruptedError
+
+    reference = make_config(tmp_path / "reference", **changes)
+    expected = simulate(2, lambda comm: train(reference, comm))
+    config = make_config(tmp_path / "stopped", **changes, resume="auto")
+    with pytest.raises(InterruptedError):
+        simulate(2, lambda comm: train(config, comm, stop))
+    for (summary, model), (expected_summary, expected_model) in zip(
+        simulate(2, lambda comm: train(config, comm)), expected, strict=True
+    ):
+        assert all(torch.equal(model[name], value) for name, value in expected_model.items())
+        for key in ("steps", "metrics", "best", "wire"):
+            assert summary[key] == expected_summary[key]
+    losses = [[record.get("loss") for record in records(run)] for run in (config, reference)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"match": "0.*", "until_step": 3}, r"layers.rules \('0\.\*'\) has until_step, which is for freeze"),
+        ({"match": "0.*", "freeze": True, "until_step": 0}, "layers.rules.0.until_step=0 should be greater than"),
+        ({"match": "0.*", "freeze": True, "until_step": 9}, "until_step=9 comes after the run's 9 steps"),
+        ({"match": "*", "freeze": True, "until_step": 2}, "freeze every parameter: nothing is left to train at first"),
+        ({"match": "hed.*", "freeze": True, "until_step": 2}, r"layers.rules.0 \('hed\.\*'\) matches no parameter"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path: Path, rule: dict[str, Any], message: str) -> None:
+    def run() -> None:
+        config = make_config(tmp_path, layers={"rules": [rule]})
+        simulate(2, lambda comm: train(config, comm))
+
+    with pytest.raises(UserError, match=message) as caught:
+        run()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_for_compression_may_be_for_what_thaws_later(tmp_path: Path) -> None:
+    rules = [{"match": "0.weight", "use": {"name": "topk", "min_numel": 1}}]
+    config = make_config(tmp_path, layers=LAYERS, compressor={"name": "dense", "rules": rules})
+    (summary, _), _ = simulate(2, lambda comm: train(config, comm))
+    assert summary["wire"]["by_compressor"]["topk"]["dense_bytes"] == (9 - UNTIL) * 6 * 8 * 4
