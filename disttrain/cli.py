@@ -54,6 +54,30 @@ def config(
 
 
 @app.command()
+def schedule(
+    config: _ConfigPath,
+    overrides: _Overrides = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="with so many workers")] = 1,
+    output: Annotated[str | None, typer.Option("--output", help="write every step's rate to this .tsv file")] = None,
+    debug: _Debug = False,
+) -> None:
+    """Show the learning rate of a run before it is run: a table of notable steps, and a plot."""
+    from disttrain.training.config import load
+    from disttrain.training.schedule_preview import show
+
+    show(load(config, overrides or []), workers, output, _wide_console())
+
+
+@app.command()
+def layers(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
+    """Show what each parameter gets: group, learning rate, weight decay, compressor, or that it is frozen."""
+    from disttrain.training.config import load
+    from disttrain.training.layer_table import show
+
+    show(load(config, overrides or []), _wide_console())
+
+
+@app.command()
 def doctor(
     probe: Annotated[
         bool, typer.Option("--probe", help="under a launcher: measure latency and bandwidth of the engines")
@@ -117,6 +141,13 @@ def _train(config: Config) -> None:
             agreed = error
     if agreed is not None:
         raise agreed
+
+
+def _wide_console() -> Console:
+    """The terminal, or a page on which no table is cut."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _set_up_logging(console: Console, rank: int) -> None:

@@ -38,7 +38,7 @@ class Regularization:
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(value is not None for value in (*args[:1], kwargs.get("closure"))):
+        if any(value is not None for value in (*args[1:], kwargs.get("closure"))):
             raise UserError("l1 and decoupled decay come before the step, so the step cannot take a closure")
         for group in optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

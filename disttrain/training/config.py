@@ -172,6 +172,11 @@ class Config(Section):
     def directory(self) -> Path:
         return Path(self.output) / self.name
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        limits = (self.max_steps, self.epochs and self.epochs * steps_per_epoch)
+        return min(limit for limit in limits if limit is not None)
+
     def check_world_size(self, world_size: int) -> None:
         """Raise UserError if a full batch cannot be split evenly over the workers."""
         if self.batch_size % (world_size * self.accumulation):

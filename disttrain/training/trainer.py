@@ -100,8 +100,7 @@ class Trainer:
                     f"drop_last=true leaves no step: batch_size={config.batch_size} is more than the data's "
                     f"{num_samples} samples"
                 )
-            limits = (config.max_steps, config.epochs and config.epochs * self.sampler.steps_per_epoch)
-            self.num_steps = min(limit for limit in limits if limit is not None)
+            self.num_steps = config.num_steps(self.sampler.steps_per_epoch)
             config.schedule.check(self.num_steps, self.sampler.steps_per_epoch)
             config.layers.freeze(self.model)
             self.optimizer = DistributedOptimizer(
@@ -335,9 +334,7 @@ class Trainer:
     def _metric_names(self, asking: str) -> Mapping[str, Any]:
         """What evaluation will give, from one batch."""
         if self.eval_data is None:
-            raise UserError(
-                "early_stopping and schedule.metric look at held-out data, and the task has none: remove it"
-            )
+            raise UserError(f"{asking} looks at held-out data, and the task has none: remove it")
         batch = to_device(first_batch(self.config, self.eval_data), self.comm.device, self.dtype)
         with torch.no_grad(), evaluating(self.model), autocast(self.config.precision, self.comm.device):
             return self.task.evaluate(self.model, batch)
