@@ -20,9 +20,10 @@ def layer_table(config: Config) -> Table:
     optimizer = config.optimizer.build(config.layers.groups(model, config.optimizer.lr))
     groups = {p: (index, group) for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     scale = config.optimizer.scale(config.batch_size)
-    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p in groups and p.requires_grad}
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p in groups}
     if not trained:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")
+    thawed_at = {p: step for step, parameters in config.layers.thawing(model).items() for p in parameters}
     compressors = dict(zip(trained, config.compressor.assign(trained), strict=True))
     columns = ["parameter", "shape", "group", "learning rate", "weight decay", "compressor"]
     table = Table(*columns, *(["trust ratio"] if config.optimizer.layerwise else []))
@@ -33,7 +34,8 @@ def layer_table(config: Config) -> Table:
             continue
         index, group = groups[parameter]
         decay = group["weight_decay"] or group["decoupled_decay"]
-        row = [name, shape, str(index), f"{group['lr'] * scale:.6g}", f"{decay:g}", compressors[name].name]
+        number = f"{index}, from step {thawed_at[parameter]} on" if parameter in thawed_at else str(index)
+        row = [name, shape, number, f"{group['lr'] * scale:.6g}", f"{decay:g}", compressors[name].name]
         if config.optimizer.layerwise:
             adapt = group["adapt"]
             row.append("yes" if (parameter.dim() > 1 if adapt is None else adapt) else "no")

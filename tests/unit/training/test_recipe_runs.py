@@ -144,13 +144,19 @@ def test_the_table_of_layers_says_what_the_optimizer_gets(tmp_path: Path) -> Non
     config = make_config(
         tmp_path,
         optimizer={"name": "lars", "lr": 1.0, "weight_decay": 0.01, "lr_scaling": "linear", "base_batch_size": 12},
-        layers={"decay": 0.5, "rules": [{"match": "0.bias", "freeze": True}]},
+        layers={
+            "decay": 0.5,
+            "rules": [
+                {"match": "0.bias", "freeze": True},
+                {"match": "0.*", "freeze": True, "until_step": 4, "lr_factor": 2},
+            ],
+        },
         compressor={"name": "topk", "min_numel": 1},
     )
     table = layer_table(config)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
-        ("0.weight", "8x6", "0", "1", "0.01", "topk", "yes"),
+        ("0.weight", "8x6", "0, from step 4 on", "2", "0.01", "topk", "yes"),
         ("0.bias", "8", "frozen", "", "", "", ""),
         ("3.weight", "2x8", "1", "2", "0.01", "topk", "yes"),
         ("3.bias", "2", "2", "2", "0", "dense", "no"),
