@@ -160,15 +160,18 @@ def start_long_run(config, tmp_path) -> Iterator[Callable[..., Running]]:
             process.kill()
 
 
-# Rank 0 is where the others' watch meets.
-@pytest.mark.parametrize(("launcher", "victim"), [*((launcher, 1) for launcher in LAUNCHERS), ("local", 0), ("mpi", 0)])
+# Rank 0 is where the others' watch meets. ``local`` is torchrun too, ``mpi-horovod`` the engine of ``horovod-mpi``.
+KILLED = [("local", 0), ("local", 1), ("horovod-gloo", 1), ("horovod-mpi", 1), ("mpi", 0), ("mpi", 1)]
+
+
+@pytest.mark.parametrize(("launcher", "victim"), KILLED)
 def test_killed_worker_ends_the_run_and_is_named(launcher, victim, start_long_run):
     running = start_long_run(launcher)
     worker = running.worker(victim)
     worker.kill()
     assert running.wait(60) not in (0, 2)
     named = rf"error: rank {victim} \(host \S+, pid {worker.pid}\) was lost"
-    if launcher in ("local", "torchrun"):  # torchrun may end a survivor before it has spoken: then it names the rank
+    if launcher == "local":  # torchrun may end a survivor before it has spoken: then it names the rank
         named += rf"|rank\s+: {victim} \(local_rank: \d+\)\s+exitcode\s+: -9 \(pid: {worker.pid}\)"
     assert re.search(named, running.text), running.text
     assert running.leftovers() == []

@@ -131,7 +131,7 @@ def test_job_near_its_time_limit_is_requeued_and_resumes(lab, tmp_path, engine):
     assert alive == []
 
 
-@pytest.mark.parametrize(("engine", "victim"), [*((engine, 1) for engine in ENGINES), ("torch", 0)])
+@pytest.mark.parametrize(("engine", "victim"), [("torch", 0), ("mpi", 1), ("horovod", 1)])
 def test_killed_worker_ends_the_job_and_is_named(lab, tmp_path, engine, victim):
     job = Job(lab, tmp_path, engine, "max_steps=1000000")
     job.wait_for_step(3)
