@@ -12,15 +12,25 @@ if TYPE_CHECKING:
     from disttrain.comm import init
     from disttrain.optim.averaging import WeightAverage
     from disttrain.optim.distributed import DistributedOptimizer
+    from disttrain.optim.groups import Layers
+    from disttrain.optim.lamb import LAMB
+    from disttrain.optim.lars import LARS
+    from disttrain.optim.learning_rate import LearningRate
     from disttrain.optim.loss_scale import LossScale
+    from disttrain.optim.regularization import Regularization
     from disttrain.training.start_from import load_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "DistributedOptimizer",
+    "Layers",
+    "LearningRate",
     "LossScale",
     "PeerLostError",
+    "Regularization",
     "UserError",
     "WeightAverage",
     "__version__",
@@ -32,7 +42,12 @@ __all__ = [
 # Imported when they are asked for, so that `disttrain --help` need not wait for torch.
 _HOMES = {
     "DistributedOptimizer": "disttrain.optim.distributed",
+    "LAMB": "disttrain.optim.lamb",
+    "LARS": "disttrain.optim.lars",
+    "Layers": "disttrain.optim.groups",
+    "LearningRate": "disttrain.optim.learning_rate",
     "LossScale": "disttrain.optim.loss_scale",
+    "Regularization": "disttrain.optim.regularization",
     "WeightAverage": "disttrain.optim.averaging",
     "init": "disttrain.comm",
     "load_weights": "disttrain.training.start_from",

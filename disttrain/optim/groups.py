@@ -67,7 +67,7 @@ class Layers(Section):
 
     Example, in a user's own script::
 
-        layers = Layers(decay=0.8, rules=[{"match": "embedding.*", "freeze": True}])
+        layers = disttrain.Layers(decay=0.8, rules=[{"match": "embedding.*", "freeze": True}])
         layers.freeze(model)
         optimizer = torch.optim.AdamW(layers.groups(model, lr=1e-3))
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class LearningRate:
     """Sets ``group["lr"]`` of all groups of an optimizer from a schedule. In a user's own loop::
 
-        rate = LearningRate(optimizer, schedules.build({"name": "cosine", "warmup_steps": 100}), num_steps=5000)
+        rate = disttrain.LearningRate(optimizer, {"name": "cosine", "warmup_steps": 100}, num_steps=5000)
         for batch in batches:
             ...
             optimizer.step()
@@ -33,7 +33,7 @@ class LearningRate:
 
     Args:
         optimizer: plain or distributed. Its groups' present rates are the initial ones, each multiplied alike.
-        schedule: from ``schedules.build``.
+        schedule: a name, a mapping as in a config, or an instance (``disttrain.optim.schedules``).
         num_steps: optimizer steps of the whole run.
         steps_per_epoch: of the initial batch; needed by schedules that count epochs.
         scale: of all rates, for the size of the batch.
@@ -50,13 +50,16 @@ class LearningRate:
     def __init__(
         self,
         optimizer: Optimizer,
-        schedule: Schedule,
+        schedule: Schedule | str | Mapping[str, Any],
         num_steps: int,
         *,
         steps_per_epoch: float | None = None,
         scale: float = 1.0,
         step: float = 0,
     ) -> None:
+        from disttrain.optim.schedules import schedules  # which import this file
+
+        schedule = schedules.build(schedule)
         if schedule.needs_epochs and steps_per_epoch is None:
             raise UserError("the schedule counts epochs: give steps_per_epoch too, or set by=step and warmup_steps")
         schedule.check(num_steps, steps_per_epoch)
