@@ -2,9 +2,10 @@
 
 Modules are visited in the order in which they were made. What counts as one layer:
 
-- each child of a list or sequence of modules in which some class comes more than once, with all that it holds: the
-  blocks of a transformer or of a residual network;
-- elsewhere each module that holds parameters itself: an embedding, a head.
+- each child of a list in which some class comes more than once, with all that it holds: the blocks of a transformer or
+  of a residual network, the modules of a plain sequence;
+- beside such a list, each module that holds none, with all that it holds: embeddings, a head;
+- in a model without such lists, each module that holds parameters itself.
 
 A module of biases and scales alone, such as a norm, belongs to the layer before it. A tied parameter lies where it
 comes first.
@@ -38,10 +39,17 @@ def _layers(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     if own := list(module.parameters(recurse=False)):
         yield own
     children = [child for child in module.children() if any(True for _ in child.parameters())]
-    counts = Counter(type(child) for child in children)
-    is_repeated = isinstance(module, nn.ModuleList | nn.Sequential) and counts and max(counts.values()) > 1
-    for child in children:
-        if is_repeated:
+    has_list = [any(_is_list(inner) for inner in child.modules()) for child in children]
+    for child, holds_list in zip(children, has_list, strict=True):
+        if _is_list(module) or (any(has_list) and not holds_list):
             yield list(child.parameters())
         else:
             yield from _layers(child)
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether it is a list, a sequence or a mapping of modules in which a class with parameters comes twice."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+        return False
+    counts = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
+    return any(count > 1 for count in counts.values())

@@ -361,9 +361,11 @@ class Trainer:
         """Take over a checkpoint; whether that restored the random generators."""
         saved, old = dict(manifest["progress"]), manifest["config"]
         num_samples, parts = saved.pop("num_samples"), saved.pop("parts", {"average": 0, "best": {}})
-        was, now = old["optimizer"]["name"], self.config.to_dict()["optimizer"]["name"]
-        if was != now:
-            raise AgreedError(f"optimizer.name={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that")
+        for key in ("name", "momentum_correction"):  # what the optimizer's state means
+            was, now = old["optimizer"].get(key), self.config.to_dict()["optimizer"].get(key)
+            if was != now:
+                message = f"optimizer.{key}={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that"
+                raise AgreedError(message)
         order = (old["seed"], num_samples)
         if saved["offset"] and order != (self.config.seed, self.sampler.num_samples):
             raise AgreedError(

@@ -59,6 +59,22 @@ def test_a_sequence_of_different_parts_is_looked_into() -> None:
     assert depths(model)["1.weight"] == 5
 
 
+def test_what_stands_beside_the_blocks_is_one_layer_each() -> None:
+    model = Transformer()
+    parts = {"words": nn.Embedding(7, 4), "norm": nn.LayerNorm(4), "places": nn.Linear(4, 4)}
+    model.embedding = nn.ModuleDict(parts)  # type: ignore[assignment]
+    depth = depths(model)
+    assert {depth[name] for name in depth if name.startswith("embedding")} == {0}
+    assert depth["encoder.blocks.0.norm.weight"] == 1
+
+
+def test_without_lists_each_module_with_parameters_is_a_layer() -> None:
+    model = nn.Module()
+    model.body, model.head = nn.Module(), nn.Linear(2, 2)
+    model.body.first, model.body.second = nn.Linear(2, 2), nn.Conv1d(2, 2, 1)
+    assert list(depths(model).values()) == [0, 0, 1, 1, 2, 2]
+
+
 def test_decay_goes_from_the_head_down() -> None:
     assigned = build(decay=0.5).assign(Transformer())
     assert assigned["head.weight"].lr_factor == 1

@@ -105,6 +105,14 @@ def test_a_metric_that_the_task_lacks_is_refused_on_all_ranks(tmp_path: Path) ->
         simulate(2, lambda comm: train(config, comm))
 
 
+def test_momentum_with_the_rate_and_without_it_are_not_mixed(tmp_path: Path) -> None:
+    lars = {"name": "lars", "lr": 1.0}
+    train(make_config(tmp_path, optimizer=lars, max_steps=2), SingleProcess())
+    config = make_config(tmp_path, optimizer={**lars, "momentum_correction": True}, resume="auto")
+    with pytest.raises(UserError, match="optimizer.momentum_correction=True, but checkpoint .* made with False: keep"):
+        simulate(2, lambda comm: train(config, comm))
+
+
 @pytest.mark.parametrize("case", ["one cycle", "sequence", "lars"])
 def test_the_preview_is_what_the_run_does(tmp_path: Path, case: str) -> None:
     config = make_config(tmp_path, epochs=5, **RESUMED[case])
