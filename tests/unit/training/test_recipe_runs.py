@@ -109,7 +109,7 @@ def test_momentum_with_the_rate_and_without_it_are_not_mixed(tmp_path: Path) -> 
     lars = {"name": "lars", "lr": 1.0}
     train(make_config(tmp_path, optimizer=lars, max_steps=2), SingleProcess())
     config = make_config(tmp_path, optimizer={**lars, "momentum_correction": True}, resume="auto")
-    with pytest.raises(UserError, match="optimizer.momentum_correction=True, but checkpoint .* made with False: keep"):
+    with pytest.raises(UserError, match=r"optimizer.momentum_correction=True, but checkpoint .* made with False: keep"):
         simulate(2, lambda comm: train(config, comm))
 
 
