@@ -17,7 +17,7 @@ from disttrain.optim.lamb import LAMB
 from disttrain.optim.lars import LARS
 from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
-from disttrain.reduction import Ledger, Reducer
+from disttrain.reduction import Ledger, Reducer, SquaredNorms
 from disttrain.reduction.bucket import GradientBucket, NamedParameter
 from disttrain.reduction.state import load_state, state_dict
 
@@ -48,6 +48,8 @@ class DistributedOptimizer(Optimizer):
             else is in true units; ``step`` lets it fall after an overflow and rise again.
         clip_value: largest magnitude of an entry of the mean gradient; None does not clip. Before ``clip_norm``, so
             that both bounds hold.
+        norms_every: measure the norms of gradients, for their noise, once in so many steps; None never does. Under
+            compression a measured step exchanges the gradients once more, dense.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
@@ -72,6 +74,7 @@ class DistributedOptimizer(Optimizer):
         clip_norm: float | None = None,
         loss_scale: LossScale | None = None,
         clip_value: float | None = None,
+        norms_every: int | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):
@@ -94,11 +97,18 @@ class DistributedOptimizer(Optimizer):
         trained, frozen = _named_parameters(optimizer, model)
         check_same_model(model, comm)
         broadcast_model(model, comm)
-        self.reducer = Reducer(trained, comm, Policy.build(compressor), bucket_mb, later=frozen)
+        self.reducer = Reducer(
+            trained, comm, Policy.build(compressor), bucket_mb, later=frozen, norms_every=norms_every
+        )
         self._reduced = {parameter for _, parameter in trained}
         if loss_scale is not None:
             _check_can_be_unscaled(trained)
             self.reducer.scale = loss_scale.value
+
+    @property
+    def norms(self) -> SquaredNorms | None:
+        """Squared norms of the last step's gradients before compression, if it was measured and sound."""
+        return self.reducer.norms
 
     @property
     def wire(self) -> Ledger:
@@ -123,6 +133,14 @@ class DistributedOptimizer(Optimizer):
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
         return self.reducer.no_sync()
+
+    def measure_first_pass(self) -> None:
+        """With ``norms_every`` in one process: inside ``no_sync``, after the first of a step's several backward passes.
+
+        Noise is measured between parts of a batch. With several processes those are the ranks' own, and this does
+        nothing.
+        """
+        self.reducer.measure_first_pass()
 
     def synchronize(self) -> bool:
         """Wait until every ``parameter.grad`` is the mean over ranks, to clip or look at it before ``step``.

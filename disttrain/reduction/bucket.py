@@ -84,16 +84,17 @@ class GradientBucket:
         """What exchanges it in this step."""
         return self.compressor if self.state.step >= self.dense_steps else _DENSE
 
-    def program(self, scale: float = 1.0) -> Program:
-        """The present compressor's program over what the buffer holds now. In the buffer itself if dtypes agree.
+    def gradient(self, scale: float) -> torch.Tensor:
+        """What the present compressor is to exchange: the buffer, of ``scale`` times the gradient, in true units.
 
-        ``scale``: what the buffer holds is so many times the gradient.
+        It is the buffer itself if dtypes agree.
         """
-        compressor, description = self.present, self.description
-        flat = self.flat.to(description.dtype) if compressor.needs_float32 else self.flat
-        if scale != 1.0:
-            flat.mul_(1.0 / scale)
-        return hierarchical.reduce(compressor, flat, description, self.state)
+        flat = self.flat.to(self.description.dtype) if self.present.needs_float32 else self.flat
+        return flat if scale == 1.0 else flat.mul_(1.0 / scale)
+
+    def program(self, gradient: torch.Tensor) -> Program:
+        """The present compressor's program over a gradient, which it may overwrite."""
+        return hierarchical.reduce(self.present, gradient, self.description, self.state)
 
     def land(self, mean: torch.Tensor, new_state: NewState) -> None:
         """Commit a finished program: its state, and its mean to the buffer."""

@@ -25,6 +25,7 @@ from disttrain.compression.base import Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Account, Ledger
+from disttrain.reduction.norms import NormMeter, SquaredNorms
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,10 @@ class Reducer:
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
         later: those that ``add`` may bring; rules may be for them.
+        norms_every: steps between two in which the gradients' norms are measured; None never does.
 
     Attributes:
+        norms: of the last step, if it was measured and sound.
         scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
             after the look at whether they are finite, so compressors and their residuals know true units alone.
     """
@@ -55,6 +58,7 @@ class Reducer:
         policy: Policy,
         bucket_mb: float | None = None,
         later: Sequence[NamedParameter] = (),
+        norms_every: int | None = None,
     ) -> None:
         self.buckets: list[GradientBucket] = []
         self.ledger = Ledger(comm)
@@ -65,6 +69,9 @@ class Reducer:
         self._num_elements = 0
         self._hooks: list[RemovableHandle] = []
         self.scale = 1.0
+        self.norms: SquaredNorms | None = None
+        self._meter = None if norms_every is None else NormMeter(norms_every, self.ledger, comm)
+        self._measured: NormMeter | None = None  # the meter, while a step is measured
         self._sending = True
         self._sent: list[Exchange] = []  # of the buckets that have left, by index
         self._finite: list[torch.Tensor] = []  # one flag for each of them
@@ -136,6 +143,8 @@ class Reducer:
             self._send(self.buckets[len(self._sent)])
 
     def _send(self, bucket: GradientBucket) -> None:
+        if not self._sent:
+            self._measured = self._due_meter()
         for slot in bucket.slots:
             slot.take_in()
             slot.used = slot.parameter.grad is not None
@@ -147,7 +156,23 @@ class Reducer:
 
     def _start(self, bucket: GradientBucket) -> Exchange:
         account = Account(bucket.present.name, self.buckets.index(bucket), bucket.description)
-        return Exchange(bucket.program(self.scale), self.ledger, account)
+        gradient = bucket.gradient(self.scale)
+        if self._measured is not None:
+            self._measured.leave(bucket, gradient)
+        return Exchange(bucket.program(gradient), self.ledger, account)
+
+    def _due_meter(self) -> NormMeter | None:
+        """The meter, if this step is to be measured."""
+        return self._meter if self._meter is not None and self._meter.is_due(self.buckets[0].state.step) else None
+
+    def measure_first_pass(self) -> None:
+        """In one process, where several backward passes make a step: take what the first gave as a part of the batch.
+
+        To be called inside ``no_sync``, after that pass. It does nothing with more processes, or if no norms are due.
+        """
+        if (meter := self._due_meter()) is not None and self._comm.world_size == 1:
+            grads = [grad for slot in self._slots if (grad := slot.parameter.grad) is not None]
+            meter.first_pass([grad.to_dense() for grad in grads], self.scale)
 
     def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
         """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.
@@ -183,11 +208,14 @@ class Reducer:
             if unsound:
                 bucket.flat.fill_(math.nan)
                 continue
+            if self._measured is not None:
+                self._measured.land(bucket, outcome[0])
             bucket.land(*outcome)
             if on_arrival is not None and not any(late):
                 bucket.show_gradients()
                 on_arrival(bucket)
                 bucket.hide_gradients()
+        measured, self._measured = self._measured, None
         if any(late) and not unsound:
             self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
         for bucket in self.buckets:
@@ -196,6 +224,9 @@ class Reducer:
                 slot.ready = False
             bucket.num_ready, bucket.has_left = 0, False
         self._sent, self._finite = [], []
+        self.norms = None
+        if measured is not None:
+            self.norms = measured.finish(is_whole=not unsound and not any(late))
         self.ledger.end_step(self._num_elements)
         return not unsound
 

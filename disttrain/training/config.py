@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from disttrain import compression, tasks
+from disttrain import batching, compression, tasks
+from disttrain.batching import AdaScale, BatchPolicy
 from disttrain.compression.policy import POLICY_KEYS, Policy
 from disttrain.errors import UserError
 from disttrain.optim.averaging import Average
@@ -36,6 +37,7 @@ _NAMED: dict[str, Registry[Any]] = {
     "optimizer": optimizers,
     "schedule": schedules,
     "compressor": compression.registry,
+    "batch": batching.registry,
 }
 
 
@@ -89,6 +91,10 @@ class Config(Section):
         description="leave out the last step of an epoch if it has fewer samples (batch normalisation fails on one)",
     )
     accumulation: int = Field(default=1, ge=1, description="backward passes an optimizer step")
+    batch: Annotated[BatchPolicy, BeforeValidator(batching.registry.build)] = Field(
+        default="fixed",  # type: ignore[assignment]
+        description="how the batch grows: fixed, schedule, plateau, noise_scale, norm_test, adascale",
+    )
     epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(
         default=None, ge=1, description="of epochs and max_steps, whichever comes first ends the run"
@@ -145,6 +151,12 @@ class Config(Section):
             raise UserError(_does_not_divide(self.batch_size, 1, self.accumulation))
         check_precision(self.precision, self.dtype)
         self.loss_scale.build()
+        self.batch.check(self.batch_size, self.epochs, self.max_steps)
+        if isinstance(self.batch, AdaScale) and self.optimizer.base_batch_size is not None:
+            raise UserError(
+                "optimizer.base_batch_size and batch.name=adascale both scale the learning rate: "
+                "remove the former, batch.base_batch_size says what optimizer.lr is meant for"
+            )
         if self.early_stopping and self.evaluation.every_epochs is None and self.evaluation.every_steps is None:
             raise UserError(
                 "early_stopping looks at evaluations: set evaluation.every_epochs or evaluation.every_steps"
@@ -171,11 +183,6 @@ class Config(Section):
     @property
     def directory(self) -> Path:
         return Path(self.output) / self.name
-
-    def num_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
-        limits = (self.max_steps, self.epochs and self.epochs * steps_per_epoch)
-        return min(limit for limit in limits if limit is not None)
 
     def check_world_size(self, world_size: int) -> None:
         """Raise UserError if a full batch cannot be split evenly over the workers."""

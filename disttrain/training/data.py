@@ -56,16 +56,36 @@ class ShardedSampler(Sampler[list[int]]):
         world_size: int,
         drop_last: bool = False,
     ) -> None:
-        assert batch_size % (accumulation * world_size) == 0, (batch_size, accumulation, world_size)
         self.steps_per_epoch = num_samples // batch_size if drop_last else -(-num_samples // batch_size)
         self.num_samples, self.batch_size, self.accumulation, self.seed = num_samples, batch_size, accumulation, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.offset = 0, 0
-        self._end = min(num_samples, self.steps_per_epoch * batch_size)
+        self.epoch, self.offset, self._drop_last = 0, 0, drop_last
+
+    @property
+    def _end(self) -> int:
+        """Where the epoch ends: all steps from the position on are of the present batch size."""
+        rest = self.num_samples - self.offset
+        return self.offset + rest // self.batch_size * self.batch_size if self._drop_last else self.num_samples
+
+    def resize(self, batch_size: int, accumulation: int) -> None:
+        """Go on from the position with another batch, not of necessity one that divides evenly.
+
+        What iterates already goes on with the old one: begin anew.
+        """
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self._end_epoch()  # what is left of it may no longer make a step
 
     def shares(self) -> Iterator[Share]:
         """The steps from the position on to the end of the epoch."""
         return (self._share(start) for start in range(self.offset, self._end, self.batch_size))
+
+    def part_sizes(self, share: Share) -> list[int]:
+        """Samples of each rank in a step; in one process, of its first backward pass alone: parts to compare."""
+        passes = [_part(0, share.num_samples, index, self.accumulation) for index in range(self.accumulation)]
+        if self.world_size == 1:
+            return [passes[0][1]]
+        parts = [[_part(*one, rank, self.world_size) for one in passes] for rank in range(self.world_size)]
+        return [sum(stop - start for start, stop in own) for own in parts]
 
     def _share(self, start: int) -> Share:
         stop = min(start + self.batch_size, self.num_samples)
@@ -75,7 +95,10 @@ class ShardedSampler(Sampler[list[int]]):
     def advance(self, share: Share) -> None:
         """Note that a step has been taken."""
         self.offset += share.num_samples
-        if self.offset >= self._end:
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        if self.offset > 0 and self.offset >= self._end:
             self.epoch, self.offset = self.epoch + 1, 0
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -23,14 +23,18 @@ class Recorder:
     Args:
         directory: the run's. Records of a resumed run that are later than ``step`` are dropped: they will come again.
         step: optimizer steps done already.
+        position: where the progress bar stands, if not at ``step``; the number of steps is then not known beforehand.
         num_steps: of the whole run.
         console: where to report; a terminal gets a progress bar, anything else a line now and then.
     """
 
-    def __init__(self, directory: Path, step: int, num_steps: int, console: Console) -> None:
+    def __init__(
+        self, directory: Path, step: int, num_steps: int, console: Console, position: float | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._directory, self._console, self._num_steps = directory, console, num_steps
+        self._directory, self._console = directory, console
+        self._of_all = f"/{num_steps}" if position is None else ""
         path = directory / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         path.write_text("".join(kept))
@@ -42,13 +46,15 @@ class Recorder:
         if console.is_terminal:
             columns = [BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
             self._progress = Progress(*columns, TextColumn("{task.description}"), console=console)
-            self._bar = self._progress.add_task("", total=num_steps, completed=step)
+            self._bar = self._progress.add_task(
+                "", total=num_steps, completed=step if position is None else int(position)
+            )
             self._progress.start()
 
-    def step(self, step: int) -> None:
-        """An optimizer step is done."""
+    def step(self, position: float) -> None:
+        """An optimizer step is done, and the run stands at ``position``."""
         if self._progress is not None:
-            self._progress.update(self._bar, completed=step)
+            self._progress.update(self._bar, completed=int(position))
 
     def train(self, step: int, record: Mapping[str, Any]) -> None:
         """Note what a training step showed."""
@@ -91,13 +97,13 @@ class Recorder:
             self._progress.update(self._bar, description="  ".join(filter(None, self._shown.values())))
         elif is_line_due:
             self._last_line = time.monotonic()
-            print(f"step {step}/{self._num_steps}  epoch {epoch:.2f}  {text}", file=self._console.file, flush=True)
+            print(f"step {step}{self._of_all}  epoch {epoch:.2f}  {text}", file=self._console.file, flush=True)
 
 
 class Silent:
     """The recorder of all ranks but one."""
 
-    def step(self, step: int) -> None: ...
+    def step(self, position: float) -> None: ...
     def train(self, step: int, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, record: Mapping[str, Any]) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...

@@ -14,7 +14,7 @@ from disttrain.optim.schedules import ReduceOnPlateau, Schedule
 from disttrain.validation import hint
 
 if TYPE_CHECKING:
-    from disttrain.training.trainer import Progress
+    from disttrain.training.progress import Progress
 
 
 class PlateauWatch:

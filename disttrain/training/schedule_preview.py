@@ -11,7 +11,8 @@ from rich.table import Table
 from disttrain.errors import UserError
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.training.config import Config
-from disttrain.training.data import ShardedSampler, num_samples_of
+from disttrain.training.data import num_samples_of
+from disttrain.training.horizon import Horizon
 
 _WIDTH, _HEIGHT = 64, 13
 _EVENLY, _MOST_ROWS = 6, 24
@@ -80,16 +81,8 @@ def preview(config: Config, num_workers: int) -> Preview:
         UserError: the config does not fit the workers or the data.
     """
     config.check_world_size(num_workers)
-    sampler = ShardedSampler(
-        num_samples_of(config.task.train_data()),
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        seed=config.seed,
-        rank=0,
-        world_size=num_workers,
-        drop_last=config.drop_last,
-    )
-    num_steps, steps_per_epoch = config.num_steps(sampler.steps_per_epoch), sampler.steps_per_epoch
+    horizon = Horizon.of(config, num_samples_of(config.task.train_data()))
+    num_steps, steps_per_epoch = horizon.num_steps, horizon.steps_per_epoch
     scale = config.optimizer.scale(config.batch_size)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.optimizer.lr)
     rate = LearningRate(optimizer, config.schedule, num_steps, steps_per_epoch=steps_per_epoch, scale=scale)
@@ -108,6 +101,8 @@ def preview(config: Config, num_workers: int) -> Preview:
             f"all rates are multiplied by {scale:g}, {optimizer_section.lr_scaling} in "
             f"{config.batch_size} / {optimizer_section.base_batch_size}"
         )
+    if horizon.may_take_fewer_steps:
+        remarks.append("steps of the initial batch: the batch policy takes others, and its gain is not in the rates")
     if rate.tracker is not None:
         remarks.append(f"if {rate.tracker.metric} never stops getting better; the rate falls each time it does")
     return Preview(rates, steps_per_epoch, _notable(config, num_steps, steps_per_epoch), remarks)

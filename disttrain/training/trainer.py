@@ -6,13 +6,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from disttrain.batching import GrowingBatch
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.optim.averaging import NoAverage
@@ -34,35 +35,16 @@ from disttrain.training.data import (
 )
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating
+from disttrain.training.horizon import Horizon
 from disttrain.training.metrics import Recorder, Silent
 from disttrain.training.plateau import watch
 from disttrain.training.precision import autocast
+from disttrain.training.progress import WIRE, Progress, bytes_of_a_worker
 from disttrain.training.random_state import seed_everything
 from disttrain.training.run_directory import RunDirectory, open_run
 from disttrain.training.setup import set_up_torch
 
 logger = logging.getLogger(__name__)
-
-_WIRE = ("sent_bytes", "received_bytes", "dense_bytes")
-
-
-@dataclass
-class Progress:
-    """How far a run has come, saved with it: steps and samples in all, and the position in the data.
-
-    ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker, in all
-    and ``by_compressor``; ``learning_rate`` what the schedule must know besides the step.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    offset: int = 0
-    samples: int = 0
-    skipped_steps: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    wire: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_WIRE, 0))
-    learning_rate: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -86,10 +68,11 @@ class Trainer:
         with agreement(comm):
             if len(sizes := {tuple(sizes) for sizes in comm.all_gather_object([num_samples, num_held_out])}) > 1:
                 raise UserError(f"ranks have different data, (training, held-out) samples are {sorted(sizes)}")
+            self.batch = GrowingBatch(config.batch, comm, config.batch_size, num_samples, config.accumulation)
             self.sampler = ShardedSampler(
                 num_samples,
                 batch_size=config.batch_size,
-                accumulation=config.accumulation,
+                accumulation=self.batch.accumulation,
                 seed=config.seed,
                 rank=comm.rank,
                 world_size=comm.world_size,
@@ -100,8 +83,9 @@ class Trainer:
                     f"drop_last=true leaves no step: batch_size={config.batch_size} is more than the data's "
                     f"{num_samples} samples"
                 )
-            self.num_steps = config.num_steps(self.sampler.steps_per_epoch)
-            config.schedule.check(self.num_steps, self.sampler.steps_per_epoch)
+            self.horizon = Horizon.of(config, num_samples)
+            self.num_steps = self.horizon.num_steps
+            config.schedule.check(self.num_steps, self.horizon.steps_per_epoch)
             config.layers.freeze(self.model)
             self.optimizer = DistributedOptimizer(
                 config.optimizer.build(config.layers.groups(self.model, config.optimizer.lr)),
@@ -112,6 +96,7 @@ class Trainer:
                 clip_norm=config.clip_norm,
                 loss_scale=config.loss_scale.build() if config.precision == "fp16" else None,
                 clip_value=config.clip_value,
+                norms_every=self.batch.norms_every,
             )
             self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
@@ -119,7 +104,7 @@ class Trainer:
                 self.optimizer,
                 config.schedule,
                 self.num_steps,
-                steps_per_epoch=self.sampler.steps_per_epoch,
+                steps_per_epoch=self.horizon.steps_per_epoch,
                 scale=config.optimizer.scale(config.batch_size),
             )
             self.plateau = watch(config.schedule, self.learning_rate, comm)
@@ -133,7 +118,13 @@ class Trainer:
         self._logged = (self.progress.samples, self.progress.step_seconds)
         self.recorder: Recorder | Silent = Silent()
         if self._run is not None:
-            self.recorder = Recorder(self._run.path, self.progress.step, self.num_steps, console or Console())
+            self.recorder = Recorder(
+                self._run.path,
+                self.progress.step,
+                self.num_steps,
+                console or Console(),
+                position=self._position if self.horizon.may_take_fewer_steps else None,
+            )
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluating and saving as the config says; the summary, equal on all ranks."""
@@ -146,7 +137,7 @@ class Trainer:
             if is_last or progress.step % self.config.log_every == 0:
                 self._log(self.comm.all_reduce(loss).item(), time.perf_counter() - started)
             progress.step_seconds += time.perf_counter() - started
-            self.recorder.step(progress.step)
+            self.recorder.step(self._position)
             if is_last or self._is_due(self.config.evaluation):
                 self.evaluate()
                 is_last = self._has_ended()
@@ -176,8 +167,10 @@ class Trainer:
                     loss = self.task.loss(self.model, batch)
                 # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.
                 self.optimizer.scale(loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
+                if index == 0 and index < last:
+                    self.optimizer.measure_first_pass()
             mean_loss += loss.detach() * ((stop - start) / share.num_samples)
-        self.learning_rate.set(self.progress.step)
+        self.learning_rate.set(self._position, self.batch.gain)
         self.optimizer.step()
         self.average.update()
         return mean_loss
@@ -218,8 +211,9 @@ class Trainer:
             step=self.progress.step,
             progress={
                 **asdict(self.progress),
-                "wire": self._wire(),
+                "wire": bytes_of_a_worker(self.optimizer.wire, self._wire_before),
                 "learning_rate": {**self.learning_rate.state_dict(), **self.plateau.state_dict()},
+                "batch": self.batch.state_dict(),
                 "num_samples": self.sampler.num_samples,
                 "parts": {"average": self.average.num_steps, "best": self.stopper.state_dict()},
             },
@@ -239,9 +233,9 @@ class Trainer:
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / progress.step_seconds if progress.step_seconds else 0.0,
             "metrics": self._metrics,
-            "wire": self._wire(),
+            "wire": bytes_of_a_worker(self.optimizer.wire, self._wire_before),
             "skipped_steps": progress.skipped_steps,
-            "ended_by": "last_step" if progress.step >= self.num_steps else "early_stopping",
+            "ended_by": "last_step" if self._is_over else "early_stopping",
             **self.stopper.summary(),
         }
 
@@ -252,7 +246,16 @@ class Trainer:
             self._run.lock.close()
 
     def _has_ended(self) -> bool:
-        return self.progress.step >= self.num_steps or self.stopper.is_over
+        return self._is_over or self.stopper.is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.horizon.is_over(self.progress, self.batch.scale_invariant_steps)
+
+    @property
+    def _position(self) -> float:
+        """Where schedules stand: the number of optimizer steps, unless the batch grows."""
+        return self.horizon.position(self.progress, self.batch.scale_invariant_steps)
 
     @property
     def _epochs(self) -> float:
@@ -268,17 +271,35 @@ class Trainer:
         while not self._has_ended():
             batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
             for share in self.sampler.shares():
+                size = self.sampler.batch_size
                 yield share, batches
                 if self._has_ended():
                     return
+                if self.sampler.batch_size != size:
+                    break  # the loader has read ahead in batches of the old size: a new one goes on at the position
 
     def _advance(self, share: Share, loss: torch.Tensor) -> None:
-        self.sampler.advance(share)
-        self.progress.step += 1
-        self.progress.samples += share.num_samples
-        self.progress.epoch, self.progress.offset = self.sampler.epoch, self.sampler.offset
-        self.progress.skipped_steps = self._skipped_before + self.optimizer.skipped_steps
-        self.plateau.step(loss, share.num_samples, self.progress)
+        progress, sampler = self.progress, self.sampler
+        skipped_steps = self._skipped_before + self.optimizer.skipped_steps
+        is_sound = skipped_steps == progress.skipped_steps
+        sizes, epoch = sampler.part_sizes(share), sampler.epoch
+        sampler.advance(share)
+        progress.step += 1
+        progress.samples += share.num_samples
+        progress.skipped_steps = skipped_steps
+        if self.batch.update(
+            loss,
+            share.num_samples,
+            sizes=sizes,
+            norms=self.optimizer.norms,
+            step=progress.step,
+            epochs=sampler.epoch + sampler.offset / sampler.num_samples,
+            ends_epoch=sampler.epoch > epoch,
+            is_sound=is_sound,
+        ):
+            sampler.resize(self.batch.batch_size, self.batch.accumulation)
+        progress.epoch, progress.offset = sampler.epoch, sampler.offset
+        self.plateau.step(loss, share.num_samples, progress)
 
     def _is_due(self, section: Evaluation | Checkpoint) -> bool:
         by_step = section.every_steps is not None and self.progress.step % section.every_steps == 0
@@ -295,9 +316,10 @@ class Trainer:
             "epoch": self._epochs,
             "loss": loss,
             "lr": self.learning_rate.lr,
+            **self.batch.metrics,
             "samples_per_second": (progress.samples - samples_before) / (step_seconds - seconds_before),
             "skipped_steps": progress.skipped_steps,
-            **{name: getattr(self.optimizer.wire.last_step, name) for name in _WIRE},
+            **{name: getattr(self.optimizer.wire.last_step, name) for name in WIRE},
         }
         if self.optimizer.grad_norm is not None:
             record["grad_norm"] = self.optimizer.grad_norm.item()
@@ -305,20 +327,6 @@ class Trainer:
             record["loss_scale"] = self.optimizer.loss_scale.value
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
-
-    def _wire(self) -> dict[str, Any]:
-        """Bytes of an average worker, in all and by compressor, those before a resumption included."""
-        ledger = self.optimizer.wire
-        parts = {"": ledger.total, **ledger.by_compressor}  # in the order of buckets, so alike on all ranks
-        rows = [[getattr(traffic, key) for key in _WIRE] for traffic in parts.values()]
-        means = (self.comm.all_reduce(torch.tensor(rows, device=self.comm.device)) // self.comm.world_size).tolist()
-        now = {name: dict(zip(_WIRE, row, strict=True)) for name, row in zip(parts, means, strict=True)}
-        before = {"": self._wire_before, **self._wire_before.get("by_compressor", {})}
-        sums = {
-            name: {key: sum(part[name][key] for part in (before, now) if name in part) for key in _WIRE}
-            for name in {**before, **now}
-        }
-        return {**sums.pop(""), "by_compressor": sums}
 
     def _synchronize_buffers(self) -> None:
         self.optimizer.synchronize_buffers()
@@ -381,4 +389,8 @@ class Trainer:
         self.learning_rate.load_state_dict(self.progress.learning_rate)
         self.plateau.load_state_dict(self.progress.learning_rate)
         self.sampler.epoch, self.sampler.offset = self.progress.epoch, self.progress.offset
+        if old.get("batch", {}).get("name") == self.config.to_dict()["batch"]["name"]:
+            self.batch.load_state_dict(self.progress.batch)
+            self.sampler.resize(self.batch.batch_size, self.batch.accumulation)
+            self.progress.epoch, self.progress.offset = self.sampler.epoch, self.sampler.offset
         return restored

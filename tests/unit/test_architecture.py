@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "disttrain"
 LAYERS: list[list[set[str]]] = [
     [{"cli", "__main__", "doctor"}],
     [{"training", "tasks"}],
-    [{"optim"}],
+    [{"optim"}, {"batching"}],
     [{"reduction"}],
     [{"comm"}, {"compression"}],
     [{"kernels"}, {"collectives", "validation", "errors"}],

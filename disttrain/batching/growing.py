@@ -1,0 +1,190 @@
+"""Carries a batch policy out: sizes, backward passes a step, the learning rate's gain, and what it goes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from disttrain.batching.base import BatchPolicy, Situation
+from disttrain.batching.fixed import Fixed
+from disttrain.batching.noise import GradientNoise
+from disttrain.comm import Communicator
+from disttrain.errors import UserError
+from disttrain.reduction import SquaredNorms
+
+
+class GrowingBatch:
+    """The present batch of a run, which ``update`` may change after each step. All ranks decide alike.
+
+    In a user's own loop, with ``optimizer = DistributedOptimizer(..., norms_every=growing.norms_every)``::
+
+        growing = GrowingBatch(registry.build({"name": "noise_scale", "max_batch_size": 512}), comm, 64, len(data))
+        for ...:                                         # batches of growing.batch_size samples over all ranks
+            ...
+            optimizer.step()
+            growing.update(loss, num_samples, sizes=[num_samples // comm.world_size] * comm.world_size,
+                           norms=optimizer.norms, step=step, epochs=epochs)
+            rate.step(growing.gain)
+
+    Args:
+        policy: from ``registry.build``.
+        comm: the ranks.
+        batch_size: samples of an optimizer step over all ranks at the beginning.
+        num_samples: of an epoch; the batch does not outgrow it.
+        accumulation: backward passes an optimizer step at the beginning, and the fewest later.
+
+    Attributes:
+        batch_size: of the next step.
+        accumulation: backward passes of the next step.
+        metrics: of the last step, for a log: "batch_size", and "gain" and "noise_scale" where there are such.
+        gain: what the learning rate is to be multiplied by in the next step.
+        noise: of gradients, as measured so far.
+        scale_invariant_steps: the sum of all sound steps' gains: so many steps of the reference batch the run is worth.
+
+    Raises:
+        UserError: there is nothing to measure noise by, as a step is one backward pass of one process.
+    """
+
+    def __init__(
+        self, policy: BatchPolicy, comm: Communicator, batch_size: int, num_samples: int, accumulation: int = 1
+    ) -> None:
+        self.policy, self._comm, self._initial, self._fewest_passes = policy, comm, batch_size, accumulation
+        self._reference = policy.reference(batch_size)
+        self._limit = max(batch_size, min(policy.limit or 0, num_samples))
+        self.noise = GradientNoise(policy.smoothing)
+        self.gain, self.scale_invariant_steps = 1.0, 0.0
+        self.metrics: dict[str, float] = {}
+        self._loss = torch.zeros((), dtype=torch.float64, device=comm.device)  # this rank's part, of the epoch so far
+        self._num_losses = 0
+        self._last_loss: float | None = None
+        self.resize(batch_size)
+        if policy.measures_noise and comm.world_size * self.accumulation == 1:
+            raise UserError(
+                "the batch policy compares the gradients of parts of a batch: start 2 or more workers, "
+                "or set accumulation=2"
+            )
+
+    @property
+    def norms_every(self) -> int | None:
+        """What the ``DistributedOptimizer`` takes under this name."""
+        return self.policy.measure_every if self.policy.measures_noise else None
+
+    def resize(self, batch_size: int) -> None:
+        """Go on with another batch: the fewest passes that keep within ``max_micro_batch`` and split it evenly."""
+        self.batch_size = batch_size
+        largest = self.policy.max_micro_batch
+        of_a_rank = math.ceil(batch_size / self._comm.world_size)
+        fewest = max(self._fewest_passes, math.ceil(of_a_rank / largest) if largest else 1)
+        even = (passes for passes in range(fewest, 2 * fewest) if batch_size % (passes * self._comm.world_size) == 0)
+        self.accumulation = next(even, fewest)
+
+    def update(
+        self,
+        loss: torch.Tensor,
+        num_samples: int,
+        *,
+        sizes: Sequence[int],
+        norms: SquaredNorms | None,
+        step: int,
+        epochs: float,
+        ends_epoch: bool = False,
+        is_sound: bool = True,
+    ) -> bool:
+        """Note a step and choose the next one's batch and gain. Of a step that was skipped nothing is noted.
+
+        Args:
+            loss: this rank's part of the mean loss over the step's samples: the sum over ranks is that mean.
+            num_samples: of the step, over all ranks.
+            sizes: samples of each rank; in one process, of the first backward pass alone.
+            norms: ``optimizer.norms``.
+            step: optimizer steps done.
+            epochs: epochs done, with the part of the present one.
+            ends_epoch: whether this was the last step of an epoch.
+            is_sound: whether the step was taken, and not skipped.
+
+        Returns:
+            Whether the batch size has changed.
+        """
+        self.metrics = {"batch_size": self.batch_size}
+        if not isinstance(self.policy, Fixed) or self.policy.lr_scaling != "none":
+            self.metrics["gain"] = self.gain
+        is_measured = False
+        if is_sound:
+            self.scale_invariant_steps += self.gain
+            if self.policy.needs_losses:
+                self._loss += loss.detach() * num_samples
+                self._num_losses += num_samples
+            is_measured = norms is not None and self.noise.update(norms, sizes, num_samples)
+        if self.noise.num_measured and math.isfinite(self.noise.scale):
+            self.metrics["noise_scale"] = self.noise.scale
+        situation = Situation(
+            batch_size=self.batch_size,
+            initial=self._initial,
+            step=step,
+            epochs=epochs,
+            epoch_losses=self._end_epoch() if ends_epoch and self.policy.needs_losses else None,
+            noise=self.noise,
+            is_measured=is_measured,
+        )
+        before, target = self.batch_size, self.policy.target(situation)
+        wanted = max(1, min(self._limit, math.floor(target) if math.isfinite(target) else self._limit))
+        if wanted != before:
+            self.resize(wanted)
+        self.gain = self._scaling() * self.policy.cut(target, self.batch_size)
+        return self.batch_size != before
+
+    def _scaling(self) -> float:
+        ratio = self.batch_size / self._reference
+        match self.policy.lr_scaling:
+            case "linear":
+                return ratio
+            case "sqrt":
+                return math.sqrt(ratio)
+            case "adascale":
+                return self.noise.gain(self._reference, self.batch_size)
+            case _:
+                return 1.0
+
+    def _end_epoch(self) -> tuple[float, float] | None:
+        """The mean losses of the epoch that ends and of the one before it. A collective."""
+        if not self._num_losses:
+            return None  # every step was skipped
+        loss = sum(self._losses()) / self._num_losses
+        self._loss, self._num_losses = torch.zeros_like(self._loss), 0
+        before, self._last_loss = self._last_loss, loss
+        return None if before is None else (loss, before)
+
+    def _losses(self) -> list[float]:
+        """Every rank's part, in rank order."""
+        return [float(part) for part in self._comm.all_gather_object(self._loss.item())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run must know to go on, as JSON values, equal on all ranks. A collective."""
+        return {
+            "initial": self._initial,
+            "batch_size": self.batch_size,
+            "gain": self.gain,
+            "scale_invariant_steps": self.scale_invariant_steps,
+            "noise": self.noise.state_dict(),
+            "losses": self._losses() if self.policy.needs_losses else [],
+            "num_losses": self._num_losses,
+            "last_loss": self._last_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, on as many ranks or another number.
+
+        Its batch size counts if the run began with the same; if not, that of the beginning.
+        """
+        if state["initial"] == self._initial:
+            self.resize(min(state["batch_size"], self._limit))
+        self.gain, self.scale_invariant_steps = state["gain"], state["scale_invariant_steps"]
+        self.noise.load_state_dict(state["noise"])
+        losses = state["losses"]
+        if losses and len(losses) != self._comm.world_size:  # what counts is their sum
+            losses = [sum(losses), *[0.0] * (self._comm.world_size - 1)]
+        self._loss.fill_(losses[self._comm.rank] if losses else 0.0)
+        self._num_losses, self._last_loss = (state["num_losses"] if losses else 0), state["last_loss"]
