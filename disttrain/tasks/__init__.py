@@ -19,6 +19,7 @@ from disttrain.validation import Registry
 __all__ = ["Task", "TensorData", "registry"]
 
 _PATHS = {
+    "huggingface": "disttrain.tasks.huggingface:HuggingFace",
     "digits": "disttrain.tasks.digits:Digits",
     "text": "disttrain.tasks.text:Text",
 }

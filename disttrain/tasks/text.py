@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from disttrain.errors import UserError
 from disttrain.tasks.base import Task
+from disttrain.tasks.paths import resolve
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 _END_OF_FILE = b"\0"
@@ -33,7 +34,8 @@ class Text(Task):
 
     path: str | None = Field(
         default=None,
-        description="a folder (all files in it), a file, or a glob; null: the standard library's .py files",
+        description="a folder (all files in it), a file, or a glob; 'package:sklearn/datasets/descr/*.rst' looks in an "
+        "installed package; null: the standard library's .py files",
     )
     held_out: float = Field(
         default=0.05, gt=0, lt=1, description="share of the files that is evaluated, not trained on"
@@ -95,15 +97,16 @@ class Text(Task):
 
     def _files(self) -> list[tuple[str, Path]]:
         """The files and their names relative to where the search began: equal wherever the folder lies."""
-        if self.path is None:
+        path = self.path and resolve(self.path, "task.path")
+        if path is None:
             root = Path(sysconfig.get_path("stdlib"))
             files = [file for file in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(file.relative_to(root).parts)]
-        elif Path(self.path).is_dir():
-            root = Path(self.path)
+        elif Path(path).is_dir():
+            root = Path(path)
             files = [file for file in root.rglob("*") if "/." not in f"/{file.relative_to(root).as_posix()}"]
         else:
-            files = [Path(name) for name in glob.glob(self.path, recursive=True)]
-            root = Path(self.path.split("*")[0]).parent
+            files = [Path(name) for name in glob.glob(path, recursive=True)]
+            root = Path(path.split("*")[0]).parent
         found = sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
         if not found:
             raise UserError(

@@ -24,6 +24,7 @@ from torch import nn
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.optim.replicas import broadcast_model
+from disttrain.tasks.paths import resolve
 from disttrain.training import checkpoint_folder
 from disttrain.training.agreement import agreement
 from disttrain.validation import Section
@@ -42,7 +43,7 @@ class StartFrom(Section):
         description="a .safetensors file, a torch state dict, or a folder: of a run, a checkpoint, model.safetensors"
     )
     reset: tuple[str, ...] = Field(
-        default=(), description="shell patterns of parameters that keep their fresh values, a new head say: 'head.*'"
+        default=(), description="shell patterns of names not to be loaded: a new head, say 'head.*', stays fresh"
     )
     rename: dict[str, str] = Field(
         default={}, description="beginnings of names in the file, and what they are in the model: {'module.': ''}"
@@ -104,8 +105,10 @@ def load_weights(
         model: its parameters and buffers are overwritten, keeping their dtype and device.
         path: a ``.safetensors`` file; a torch file with a state dict; the folder of a run or of a checkpoint (the
             weights that the run's result is of: the best, the averaged, or the last); a folder with
-            ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several.
-        reset: shell patterns of names that keep what they are in ``model``, whatever the file has.
+            ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several. ``package:name/folder`` lies in an
+            installed package.
+        reset: shell patterns of names that keep what they are in ``model``, whatever the file has; or are only in the
+            file, and are left there.
         rename: how names in the file begin, and what stands there in the model. The longest beginning counts.
         strict: what is missing, unexpected or of another shape, and not reset, is an error.
 
@@ -121,7 +124,7 @@ def load_weights(
         name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
     }
     for pattern in reset:
-        if not any(fnmatchcase(name, pattern) for name in own):
+        if not any(fnmatchcase(name, pattern) for name in (*own, *found)):
             nearest = difflib.get_close_matches(pattern, own, n=1, cutoff=0.0)[0]
             raise UserError(f"reset pattern {pattern!r} matches no parameter; the nearest name is {nearest!r}")
     match = _match(found, own, reset)
@@ -152,6 +155,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: there is none, or it is damaged, or holds other things than tensors.
     """
+    path = Path(resolve(str(path), "weights"))
     if not path.exists():
         raise UserError(f"weights {str(path)!r} do not exist")
     if not path.is_dir():

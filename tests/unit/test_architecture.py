@@ -18,6 +18,7 @@ LAYERS: list[list[set[str]]] = [
     [{"kernels"}, {"collectives", "validation", "errors"}],
 ]
 OPTIONAL = {"horovod": "comm/horovod.py", "mpi4py": "comm/mpi.py", "triton": "kernels/", "numba": "kernels/"}
+OPTIONAL |= {"transformers": "tasks/huggingface.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -114,3 +114,12 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
+
+
+def test_text_of_an_installed_package_is_found_by_its_name() -> None:
+    names = [name for name, _ in Text(path="package:disttrain/tasks/*.py")._files()]
+    assert {"tasks/base.py", "tasks/text.py"} <= set(names)
+    with pytest.raises(UserError, match="there is no installed package 'nosuchthing'"):
+        Text(path="package:nosuchthing/*.py").train_data()
+    with pytest.raises(UserError, match="matches no file"):
+        Text(path="package:disttrain/*.nothing").train_data()

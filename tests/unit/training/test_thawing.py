@@ -58,7 +58,7 @@ def test_ranks_equal_one_process(tmp_path: Path, changes: dict[str, Any]) -> Non
             torch.testing.assert_close(model[name], value, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("stop_at", [3, UNTIL, UNTIL + 1, UNTIL + 3])
+@pytest.mark.parametrize("stop_at", [UNTIL, UNTIL + 1])
 @pytest.mark.parametrize(
     "compressor",
     ["dense", {"name": "topk", "ratio": 0.2, "min_numel": 1}, {"name": "powersgd", "rank": 1, "min_numel": 1}],

@@ -1,0 +1,180 @@
+"""Classify texts with a model of the transformers library from a local folder, under a head of its own.
+
+Nothing is fetched. The task builds what the folder's config.json describes; its weights come by ``start_from``, which
+says what it took and what not::
+
+    task: {name: huggingface, model: /models/all-MiniLM-L6-v2, data: reviews.jsonl}
+    start_from:
+      weights: /models/all-MiniLM-L6-v2
+      rename: {"": "body."}                     # the file has the body alone
+      reset: ["head.*", "body.pooler.*"]        # the head is new, the file's pooler is not needed
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from torch.utils.data import Dataset
+
+from disttrain.errors import UserError
+from disttrain.tasks.base import Task, TensorData
+from disttrain.tasks.paths import resolve
+
+
+class HuggingFace(Task):
+    """Text classification by the mean over a text's tokens of the last hidden state, and a linear head.
+
+    Samples are lines ``{"text": ..., "label": ...}`` of a .jsonl file, rows of a .csv file with these columns, or the
+    paragraphs of the files of a folder, whose labels are the files' names without suffix. A part of the texts, chosen
+    by a hash of the text, is held out.
+    """
+
+    model: str = Field(
+        description="a folder with config.json and the tokenizer's files; 'package:name/folder' in an installed one"
+    )
+    data: str = Field(description="a .jsonl or .csv file with text and label, or a folder with a file a class")
+    max_length: int = Field(default=128, ge=2, description="tokens of a text; the rest is cut off")
+    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the texts that is evaluated, not trained on")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="of the head; the body's own are in its config.json")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each label spread over all classes, in the training loss alone"
+    )
+
+    def build_model(self) -> nn.Module:
+        auto = _transformers().AutoModel
+        config = _read(lambda folder: _transformers().AutoConfig.from_pretrained(folder, local_files_only=True), self)
+        return Classifier(auto.from_config(config), config.hidden_size, len(self._labels), self.dropout)
+
+    def train_data(self) -> Dataset[Any]:
+        return self._split[0]
+
+    def eval_data(self) -> Dataset[Any]:
+        return self._split[1]
+
+    def collate(self, samples: Any) -> Any:
+        """Without the columns that are padding in all texts of the batch."""
+        tokens, mask, labels = super().collate(samples)
+        length = int(mask.sum(1).max())
+        return tokens[:, :length], mask[:, :length], labels
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        tokens, mask, labels = batch
+        return F.cross_entropy(model(tokens, mask), labels, label_smoothing=self.label_smoothing)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:
+        tokens, mask, labels = batch
+        scores = model(tokens, mask)
+        return {
+            "accuracy": ((scores.argmax(1) == labels).sum(), len(labels)),
+            "loss": (F.cross_entropy(scores, labels, reduction="sum"), len(labels)),
+        }
+
+    @cached_property
+    def _samples(self) -> list[tuple[str, str]]:
+        """(text, label), each text once, in an order that depends on nothing but them."""
+        path = Path(resolve(self.data, "task.data"))
+        if not path.exists():
+            raise UserError(f"task.data={self.data!r} does not exist")
+        found = sorted({(text.strip(), label): None for text, label in _read_samples(path, self.data) if text.strip()})
+        if len({label for _, label in found}) < 2:
+            raise UserError(f"task.data={self.data!r} has {len(found)} texts of one class at most: two are needed")
+        return found
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        return sorted({label for _, label in self._samples})
+
+    @cached_property
+    def _split(self) -> tuple[TensorData, TensorData]:
+        tokenizer = _read(lambda f: _transformers().AutoTokenizer.from_pretrained(f, local_files_only=True), self)
+        encoded = tokenizer(
+            [text for text, _ in self._samples],
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        numbers = {label: number for number, label in enumerate(self._labels)}
+        labels = torch.tensor([numbers[label] for _, label in self._samples])
+        held_out = torch.tensor([_hash(text) < self.held_out for text, _ in self._samples])
+        if held_out.all() or not held_out.any():
+            raise UserError(
+                f"task.held_out={self.held_out}: of {len(labels)} texts, nothing is left to train on or to hold out"
+            )
+        parts = [
+            TensorData(encoded["input_ids"][mask], encoded["attention_mask"][mask], labels[mask])
+            for mask in (~held_out, held_out)
+        ]
+        return parts[0], parts[1]
+
+
+class Classifier(nn.Module):
+    """``body``, the masked mean of its last hidden state, ``head``.
+
+    Takes int64 tokens and their mask, (samples, length); gives scores of shape (samples, classes).
+    """
+
+    def __init__(self, body: nn.Module, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.body = body
+        if getattr(body, "pooler", None) is not None:
+            body.pooler = None  # type: ignore[assignment]  # it would be trained, and never used
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weight = mask.unsqueeze(2).to(hidden.dtype)
+        return self.head(self.dropout((hidden * weight).sum(1) / weight.sum(1)))  # type: ignore[no-any-return]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "task.name='huggingface' needs transformers, which is not installed: pip install 'disttrain[huggingface]'"
+        ) from error
+    return transformers
+
+
+def _read(load: Any, task: HuggingFace) -> Any:
+    folder = Path(resolve(task.model, "task.model"))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"task.model={task.model!r} should be a local folder with config.json; there is none")
+    try:
+        return load(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"task.model={task.model!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _read_samples(path: Path, shown: str) -> Iterator[tuple[str, str]]:
+    if path.is_dir():
+        for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith((".", "_"))):
+            for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+                yield " ".join(paragraph.split()), file.stem
+        return
+    if path.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"task.data={shown!r} should be a .jsonl or .csv file, or a folder with a file a class")
+    with path.open(newline="", encoding="utf-8") as lines:
+        rows = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
+        try:
+            for row in rows:
+                yield str(row["text"]), str(row["label"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"task.data={shown!r}: every sample needs text and label ({error!r})") from error
+
+
+def _hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
