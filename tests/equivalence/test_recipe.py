@@ -156,13 +156,14 @@ def one_process(build: Build, before: Before, schedule: Callable[[Optimizer], An
     return parameters_of(net)
 
 
-def one_of_many(optimizer_spec: Any, schedule_spec: Any, comm: Communicator, layers: Layers) -> torch.Tensor:
+def one_of_many(
+    optimizer_spec: Any, schedule_spec: Any, comm: Communicator, layers: Layers, compressor: Any = "dense"
+) -> torch.Tensor:
     net = make_net()
     layers.freeze(net)
     section = optimizers.build(optimizer_spec)
     inner = section.build(layers.groups(net, section.lr))
-    optimizer = DistributedOptimizer(inner, net, comm=comm, bucket_mb=0.0005)
-    assert optimizer._can_step_by_bucket()
+    optimizer = DistributedOptimizer(inner, net, comm=comm, bucket_mb=0.0005, compressor=compressor)
     rate = LearningRate(optimizer, schedules.build(schedule_spec), NUM_STEPS, steps_per_epoch=STEPS_PER_EPOCH)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
@@ -187,6 +188,30 @@ def assert_equal(wanted: torch.Tensor, optimizer: Any, schedule: Any, layers: La
 def test_every_optimizer(case: str) -> None:
     options, build, before = OPTIMIZERS[case]
     assert_equal(one_process(build, before, None), {"name": case, **options}, "constant")
+
+
+@pytest.mark.parametrize(
+    ("case", "compressor"),
+    [("lars", "topk"), ("lamb", "powersgd"), ("rmsprop, l1", "topk"), ("sgd, decoupled", "powersgd")],
+)
+def test_stepping_bucket_by_bucket_changes_no_bit(case: str, compressor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_by_bucket = DistributedOptimizer._can_step_by_bucket
+    options = {"name": case, **OPTIMIZERS[case][0]}
+    exchange = {"name": compressor, "min_numel": 1, **({"rank": 1} if compressor == "powersgd" else {})}
+    seen = []
+
+    def train(is_allowed: bool) -> list[torch.Tensor]:
+        def decide(optimizer: DistributedOptimizer) -> bool:
+            assert steps_by_bucket(optimizer)
+            seen.append(is_allowed)
+            return is_allowed
+
+        monkeypatch.setattr(DistributedOptimizer, "_can_step_by_bucket", decide)
+        return simulate(2, lambda comm: one_of_many(options, "constant", comm, Layers(), exchange))
+
+    for alone, together in zip(train(True), train(False), strict=True):
+        assert torch.equal(alone, together)
+    assert set(seen) == {True, False}
 
 
 SGD = {"name": "sgd", "lr": LR, "momentum": 0.5}
