@@ -22,7 +22,7 @@ from disttrain.optim.layerwise import trust_ratios
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.optim.thawing import Thawing
 from disttrain.training import checkpoint
-from disttrain.training.agreement import AgreedError, agreement
+from disttrain.training.agreement import agreement
 from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import (
     ShardedSampler,
@@ -41,6 +41,7 @@ from disttrain.training.plateau import watch
 from disttrain.training.precision import autocast
 from disttrain.training.progress import WIRE, Progress, bytes_of_a_worker
 from disttrain.training.random_state import seed_everything
+from disttrain.training.resuming import check_fits
 from disttrain.training.run_directory import RunDirectory, open_run
 from disttrain.training.setup import set_up_torch
 
@@ -368,18 +369,9 @@ class Trainer:
     def _resume(self, path: Path, manifest: dict[str, Any]) -> bool:
         """Take over a checkpoint; whether that restored the random generators."""
         saved, old = dict(manifest["progress"]), manifest["config"]
-        num_samples, parts = saved.pop("num_samples"), saved.pop("parts", {"average": 0, "best": {}})
-        for key in ("name", "momentum_correction"):  # what the optimizer's state means
-            was, now = old["optimizer"].get(key), self.config.to_dict()["optimizer"].get(key)
-            if was != now:
-                message = f"optimizer.{key}={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that"
-                raise AgreedError(message)
-        order = (old["seed"], num_samples)
-        if saved["offset"] and order != (self.config.seed, self.sampler.num_samples):
-            raise AgreedError(
-                f"checkpoint {str(path)!r} lies within an epoch of seed={order[0]} and {order[1]} samples, now it is "
-                f"{self.config.seed} and {self.sampler.num_samples}: keep them, or resume from an epoch's end"
-            )
+        saved.pop("num_samples")
+        parts = saved.pop("parts", {"average": 0, "best": {}})
+        check_fits(path, manifest, self.config, self.sampler.num_samples)
         self.thawing.reach(saved["step"] - 1)
         restored = checkpoint.load(path, manifest, self.comm, self.model, self.optimizer)
         with agreement(self.comm):
