@@ -131,7 +131,9 @@ def _table(summary: Mapping[str, Any], directory: Path) -> Table:
     table.add_row("steps", f"{steps}, stopped early" if summary.get("ended_by") == "early_stopping" else steps)
     if (best := summary.get("best")) and best["value"] is not None:
         restored = ", put back" if best["restored"] else ""
-        table.add_row(f"best {best['metric'].replace('_', ' ')}", f"{best['value']:.4f} (step {best['step']}{restored})")
+        table.add_row(
+            f"best {best['metric'].replace('_', ' ')}", f"{best['value']:.4f} (step {best['step']}{restored})"
+        )
     if summary["skipped_steps"]:
         table.add_row("skipped steps", f"{summary['skipped_steps']} (a gradient was inf or NaN)")
     table.add_row("workers", f"{summary['world_size']} ({summary['engine']})")
