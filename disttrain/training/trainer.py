@@ -350,15 +350,17 @@ class Trainer:
 
     def _open_run(self) -> RunDirectory | None:
         """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""
-        run = None
+        run, start_from = None, self.config.start_from
+        if start_from is not None and self.config.resume == "never":  # before an earlier run of this name is set aside
+            start_from.load(self.model, self.comm)
         with agreement(self.comm):
             if self.comm.rank == 0:
                 run = open_run(self.config)
         found = run and run.resumed and [str(run.resumed.path), run.resumed.manifest]
         found = self.comm.broadcast_object(found)
-        if found is None and self.config.start_from is not None:
-            self.config.start_from.load(self.model, self.comm)
-        elif found is not None and self.config.start_from is not None:
+        if found is None and start_from is not None and self.config.resume != "never":
+            start_from.load(self.model, self.comm)
+        elif found is not None and start_from is not None:
             logger.info("start_from is not used: the run goes on from %s", found[0])
         restored = found is not None and self._resume(Path(found[0]), found[1])
         if not restored:  # unlike on each rank: dropout should differ

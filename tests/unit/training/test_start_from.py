@@ -13,6 +13,7 @@ from torch import nn
 from disttrain import load_weights
 from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
+from disttrain.training.start_from import StartFrom
 from tests.unit.training.test_trainer import make_config, train
 
 
@@ -177,6 +178,20 @@ def test_a_run_hands_on_the_weights_that_its_result_is_of(tmp_path: Path, result
     for _, model in simulate(2, lambda comm: train(config, comm)):
         for name, value in wanted.items():
             assert torch.equal(model[name], value) or "running" in name or "num_batches" in name, name
+
+
+def test_a_run_may_go_on_from_an_earlier_one_of_its_name_and_a_mistake_leaves_that_alone(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_steps=2)
+    _, wanted = train(config, SingleProcess())
+    again = config.model_copy(update={"start_from": StartFrom(weights="nowhere.pt")})
+    with pytest.raises(UserError, match="do not exist"):
+        train(again, SingleProcess())
+    assert not (tmp_path / "test.1").exists()
+    again = config.model_copy(update={"start_from": StartFrom(weights=str(config.directory))})
+    assert load_weights(again.task.build_model(), config.directory).loaded
+    seen: list[torch.Tensor] = []
+    train(again, SingleProcess(), lambda trainer: seen.append(trainer.model[0].weight.detach().clone()))
+    assert torch.equal(seen[0], wanted["0.weight"])
 
 
 def test_ranks_go_on_from_the_same_weights_and_a_resumed_run_from_its_own(
