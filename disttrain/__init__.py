@@ -9,6 +9,7 @@ from disttrain.errors import PeerLostError, UserError
 
 if TYPE_CHECKING:
     from disttrain import compression
+    from disttrain.batching import GradientNoise, GrowingBatch
     from disttrain.comm import init
     from disttrain.optim.averaging import WeightAverage
     from disttrain.optim.distributed import DistributedOptimizer
@@ -26,6 +27,8 @@ __all__ = [
     "LAMB",
     "LARS",
     "DistributedOptimizer",
+    "GradientNoise",
+    "GrowingBatch",
     "Layers",
     "LearningRate",
     "LossScale",
@@ -42,6 +45,8 @@ __all__ = [
 # Imported when they are asked for, so that `disttrain --help` need not wait for torch.
 _HOMES = {
     "DistributedOptimizer": "disttrain.optim.distributed",
+    "GradientNoise": "disttrain.batching",
+    "GrowingBatch": "disttrain.batching",
     "LAMB": "disttrain.optim.lamb",
     "LARS": "disttrain.optim.lars",
     "Layers": "disttrain.optim.groups",

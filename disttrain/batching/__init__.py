@@ -10,8 +10,8 @@ from disttrain.batching.noise import GradientNoise
 from disttrain.batching.noise_scale import NoiseScale
 from disttrain.batching.norm_test import NormTest
 from disttrain.batching.plateau import Plateau
+from disttrain.batching.registry import registry
 from disttrain.batching.schedule import Scheduled
-from disttrain.validation import Registry
 
 __all__ = [
     "AdaScale",
@@ -26,16 +26,3 @@ __all__ = [
     "Situation",
     "registry",
 ]
-
-registry: Registry[BatchPolicy] = Registry(
-    "batch",
-    BatchPolicy,  # type: ignore[type-abstract]
-    {
-        "fixed": Fixed,
-        "schedule": Scheduled,
-        "plateau": Plateau,
-        "noise_scale": NoiseScale,
-        "norm_test": NormTest,
-        "adascale": AdaScale,
-    },
-)

@@ -11,6 +11,7 @@ import torch
 from disttrain.batching.base import BatchPolicy, Situation
 from disttrain.batching.fixed import Fixed
 from disttrain.batching.noise import GradientNoise
+from disttrain.batching.registry import registry
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.reduction import SquaredNorms
@@ -21,16 +22,15 @@ class GrowingBatch:
 
     In a user's own loop, with ``optimizer = DistributedOptimizer(..., norms_every=growing.norms_every)``::
 
-        growing = GrowingBatch(registry.build({"name": "noise_scale", "max_batch_size": 512}), comm, 64, len(data))
-        for ...:                                         # batches of growing.batch_size samples over all ranks
-            ...
+        growing = GrowingBatch({"name": "noise_scale", "max_batch_size": 512}, comm, 64, len(data))
+        while ...:
+            ...                                          # growing.batch_size samples over all ranks
             optimizer.step()
-            growing.update(loss, num_samples, sizes=[num_samples // comm.world_size] * comm.world_size,
-                           norms=optimizer.norms, step=step, epochs=epochs)
-            rate.step(growing.gain)
+            growing.update(loss / comm.world_size, num_samples, norms=optimizer.norms, step=step, epochs=epochs)
+            rate.step(growing.gain)                      # a LearningRate
 
     Args:
-        policy: from ``registry.build``.
+        policy: a policy, its name, or a mapping as in a config: ``{"name": "plateau", "max_batch_size": 256}``.
         comm: the ranks.
         batch_size: samples of an optimizer step over all ranks at the beginning.
         num_samples: of an epoch; the batch does not outgrow it.
@@ -45,13 +45,21 @@ class GrowingBatch:
         scale_invariant_steps: the sum of all sound steps' gains: so many steps of the reference batch the run is worth.
 
     Raises:
-        UserError: there is nothing to measure noise by, as a step is one backward pass of one process.
+        UserError: the policy does not fit the batch, or has nothing to measure noise by, as a step is one backward pass
+            of one process.
     """
 
     def __init__(
-        self, policy: BatchPolicy, comm: Communicator, batch_size: int, num_samples: int, accumulation: int = 1
+        self,
+        policy: BatchPolicy | str | Mapping[str, Any],
+        comm: Communicator,
+        batch_size: int,
+        num_samples: int,
+        accumulation: int = 1,
     ) -> None:
-        self.policy, self._comm, self._initial, self._fewest_passes = policy, comm, batch_size, accumulation
+        self.policy = policy = registry.build(policy)
+        policy.check(batch_size, None, None)
+        self._comm, self._initial, self._fewest_passes = comm, batch_size, accumulation
         self._reference = policy.reference(batch_size)
         self._limit = max(batch_size, min(policy.limit or 0, num_samples))
         self.noise = GradientNoise(policy.smoothing)
@@ -86,8 +94,8 @@ class GrowingBatch:
         loss: torch.Tensor,
         num_samples: int,
         *,
-        sizes: Sequence[int],
-        norms: SquaredNorms | None,
+        sizes: Sequence[float] | None = None,
+        norms: SquaredNorms | None = None,
         step: int,
         epochs: float,
         ends_epoch: bool = False,
@@ -98,8 +106,8 @@ class GrowingBatch:
         Args:
             loss: this rank's part of the mean loss over the step's samples: the sum over ranks is that mean.
             num_samples: of the step, over all ranks.
-            sizes: samples of each rank; in one process, of the first backward pass alone.
-            norms: ``optimizer.norms``.
+            sizes: samples of each rank; in one process, of the first backward pass alone. None: all parts are alike.
+            norms: ``optimizer.norms``, where the policy measures noise.
             step: optimizer steps done.
             epochs: epochs done, with the part of the present one.
             ends_epoch: whether this was the last step of an epoch.
@@ -117,7 +125,7 @@ class GrowingBatch:
             if self.policy.needs_losses:
                 self._loss += loss.detach() * num_samples
                 self._num_losses += num_samples
-            is_measured = norms is not None and self.noise.update(norms, sizes, num_samples)
+            is_measured = norms is not None and self.noise.update(norms, sizes or self._parts(num_samples), num_samples)
         if self.noise.num_measured and math.isfinite(self.noise.scale):
             self.metrics["noise_scale"] = self.noise.scale
         situation = Situation(
@@ -135,6 +143,11 @@ class GrowingBatch:
             self.resize(wanted)
         self.gain = self._scaling() * self.policy.cut(target, self.batch_size)
         return self.batch_size != before
+
+    def _parts(self, num_samples: int) -> list[float]:
+        if self._comm.world_size == 1:
+            return [num_samples / self.accumulation]
+        return [num_samples / self._comm.world_size] * self._comm.world_size
 
     def _scaling(self) -> float:
         ratio = self.batch_size / self._reference

@@ -27,7 +27,7 @@ class GradientNoise:
         self.num_measured = 0
         self._square_norm = self._trace = self._weight = 0.0
 
-    def update(self, norms: SquaredNorms, sizes: Sequence[int], num_samples: int) -> bool:
+    def update(self, norms: SquaredNorms, sizes: Sequence[float], num_samples: int) -> bool:
         """Take in a measurement.
 
         Args:

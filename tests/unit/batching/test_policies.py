@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
+import disttrain
 from disttrain.batching import BatchPolicy, GradientNoise, GrowingBatch, Situation, registry
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
@@ -174,3 +176,45 @@ def test_what_does_not_fit_is_refused(spec: dict[str, Any], message: str) -> Non
 def test_noise_needs_two_parts() -> None:
     with pytest.raises(UserError, match="start 2 or more workers, or set accumulation=2"):
         GrowingBatch(registry.build(SPEC), SingleProcess(), 16, 1000)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_in_a_loop_of_ones_own(world_size: int) -> None:
+    """A gradient of known noise: the batch grows to its noise scale and no further, whatever the number of ranks."""
+    scale = 100.0  # trace 100 over a squared norm of 1
+
+    def run(comm: Communicator) -> tuple[list[int], float]:
+        weight = torch.nn.Parameter(torch.zeros(400, 1))
+        model = torch.nn.ParameterList([weight])
+        passes = 2 if world_size == 1 else 1
+        growing = disttrain.GrowingBatch(
+            {"name": "noise_scale", "max_batch_size": 4096, "lr_scaling": "sqrt", "smoothing": 0.98},
+            comm,
+            batch_size=8,
+            num_samples=100000,
+            accumulation=passes,
+        )
+        optimizer = disttrain.DistributedOptimizer(
+            torch.optim.SGD([weight], lr=0.1), model, comm=comm, norms_every=growing.norms_every
+        )
+        generator = torch.Generator().manual_seed(comm.rank)
+        sizes = []
+        for step in range(400):
+            optimizer.zero_grad()
+            for index in range(passes):
+                own = growing.batch_size // world_size // passes
+                noise = torch.randn(own, 400, generator=generator).mean(0) * (scale / 400) ** 0.5
+                loss = (weight.view(-1) * (noise + 0.05)).sum() / passes
+                with optimizer.no_sync() if index < passes - 1 else contextlib.nullcontext():
+                    loss.backward()
+                    if index < passes - 1:
+                        optimizer.measure_first_pass()
+            optimizer.step()
+            growing.update(loss, growing.batch_size, norms=optimizer.norms, step=step, epochs=0.0)
+            sizes.append(growing.batch_size)
+        return sizes, growing.gain
+
+    for sizes, gain in simulate(world_size, run):
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == 64
+        assert gain == pytest.approx(8**0.5)
