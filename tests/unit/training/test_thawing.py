@@ -121,3 +121,19 @@ def test_a_rule_for_compression_may_be_for_what_thaws_later(tmp_path: Path) -> N
     config = make_config(tmp_path, layers=LAYERS, compressor={"name": "dense", "rules": rules})
     (summary, _), _ = simulate(2, lambda comm: train(config, comm))
     assert summary["wire"]["by_compressor"]["topk"]["dense_bytes"] == (9 - UNTIL) * 6 * 8 * 4
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_frozen_set(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"layers": LAYERS, "average": {"decay": 0.6}, "checkpoint": {"every_steps": 1}}
+    _, expected = train(make_config(tmp_path / "alone", **changes), SingleProcess())
+
+    def stop(trainer: Trainer) -> None:
+        if trainer.progress.step == UNTIL + 1:
+            raise InterruptedError
+
+    config = make_config(tmp_path / "stopped", **changes, resume="auto")
+    with pytest.raises(InterruptedError):
+        simulate(2, lambda comm: train(config, comm, stop))
+    for _, model in simulate(3, lambda comm: train(config, comm)):
+        for name, value in expected.items():
+            torch.testing.assert_close(model[name], value, rtol=0, atol=1e-10)
