@@ -35,13 +35,14 @@ from disttrain.training.trainer import Trainer  # noqa: E402
 
 METRIC = "bits_per_byte"
 SCRATCH, FLAT = "from scratch", "one rate"
+RATES = [1.5e-3, 3e-3, 6e-3, 12e-3]
 
 
 def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    rate: Annotated[list[float], typer.Option(help="Rates that every way is tried with.")] = [1e-3, 2e-3, 4e-3, 8e-3],  # noqa: B006
-    decay: Annotated[list[float], typer.Option(help="Factors of the rate from a layer to the one before it.")] = [0.8],  # noqa: B006
-    steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning, and of training from scratch.")] = 200,
+    rate: Annotated[list[float], typer.Option(help="Rates that every way is tried with.")] = RATES,
+    decay: Annotated[list[float], typer.Option(help="Factors of the rate from a layer to the one before it.")] = [0.7],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning, and of training from scratch.")] = 100,
     pretraining: Annotated[int, typer.Option(min=1, help="Steps on the first text.")] = 1500,
     setting: Annotated[list[str], typer.Option(help="Overrides for all fine-tuning runs.")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
@@ -74,7 +75,7 @@ def main(
     rows = summarise_runs(runs)
     table = make_table(rows, seeds, steps, pretraining)
     result = {"machine": machine, "pretraining": before, "runs": runs, "rows": rows}
-    show_and_write(table, result, output, "finetune", width=110)
+    show_and_write(table, result, output, "finetune")
 
 
 def train(config: str, directory: str, name: str, seed: int, steps: int, settings: Sequence[str]) -> float:
