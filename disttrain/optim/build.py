@@ -1,7 +1,7 @@
 """Optimizers by name: the fields are the config's ``optimizer:`` section.
 
 torch's own, and LARS and LAMB, which torch has not. The fused variants update all parameters in one pass over memory,
-on the CPU too; the others go over lists of tensors.
+on the CPU too; where there is none, torch goes over lists of tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -124,8 +124,13 @@ class Adagrad(_Decoupled):
     initial_accumulator_value: float = Field(default=0.0, ge=0)
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
         return torch.optim.Adagrad(
-            groups, lr=self.lr, eps=self.eps, initial_accumulator_value=self.initial_accumulator_value, foreach=True
+            groups,
+            lr=self.lr,
+            eps=self.eps,
+            initial_accumulator_value=self.initial_accumulator_value,
+            fused=on_cpu or None,
         )
 
 
@@ -137,7 +142,7 @@ class Adadelta(_Decoupled):
     eps: float = Field(default=1e-6, gt=0)
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return torch.optim.Adadelta(groups, lr=self.lr, rho=self.rho, eps=self.eps, foreach=True)
+        return torch.optim.Adadelta(groups, lr=self.lr, rho=self.rho, eps=self.eps)
 
 
 class RMSprop(_Decoupled):
@@ -156,7 +161,6 @@ class RMSprop(_Decoupled):
             eps=self.eps,
             momentum=self.momentum,
             centered=self.centered,
-            foreach=True,
         )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from disttrain.optim.layerwise import Layerwise, check_between, norms, quotient
+from disttrain.optim.layerwise import Layerwise, check_between, norms, quotient, uses_lists
+
+_FOREVER = 1e30  # steps after which no bias is left to correct
 
 
 class LAMB(Layerwise):
@@ -41,6 +43,7 @@ class LAMB(Layerwise):
         norm_bounds: the least and the largest norm of weights that counts; None: any.
         adapt: whether parameters have a trust ratio; None: those of two dimensions or more.
         decay_1d: whether weight decay also holds for parameters of one dimension or none.
+        foreach: whether to go over lists of tensors; None: except on the CPU, where torch's fused Adam does the work.
 
     Attributes:
         trust_ratios: the last :math:`\phi(\|w\|) / \|r + \lambda w\|` of each parameter that has one, a 0-d tensor.
@@ -61,6 +64,7 @@ class LAMB(Layerwise):
         norm_bounds: tuple[float, float] | None = None,
         adapt: bool | None = None,
         decay_1d: bool = False,
+        foreach: bool | None = None,
     ) -> None:
         check_between("lr", lr, 0)
         for index, beta in enumerate(betas):
@@ -80,39 +84,31 @@ class LAMB(Layerwise):
                 "norm_bounds": norm_bounds,
                 "adapt": adapt,
                 "decay_1d": decay_1d,
+                "foreach": foreach,
             },
         )
 
     def _update(
         self, group: Mapping[str, Any], parameters: list[torch.Tensor], weight_decay: float, adapts: bool
     ) -> None:
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        beta1, beta2 = group["betas"]
         states = [self._state_of(parameter) for parameter in parameters]
-        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
         torch._foreach_add_([state["step"] for state in states], 1)
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-
-        roots = torch._foreach_sqrt(squares)
-        if group["bias_correction"]:
-            steps = [state["step"].item() for state in states]
-            torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
-            torch._foreach_add_(roots, group["eps"])
-            updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
-            torch._foreach_div_(updates, roots)
-        else:
-            torch._foreach_add_(roots, group["eps"])
-            updates = torch._foreach_div(means, roots)
-        if weight_decay:
-            torch._foreach_add_(updates, parameters, alpha=weight_decay)
-        if adapts:
-            weights = norms(parameters)
-            if group["norm_bounds"] is not None:
-                weights = weights.clamp(*group["norm_bounds"])
-            torch._foreach_mul_(updates, self._note(parameters, quotient(weights, norms(updates))))
-        torch._foreach_add_(parameters, updates, alpha=-float(group["lr"]))
+        lists = uses_lists(group, parameters[0].device) or not all(map(_are_alike, parameters, states))
+        updates = (_updates if lists else _fused_updates)(group, parameters, states, weight_decay)
+        rate = float(group["lr"])
+        if not adapts:
+            torch._foreach_add_(parameters, updates, alpha=-rate)
+            return
+        weights = norms(parameters)
+        if group["norm_bounds"] is not None:
+            weights = weights.clamp(*group["norm_bounds"])
+        ratios = self._note(parameters, quotient(weights, norms(updates)))
+        if lists:
+            torch._foreach_mul_(updates, ratios)
+            torch._foreach_add_(parameters, updates, alpha=-rate)
+            return
+        for parameter, update, ratio in zip(parameters, updates, ratios, strict=True):
+            parameter.add_(update, alpha=-rate * ratio.item())
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -121,3 +117,63 @@ class LAMB(Layerwise):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
+
+
+def _updates(
+    group: Mapping[str, Any], parameters: list[torch.Tensor], states: list[dict[str, Any]], weight_decay: float
+) -> list[torch.Tensor]:
+    """Adam's direction and the decay: r + lambda w."""
+    beta1, beta2 = group["betas"]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    roots = torch._foreach_sqrt(squares)
+    if group["bias_correction"]:
+        steps = [state["step"].item() for state in states]
+        torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
+        torch._foreach_div_(updates, roots)
+    else:
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(means, roots)
+    if weight_decay:
+        torch._foreach_add_(updates, parameters, alpha=weight_decay)
+    return list(updates)
+
+
+def _fused_updates(
+    group: Mapping[str, Any], parameters: list[torch.Tensor], states: list[dict[str, Any]], weight_decay: float
+) -> list[torch.Tensor]:
+    """The same by torch's fused Adam, which takes a step of length 1 from -lambda w; its sign turned."""
+    updates = [parameter * weight_decay if weight_decay else torch.zeros_like(parameter) for parameter in parameters]
+    steps = [state["step"] for state in states]
+    if not group["bias_correction"]:
+        steps = [torch.full_like(step, _FOREVER) for step in steps]
+    torch._fused_adam_(
+        updates,
+        [parameter.grad for parameter in parameters if parameter.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        steps,
+        lr=-1.0,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=0.0,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    return updates
+
+
+def _are_alike(parameter: torch.Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether memory is laid out alike and without gaps, as the fused loop needs it."""
+    grad = parameter.grad
+    strides = {
+        tensor.stride() for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"]) if tensor is not None
+    }
+    return len(strides) == 1 and torch.empty_like(parameter).stride() == parameter.stride()

@@ -56,9 +56,9 @@ class Layerwise(Optimizer):
                 self._update(group, parameters, decay, adapts)
         return loss
 
-    def _note(self, parameters: list[torch.Tensor], ratios: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _note(self, parameters: list[torch.Tensor], ratios: torch.Tensor) -> list[torch.Tensor]:
         """The ratios one by one, remembered."""
-        parts = ratios.unbind()
+        parts = list(ratios.unbind())
         self.trust_ratios.update(zip(parameters, parts, strict=True))
         return parts
 
@@ -72,6 +72,11 @@ def trust_ratios(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
         return {}
     values = torch.stack([ratio.double().cpu() for ratio in ratios.values()]).tolist()
     return {f"trust_ratio/{name}": value for name, value in zip(ratios, values, strict=True)}
+
+
+def uses_lists(group: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether to work on lists of tensors, as GPUs like it."""
+    return group["foreach"] if group["foreach"] is not None else device.type != "cpu"
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -68,8 +68,9 @@ def lars_of_the_paper(momentum: float, weight_decay: float, eta: float, correcte
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.1)])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_lars_is_the_papers(momentum: float, weight_decay: float, corrected: bool) -> None:
-    options = {"trust_coefficient": 0.02, "momentum_correction": corrected}
+@pytest.mark.parametrize("foreach", [None, True])
+def test_lars_is_the_papers(momentum: float, weight_decay: float, corrected: bool, foreach: bool | None) -> None:
+    options = {"trust_coefficient": 0.02, "momentum_correction": corrected, "foreach": foreach}
     ours = follow(*make(LARS, lr=1.0, momentum=momentum, weight_decay=weight_decay, **options))
     for value, expected in zip(ours, lars_of_the_paper(momentum, weight_decay, 0.02, corrected), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-10)
@@ -103,8 +104,11 @@ def lamb_of_the_paper(
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("bounds", [None, (0.5, 2.0)])
-def test_lamb_is_the_papers(weight_decay: float, corrected: bool, bounds: tuple[float, float] | None) -> None:
-    options: dict[str, Any] = {"bias_correction": corrected, "norm_bounds": bounds}
+@pytest.mark.parametrize("foreach", [None, True])
+def test_lamb_is_the_papers(
+    weight_decay: float, corrected: bool, bounds: tuple[float, float] | None, foreach: bool | None
+) -> None:
+    options: dict[str, Any] = {"bias_correction": corrected, "norm_bounds": bounds, "foreach": foreach}
     ours = follow(*make(LAMB, lr=1.0, betas=(0.8, 0.95), weight_decay=weight_decay, **options))
     for value, expected in zip(ours, lamb_of_the_paper(weight_decay, corrected, bounds), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-10)
@@ -151,6 +155,26 @@ def test_norms_of_half_precision_do_not_overflow(cls: type[torch.optim.Optimizer
     optimizer.step()
     assert parameter.isfinite().all()
     assert (parameter < 100).all()
+
+
+@pytest.mark.parametrize("cls", [LARS, LAMB])
+def test_memory_may_be_laid_out_in_any_way(cls: type[torch.optim.Optimizer]) -> None:
+    values, gradient = torch.randn(6, 4, dtype=DTYPE), torch.randn(6, 4, dtype=DTYPE)
+    results = []
+    for parameter, grad in (
+        (values.clone(), gradient),
+        (values.t().contiguous().t(), gradient),
+        (values.clone(), gradient.t().contiguous().t()),
+        (values.repeat(1, 2)[:, :4], gradient.clone()),
+    ):
+        parameter.requires_grad_(True)
+        optimizer = cls([parameter], lr=0.1, weight_decay=0.1)  # type: ignore[call-arg]
+        for _ in range(3):
+            parameter.grad = grad.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+        results.append(parameter.detach())
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("cls", [LARS, LAMB])
