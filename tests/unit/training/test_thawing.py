@@ -58,23 +58,33 @@ def test_ranks_equal_one_process(tmp_path: Path, changes: dict[str, Any]) -> Non
             torch.testing.assert_close(model[name], value, rtol=0, atol=1e-10)
 
 
+TOPK: dict[str, Any] = {"name": "topk", "ratio": 0.2, "min_numel": 1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "topk": {"compressor": TOPK},
+    "powersgd": {"compressor": {"name": "powersgd", "rank": 1, "min_numel": 1}},
+    "growing batch": {
+        "compressor": TOPK,
+        "batch_size": 4,
+        "batch": {"name": "noise_scale", "max_batch_size": 40, "min_measurements": 2, "smoothing": 0.5},
+        "epochs": 2,
+    },
+}
+
+
 @pytest.mark.parametrize("stop_at", [UNTIL, UNTIL + 1])
-@pytest.mark.parametrize(
-    "compressor",
-    ["dense", {"name": "topk", "ratio": 0.2, "min_numel": 1}, {"name": "powersgd", "rank": 1, "min_numel": 1}],
-    ids=["dense", "topk", "powersgd"],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bit(
-    tmp_path: Path, stop_at: int, compressor: Any
+    tmp_path: Path, stop_at: int, variant: str
 ) -> None:
     changes: dict[str, Any] = {
         "layers": LAYERS,
-        "compressor": compressor,
         "average": {"decay": 0.6},
         "early_stopping": STOPPING,
         "evaluation": {"every_steps": 2},
         "checkpoint": {"every_steps": 1, "keep": 1},
-        "task": {"batch_norm": False, "num_samples": 52},
+        "task": {"num_samples": 52},
+        **VARIANTS[variant],
     }
 
     def stop(trainer: Trainer) -> None:
