@@ -47,7 +47,13 @@ def test_parameters_train_from_their_step_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"clip_norm": 0.05, "accumulation": 2}, {"optimizer": {"name": "adamw", "lr": 0.01}}]
+    "changes",
+    [
+        {"clip_norm": 0.05, "accumulation": 2},
+        {"optimizer": {"name": "adamw", "lr": 0.01}},
+        {"optimizer": {"name": "lamb", "lr": 0.01}, "clip_value": 0.02},
+        {"optimizer": {"name": "lars", "lr": 0.1, "l1": 1e-3}},
+    ],
 )
 def test_ranks_equal_one_process(tmp_path: Path, changes: dict[str, Any]) -> None:
     alone = make_config(tmp_path / "alone", layers=LAYERS, **changes)
