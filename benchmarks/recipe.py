@@ -3,8 +3,9 @@
     python benchmarks/recipe.py --experiment growing --task digits
     python benchmarks/recipe.py --experiment large --task digits
 
-All runs of an experiment see equally many samples. Two virtual ranks a run, in one process and one thread, so that
-there are gradients of parts of a batch to measure noise by; runs go side by side, since nothing is timed.
+On digits all runs of an experiment see equally many samples; on text those that grow take half of the steps. A run is
+two virtual ranks in one process and one thread, so that there are parts of a batch to measure noise by; runs go side by
+side, since nothing is timed.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
         ["max_steps=600", "batch_size=16"],
         {
             "batch 16": [],
-            "schedule: x2 at steps 100, 160, 220": [
-                "batch.name=schedule", "batch.unit=step", "batch.milestones=[100,160,220]", "batch.factor=2",
-                "batch.lr_scaling=sqrt", "batch.max_batch_size=128",
+            "schedule: x2 at steps 60, 120, 180": [
+                "max_steps=300", "batch.name=schedule", "batch.unit=step", "batch.milestones=[60,120,180]",
+                "batch.factor=2", "batch.max_batch_size=128",
             ],
-            "noise scale": ["batch.name=noise_scale", "batch.lr_scaling=sqrt", "batch.max_batch_size=64"],
+            "noise scale": ["max_steps=300", "batch.name=noise_scale", "batch.max_batch_size=128"],
         },
     ),
     (Experiment.LARGE, Task.DIGITS): (
