@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.kernels import loops, loops_natural
+from disttrain.kernels import loops, loops_low_rank, loops_natural, loops_sign
 from disttrain.kernels.reference import RUN, Kernels, Tensor, num_blocks, sampled_rank, sampled_runs, widths
 
 _MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
@@ -114,35 +114,35 @@ class CpuKernels(Kernels):
         count = num_blocks(grad.numel(), block)
         bits = torch.empty(count * block // 8, dtype=torch.uint8)
         scales = torch.empty(count, dtype=grad.dtype)
-        loops.sign(grad.numpy(), _array(residual), _array(rest), block, bits.numpy(), scales.numpy())
+        loops_sign.sign(grad.numpy(), _array(residual), _array(rest), block, bits.numpy(), scales.numpy())
         return bits, scales
 
     def sign_mean(
         self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
-        loops.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
+        loops_sign.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
 
     def sign_vote(
         self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
-        loops.sign_vote(_stack(bits), _stack(weights), block, add, out.numpy())
+        loops_sign.sign_vote(_stack(bits), _stack(weights), block, add, out.numpy())
 
     def take_two_means(self, matrix: Tensor) -> Tensor:
         means = torch.empty(2, len(matrix), dtype=matrix.dtype)
-        loops.take_two_means(matrix.numpy(), means.numpy())
+        loops_sign.take_two_means(matrix.numpy(), means.numpy())
         return means
 
     def add_two_means(self, bits: Tensor, block: int, start: int, means: Tensor, matrix: Tensor) -> None:
-        loops.add_two_means(bits.numpy(), block, start, means.numpy(), matrix.numpy())
+        loops_sign.add_two_means(bits.numpy(), block, start, means.numpy(), matrix.numpy())
 
     def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
         p = torch.empty(len(q), len(grad), dtype=q.dtype)
-        loops.project(grad.numpy(), _array(residual), total.numpy(), q.numpy(), p.numpy())
+        loops_low_rank.project(grad.numpy(), _array(residual), total.numpy(), q.numpy(), p.numpy())
         return p
 
     def project_back(self, total: Tensor, p: Tensor) -> Tensor:
         q = torch.zeros(len(p), total.shape[1], dtype=p.dtype)
-        loops.project_back(total.numpy(), p.numpy(), q.numpy())
+        loops_low_rank.project_back(total.numpy(), p.numpy(), q.numpy())
         return q
 
     def low_rank_rest(
@@ -155,7 +155,7 @@ class CpuKernels(Kernels):
         p, q, mean_p, mean_q = (
             torch.nn.functional.pad(factor, (0, 0, 0, 4 - rank)).numpy() for factor in (*own, *mean)
         )
-        loops.low_rank_rest(total.numpy(), p, q, mean_p, mean_q, out.numpy())
+        loops_low_rank.low_rank_rest(total.numpy(), p, q, mean_p, mean_q, out.numpy())
 
 
 def _array(tensor: Tensor | None) -> Any:
