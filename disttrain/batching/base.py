@@ -58,8 +58,11 @@ class BatchPolicy(Section, ABC):
     smoothing: float = Field(
         default=0.95, ge=0, lt=1, description="of the noise's two estimators: what one measurement leaves of the others"
     )
-    measure_every: int = Field(
-        default=1, ge=1, description="steps between two measurements of noise, a dense exchange each under compression"
+    measure_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps between two measurements of noise, each of which costs a dense exchange under compression; "
+        "null: 10 where some gradients travel compressed, else 1",
     )
 
     @property

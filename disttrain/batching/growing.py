@@ -15,6 +15,7 @@ from disttrain.batching.registry import registry
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.reduction import SquaredNorms
+from disttrain.reduction.norms import Every
 
 
 class GrowingBatch:
@@ -76,9 +77,9 @@ class GrowingBatch:
             )
 
     @property
-    def norms_every(self) -> int | None:
+    def norms_every(self) -> Every | None:
         """What the ``DistributedOptimizer`` takes under this name."""
-        return self.policy.measure_every if self.policy.measures_noise else None
+        return (self.policy.measure_every or "auto") if self.policy.measures_noise else None
 
     def resize(self, batch_size: int) -> None:
         """Go on with another batch: the fewest passes that keep within ``max_micro_batch`` and split it evenly."""

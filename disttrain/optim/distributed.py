@@ -19,6 +19,7 @@ from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.reduction import Ledger, Reducer, SquaredNorms
 from disttrain.reduction.bucket import GradientBucket, NamedParameter
+from disttrain.reduction.norms import Every
 from disttrain.reduction.state import load_state, state_dict
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class DistributedOptimizer(Optimizer):
         clip_value: largest magnitude of an entry of the mean gradient; None does not clip. Before ``clip_norm``, so
             that both bounds hold.
         norms_every: measure the norms of gradients, for their noise, once in so many steps; None never does. Under
-            compression a measured step exchanges the gradients once more, dense.
+            compression a measured step exchanges the gradients once more, dense; "auto" measures one in ten of such
+            steps, and all others.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
@@ -74,7 +76,7 @@ class DistributedOptimizer(Optimizer):
         clip_norm: float | None = None,
         loss_scale: LossScale | None = None,
         clip_value: float | None = None,
-        norms_every: int | None = None,
+        norms_every: Every | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):

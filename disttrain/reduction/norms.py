@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -13,6 +14,8 @@ from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.ledger import Account, Ledger
 
 STATISTICS = Account("statistics")
+_RARELY = 10
+Every: TypeAlias = int | Literal["auto"]
 
 
 class SquaredNorms(NamedTuple):
@@ -32,10 +35,11 @@ class NormMeter:
     """Measures one step in every ``every`` committed ones, so that a step that was skipped leaves no trace.
 
     Dense means are looked at as they arrive. Where a gradient travels compressed, it is averaged once more, dense, in
-    the steps that are measured: that is what ``every`` keeps rare.
+    the steps that are measured: that is what ``every`` keeps rare. "auto" measures each step that sends all gradients
+    dense, and one in ten of the others.
     """
 
-    def __init__(self, every: int, ledger: Ledger, comm: Communicator) -> None:
+    def __init__(self, every: Every, ledger: Ledger, comm: Communicator) -> None:
         self._every, self._ledger, self._comm = every, ledger, comm
         self._first_pass: torch.Tensor | None = None
         self._forget()
@@ -45,8 +49,12 @@ class NormMeter:
         self._whole: list[torch.Tensor] = []
         self._pending: list[Work[Result]] = []
 
-    def is_due(self, step: int) -> bool:
-        return step % self._every == 0
+    def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:
+        every = self._every
+        if every == "auto":
+            is_free = self._comm.world_size == 1 or all(isinstance(bucket.present, Dense) for bucket in buckets)
+            every = 1 if is_free else _RARELY
+        return step % every == 0
 
     def first_pass(self, gradients: list[torch.Tensor], scale: float) -> None:
         """Note what the first of several backward passes gave."""

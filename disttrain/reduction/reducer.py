@@ -25,7 +25,7 @@ from disttrain.compression.base import Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Account, Ledger
-from disttrain.reduction.norms import NormMeter, SquaredNorms
+from disttrain.reduction.norms import Every, NormMeter, SquaredNorms
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Reducer:
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
         later: those that ``add`` may bring; rules may be for them.
-        norms_every: steps between two in which the gradients' norms are measured; None never does.
+        norms_every: steps between two in which the gradients' norms are measured; "auto" chooses, None never does.
 
     Attributes:
         norms: of the last step, if it was measured and sound.
@@ -58,7 +58,7 @@ class Reducer:
         policy: Policy,
         bucket_mb: float | None = None,
         later: Sequence[NamedParameter] = (),
-        norms_every: int | None = None,
+        norms_every: Every | None = None,
     ) -> None:
         self.buckets: list[GradientBucket] = []
         self.ledger = Ledger(comm)
@@ -163,7 +163,8 @@ class Reducer:
 
     def _due_meter(self) -> NormMeter | None:
         """The meter, if this step is to be measured."""
-        return self._meter if self._meter is not None and self._meter.is_due(self.buckets[0].state.step) else None
+        meter = self._meter
+        return meter if meter is not None and meter.is_due(self.buckets[0].state.step, self.buckets) else None
 
     def measure_first_pass(self) -> None:
         """In one process, where several backward passes make a step: take what the first gave as a part of the batch.

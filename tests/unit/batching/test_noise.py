@@ -186,3 +186,25 @@ def test_a_step_whose_gradients_come_in_two_exchanges_is_not_measured() -> None:
         assert first is not None
         assert second is None
         assert third is not None
+
+
+@pytest.mark.parametrize(("compressor", "expected"), [("dense", list(range(12))), ("topk", [0, 1, 2, 10])])
+def test_what_costs_an_exchange_is_measured_rarely(compressor: str, expected: list[int]) -> None:
+    def run(comm: Communicator) -> list[int]:
+        model = copy.deepcopy(MODEL)
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            comm=comm,
+            compressor={"name": compressor, "min_numel": 0, "dense_steps": 3},
+            norms_every="auto",
+        )
+        measured = []
+        for step in range(12):
+            optimizer.zero_grad()
+            loss_of(model, comm.rank, step).backward()
+            optimizer.step()
+            measured += [step] * (optimizer.norms is not None)
+        return measured
+
+    assert simulate(2, run) == [expected] * 2
