@@ -67,6 +67,9 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
                 "batch.max_batch_size=256",
             ],
             "noise scale": ["batch.name=noise_scale", "batch.lr_scaling=sqrt", "batch.max_batch_size=256"],
+            "noise scale, at most batch 128": [
+                "batch.name=noise_scale", "batch.lr_scaling=sqrt", "batch.max_batch_size=128",
+            ],
         },
     ),
     (Experiment.GROWING, Task.TEXT): (
@@ -88,8 +91,11 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, sgd, lr 0.1": ["optimizer.lr=0.1"],
             "batch 1024, sgd, lr 0.2": ["optimizer.lr=0.2"],
             "batch 1024, sgd, lr 0.8 (linear)": ["optimizer.lr=0.8"],
+            "batch 1024, lars, lr 0.4": [
+                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.03", "schedule.name=polynomial",
+            ],
             "batch 1024, lars, lr 10": ["optimizer.name=lars", "optimizer.lr=10", "schedule.warmup_steps=20"],
-            "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05"],
+            "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
         },
     ),
 }  # fmt: skip
