@@ -92,7 +92,8 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, sgd, lr 0.2": ["optimizer.lr=0.2"],
             "batch 1024, sgd, lr 0.8 (linear)": ["optimizer.lr=0.8"],
             "batch 1024, lars, lr 0.4": [
-                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.03", "schedule.name=polynomial",
+                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.03",
+                "schedule.name=polynomial",
             ],
             "batch 1024, lars, lr 10": ["optimizer.name=lars", "optimizer.lr=10", "schedule.warmup_steps=20"],
             "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
