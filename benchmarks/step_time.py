@@ -75,7 +75,7 @@ def main(
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
     hook: Annotated[list[Hook], typer.Option(help="The peer's own compression, beside it without.")] = [],  # noqa: B006
     peer_env: Annotated[
-        list[str], typer.Option(help="NAME=VALUE for the peer's workers: MALLOC_MMAP_THRESHOLD_=1073741824, ...")
+        list[str], typer.Option(help="NAME=VALUE for the peer's workers: MALLOC_MMAP_THRESHOLD_=268435456, ...")
     ] = [],  # noqa: B006
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
     label: Annotated[str, typer.Option(help="Goes into the result files' names.")] = "",

@@ -8,7 +8,7 @@ import os
 # <malloc.h>
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
-_LARGE, _LARGE_OF_OLD = 2**30, 2**25  # before glibc 2.35, 32 MiB are the most
+_LARGE, _LARGE_OF_OLD = 2**28, 2**25  # before glibc 2.35, 32 MiB are the most
 
 _OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
@@ -18,7 +18,8 @@ def keep_freed_memory() -> bool:
 
     Backward allocates every gradient anew, and glibc returns large blocks as soon as they are free: the kernel then has
     to clear the same pages in every step, which takes as long as a quarter of the whole computation. The price is that
-    a worker keeps what it needed at its peak. Blocks above 1 GiB are still returned.
+    a worker keeps what it needed at its peak, and a little more, as blocks do not always fit where others were. Blocks
+    above 256 MiB are still returned.
 
     Whoever sets one of glibc's own variables (``MALLOC_TRIM_THRESHOLD_`` and the like, or ``GLIBC_TUNABLES`` of
     ``glibc.malloc``) is left in charge. Other C libraries, and allocators that are preloaded, see nothing of it.
