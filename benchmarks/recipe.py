@@ -55,20 +55,16 @@ METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 Cases = dict[str, list[str]]
 EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
     (Experiment.GROWING, Task.DIGITS): (
-        ["epochs=10", "batch_size=16", "optimizer.lr=0.02"],
+        ["epochs=30", "batch_size=16", "optimizer.lr=0.02"],
         {
             "batch 16": [],
-            "schedule: x3 at epochs 2, 4, 6": [
-                "batch.name=schedule", "batch.milestones=[2,4,6]", "batch.factor=3", "batch.lr_scaling=sqrt",
+            "schedule: x3 at epochs 5, 10, 15": [
+                "batch.name=schedule", "batch.milestones=[5,10,15]", "batch.factor=3", "batch.lr_scaling=sqrt",
                 "batch.max_batch_size=256",
             ],
-            "plateau: x4 at factor 0.7": [
-                "batch.name=plateau", "batch.factor=0.7", "batch.growth=4", "batch.lr_scaling=sqrt",
-                "batch.max_batch_size=256",
-            ],
-            "noise scale": ["batch.name=noise_scale", "batch.lr_scaling=sqrt", "batch.max_batch_size=256"],
-            "noise scale, at most batch 128": [
-                "batch.name=noise_scale", "batch.lr_scaling=sqrt", "batch.max_batch_size=128",
+            "plateau: x2 at factor 0.9": ["batch.name=plateau", "batch.max_batch_size=256"],
+            "noise scale, half of it": [
+                "batch.name=noise_scale", "batch.share=0.5", "batch.lr_scaling=sqrt", "batch.max_batch_size=256",
             ],
         },
     ),
