@@ -33,7 +33,8 @@ with socket.create_connection(("w0", 5000)) as connection:
     connection.sendall(bytes(int(sys.argv[1])))
 """
 HOLDER = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 from benchmarks.network import ShapedNetwork
 with ShapedNetwork(2) as network:
     network.run("w1", ["sleep", "300"])
