@@ -7,7 +7,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # As after `. .venv/bin/activate`: another active environment must not be taken for this one.
 ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-# Tests that start workers of their own wait a good deal: three files at a time, on any number of cores. The others have
+# Tests that start workers of their own wait a good deal: two files at a time, on any number of cores. The others have
 # one process a core.
 # (Exit code 5 of pytest: ARGS leaves no test.)
 PROCESSES := distributed or slurm or netns or gpu
@@ -26,7 +26,7 @@ train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); AR
 
 test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
 	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto --dist loadgroup $(ARGS) || $(NONE_CHOSEN)
-	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 3 --dist loadfile $(ARGS) || $(NONE_CHOSEN)
+	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile $(ARGS) || $(NONE_CHOSEN)
 
 lint: $(VENV)/.test ## ruff: errors, style, formatting
 	$(VENV)/bin/ruff check .
