@@ -13,7 +13,7 @@ from disttrain import tasks
 from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training.start_from import StartFrom
-from tests.unit.training.test_trainer import make_config, train
+from tests.support.runs import make_config, train
 
 transformers = pytest.importorskip("transformers", reason="the extra 'huggingface' is not installed")
 

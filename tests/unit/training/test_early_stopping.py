@@ -14,7 +14,7 @@ from disttrain.errors import UserError
 from disttrain.training.config import Config
 from disttrain.training.early_stopping import EarlyStopping, Stopper
 from disttrain.training.trainer import Trainer
-from tests.unit.training.test_trainer import make_config, records, train
+from tests.support.runs import make_config, records, stop_run, train
 
 STOPPING: dict[str, Any] = {"metric": "error", "mode": "min", "patience": 2, "restore_best": True}
 
@@ -111,17 +111,12 @@ def test_resuming_with_an_average_and_early_stopping_equals_no_stop_bit_for_bit(
         "clip_value": 0.5,
     }
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == stop_at:
-            raise InterruptedError
-
     reference = diverging(tmp_path / "reference", **changes)
     expected = simulate(2, lambda comm: train(reference, comm))
     assert expected[0][0]["ended_by"] == "early_stopping"
     assert expected[0][0]["steps"] > stop_at
     config = diverging(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, stop_at)
     for _ in range(2):  # going on, and then resuming a run that has ended
         for (summary, model), (expected_summary, expected_model) in zip(
             simulate(2, lambda comm: train(config, comm)), expected, strict=True

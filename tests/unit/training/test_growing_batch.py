@@ -15,7 +15,7 @@ from disttrain.errors import UserError
 from disttrain.training import trainer as trainer_module
 from disttrain.training.horizon import Horizon
 from disttrain.training.trainer import Trainer
-from tests.unit.training.test_trainer import make_config, records, train
+from tests.support.runs import make_config, records, stop_run, train, untimed_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,23 +115,14 @@ def test_resuming_equals_no_stop_while_the_batch_grows(
     grown = next(index for index, size in enumerate(sizes) if size > sizes[0])  # the first step of a larger batch
     stops = {grown + 1, len(sizes) - 1}
     for stop_at in sorted(stops):
-
-        def stop(trainer: Trainer, stop_at: int = stop_at) -> None:
-            if trainer.progress.step == stop_at:
-                raise InterruptedError
-
         saved = {"every_steps": stop_at, "every_epochs": None}
         config = config_of(tmp_path / str(stop_at), policy, **{**changes, "checkpoint": saved}, resume="auto")
-        with pytest.raises(InterruptedError):
-            simulate(world_size, lambda comm, config=config, stop=stop: train(config, comm, stop))
+        stop_run(config, world_size, stop_at)
         resumed = simulate(world_size, lambda comm, config=config: train(config, comm))
         for (summary, model), (expected_summary, expected_model) in zip(resumed, expected, strict=True):
             assert all(torch.equal(model[name], value) for name, value in expected_model.items())
             assert summary["steps"] == expected_summary["steps"]
-        for ours, theirs in zip(records(config), records(reference), strict=True):
-            assert {k: v for k, v in ours.items() if k != "samples_per_second"} == {
-                k: v for k, v in theirs.items() if k != "samples_per_second"
-            }
+        assert untimed_records(config) == untimed_records(reference)
     assert len(set(sizes)) > 1
 
 
@@ -151,12 +142,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(tmp_path: Path, p
         finally:
             trainer.close()
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == 4:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, 4)
     resumed = config.model_copy(update={"resume": "auto"})
     [before] = set(simulate(2, lambda comm: position(comm, resumed)))
     [after] = set(simulate(3, lambda comm: position(comm, resumed)))

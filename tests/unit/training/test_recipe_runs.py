@@ -17,8 +17,7 @@ from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training.layer_table import layer_table
 from disttrain.training.schedule_preview import preview, show
-from disttrain.training.trainer import Trainer
-from tests.unit.training.test_trainer import make_config, records, train
+from tests.support.runs import make_config, records, stop_run, train, untimed_records
 
 PLATEAU: dict[str, Any] = {"name": "reduce_on_plateau", "patience": 0, "threshold": 0.05, "gamma": 0.5}
 RESUMED: dict[str, dict[str, Any]] = {
@@ -46,21 +45,16 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, case: str, stop_at: int) -> None:
     changes = {"epochs": 5, "checkpoint": {"every_steps": 1, "keep": 1}, **RESUMED[case]}
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == stop_at:
-            raise InterruptedError
-
     reference = make_config(tmp_path / "reference", **changes)
     expected = simulate(2, lambda comm: train(reference, comm))
     config = make_config(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, stop_at)
     resumed = simulate(2, lambda comm: train(config, comm))
     for (_, model), (_, expected_model) in zip(resumed, expected, strict=True):
         for name, value in expected_model.items():
             assert torch.equal(model[name], value), name
-    untimed = [{k: v for k, v in record.items() if k != "samples_per_second"} for record in records(config)]
-    assert untimed == [{k: v for k, v in record.items() if k != "samples_per_second"} for record in records(reference)]
+    untimed = untimed_records(config)
+    assert untimed == untimed_records(reference)
     rates = [record["lr"] for record in untimed if record["kind"] == "train"]
     if "schedule" in changes:
         assert len(set(rates)) > 2, "the rate changes, before the stop and after it"

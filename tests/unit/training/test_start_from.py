@@ -14,7 +14,7 @@ from disttrain import load_weights
 from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training.start_from import StartFrom
-from tests.unit.training.test_trainer import make_config, train
+from tests.support.runs import make_config, train
 
 
 class Net(nn.Module):

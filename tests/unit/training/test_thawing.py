@@ -11,8 +11,8 @@ import torch
 from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training.trainer import Trainer
+from tests.support.runs import make_config, records, stop_run, train
 from tests.unit.training.test_early_stopping import STOPPING
-from tests.unit.training.test_trainer import make_config, records, train
 
 UNTIL = 4
 LAYERS: dict[str, Any] = {
@@ -93,15 +93,10 @@ def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bi
         **VARIANTS[variant],
     }
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == stop_at:
-            raise InterruptedError
-
     reference = make_config(tmp_path / "reference", **changes)
     expected = simulate(2, lambda comm: train(reference, comm))
     config = make_config(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, stop_at)
     for (summary, model), (expected_summary, expected_model) in zip(
         simulate(2, lambda comm: train(config, comm)), expected, strict=True
     ):
@@ -143,13 +138,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_frozen_set(tmp_path: Path
     changes: dict[str, Any] = {"layers": LAYERS, "average": {"decay": 0.6}, "checkpoint": {"every_steps": 1}}
     _, expected = train(make_config(tmp_path / "alone", **changes), SingleProcess())
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == UNTIL + 1:
-            raise InterruptedError
-
     config = make_config(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, UNTIL + 1)
     for _, model in simulate(3, lambda comm: train(config, comm)):
         for name, value in expected.items():
             torch.testing.assert_close(model[name], value, rtol=0, atol=1e-10)

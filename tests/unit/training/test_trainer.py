@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,43 +17,7 @@ from disttrain.errors import UserError
 from disttrain.training import config as configs
 from disttrain.training.config import Config
 from disttrain.training.trainer import Trainer
-
-RESULT = tuple[dict[str, Any], dict[str, torch.Tensor]]
-
-
-def make_config(output: Path, **changes: Any) -> Config:
-    values = {
-        "name": "test",
-        "output": str(output),
-        "task": {"name": "tests.support.tiny_task:Tiny", **changes.pop("task", {})},
-        "dtype": "float64",
-        "batch_size": 24,
-        "epochs": 3,
-        "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-        "log_every": 1,
-        "num_threads": torch.get_num_threads(),
-    }
-    return configs.from_dict({**values, **changes})
-
-
-def train(config: Config, comm: Communicator, before_step: Callable[[Trainer], None] = lambda trainer: None) -> RESULT:
-    trainer = Trainer(config, comm, Console(file=io.StringIO()))
-    step = trainer.train_step
-
-    def watched(*args: Any) -> torch.Tensor:
-        before_step(trainer)
-        return step(*args)
-
-    trainer.train_step = watched  # type: ignore[method-assign]
-    try:
-        return trainer.run(), {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    finally:
-        trainer.close()
-
-
-def records(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
-
+from tests.support.runs import make_config, records, stop_run, train, untimed_records
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -120,15 +83,10 @@ def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, world_size: int, st
         "task": {"batch_norm": True, "num_samples": 52, "dropout": 0.5 if world_size == 1 else 0.0},
     }
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == stop_at:
-            raise InterruptedError
-
     reference = make_config(tmp_path / "reference", **changes)
     expected = simulate(world_size, lambda comm: train(reference, comm))
     config = make_config(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(world_size, lambda comm: train(config, comm, stop))
+    stop_run(config, world_size, stop_at)
     torch.manual_seed(99)  # what a new process would not have either
     resumed = simulate(world_size, lambda comm: train(config, comm))
     for (summary, model), (expected_summary, expected_model) in zip(resumed, expected, strict=True):
@@ -136,8 +94,7 @@ def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, world_size: int, st
             assert torch.equal(model[name], value), name
         for key in ("steps", "epochs", "metrics", "wire"):
             assert summary[key] == expected_summary[key]
-    untimed = [{k: v for k, v in record.items() if k != "samples_per_second"} for record in records(config)]
-    assert untimed == [{k: v for k, v in record.items() if k != "samples_per_second"} for record in records(reference)]
+    assert untimed_records(config) == untimed_records(reference)
     assert not (tmp_path / "stopped/test.1").exists(), "resumed in place"
 
 
@@ -155,15 +112,10 @@ def test_resuming_equals_no_stop_while_the_loss_scale_moves(tmp_path: Path, stop
         "epochs": 7,
     }
 
-    def stop(trainer: Trainer) -> None:
-        if trainer.progress.step == stop_at:
-            raise InterruptedError
-
     reference = make_config(tmp_path / "reference", **changes)
     expected = simulate(2, lambda comm: train(reference, comm))
     config = make_config(tmp_path / "stopped", **changes, resume="auto")
-    with pytest.raises(InterruptedError):
-        simulate(2, lambda comm: train(config, comm, stop))
+    stop_run(config, 2, stop_at)
     resumed = simulate(2, lambda comm: train(config, comm))
     for (summary, model), (expected_summary, expected_model) in zip(resumed, expected, strict=True):
         assert all(torch.equal(model[name], value) for name, value in expected_model.items())
