@@ -8,7 +8,6 @@ here is the result, not the time. The table gives the mean over seeds, its dista
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
@@ -19,21 +18,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import training  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
 from disttrain import compression  # noqa: E402
-from disttrain.comm import simulate  # noqa: E402
-from disttrain.training import config as configs  # noqa: E402
-from disttrain.training.trainer import Trainer  # noqa: E402
 
 
 class Task(str, Enum):
@@ -79,21 +74,10 @@ def main(
 
 def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run; its metrics on held-out data and the bytes of rank 0."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        quiet = ["checkpoint.every_epochs=null", "checkpoint.every_steps=null", "log_every=1000000", "num_threads=1"]
-        overrides = [f"output={directory}", f"seed={seed}", *quiet, *settings]
-        plain = configs.load(ROOT / "configs" / f"{task}.yaml", overrides)
+        plain = training.load(task, directory, [f"seed={seed}", *training.NO_CHECKPOINTS, *settings])
         config = plain.model_copy(update={"compressor": compression.Policy.build(spec)})
-
-        def run(comm: Any) -> dict[str, Any]:
-            trainer = Trainer(config, comm, Console(file=io.StringIO()))
-            try:
-                return trainer.run()
-            finally:
-                trainer.close()
-
-        summary = simulate(world_size, run)[0]
+        summary, _ = training.train(config, world_size)
     return {"metrics": summary["metrics"], "sent_bytes": summary["wire"]["sent_bytes"], "steps": summary["steps"]}
 
 

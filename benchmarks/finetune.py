@@ -8,7 +8,6 @@ for equally many steps on the same batches, and each way is judged by its best r
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
@@ -19,19 +18,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import training  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from disttrain.comm import SingleProcess  # noqa: E402
-from disttrain.training import config as configs  # noqa: E402
-from disttrain.training.trainer import Trainer  # noqa: E402
 
 METRIC = "bits_per_byte"
 SCRATCH, FLAT = "from scratch", "one rate"
@@ -80,16 +75,10 @@ def main(
 
 def train(config: str, directory: str, name: str, seed: int, steps: int, settings: Sequence[str]) -> float:
     """One run; bits a byte on its held-out text at the end."""
-    torch.set_num_threads(1)
-    warmup = f"schedule.warmup_steps={min(steps // 10, 100)}"
-    quiet = ["checkpoint.every_steps=null", "evaluation.every_steps=null", "log_every=1000000", "num_threads=1"]
-    overrides = [f"output={directory}", f"name={name}", f"seed={seed}", f"max_steps={steps}", warmup, *quiet, *settings]
-    loaded = configs.load(ROOT / "configs" / f"{config}.yaml", ["compressor.name=dense", *overrides])
-    trainer = Trainer(loaded, SingleProcess(), Console(file=io.StringIO()))
-    try:
-        return float(trainer.run()["metrics"][METRIC])
-    finally:
-        trainer.close()
+    own = [f"name={name}", f"seed={seed}", f"max_steps={steps}", f"schedule.warmup_steps={min(steps // 10, 100)}"]
+    quiet = ["checkpoint.every_steps=null", "evaluation.every_steps=null", "compressor.name=dense"]
+    summary, _ = training.train(training.load(config, directory, [*quiet, *own, *settings]), world_size=1)
+    return float(summary["metrics"][METRIC])
 
 
 def summarise_runs(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

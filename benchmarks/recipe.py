@@ -10,7 +10,6 @@ side, since nothing is timed.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
@@ -22,19 +21,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import training  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from disttrain.comm import simulate  # noqa: E402
-from disttrain.training import config as configs  # noqa: E402
-from disttrain.training.trainer import Trainer  # noqa: E402
 
 WORLD_SIZE = 2
 
@@ -129,26 +124,16 @@ def main(
 
 def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     """One run: its metrics on held-out data, optimizer steps, samples and last batch size."""
-    torch.set_num_threads(1)
-    quiet = ["checkpoint.every_epochs=null", "checkpoint.every_steps=null", "log_every=1000000", "num_threads=1"]
-    quiet += ["evaluation.every_epochs=null", "evaluation.every_steps=null", "compressor.name=dense"]
+    quiet = [*training.NO_CHECKPOINTS, "evaluation.every_epochs=null", "evaluation.every_steps=null"]
     with tempfile.TemporaryDirectory() as directory:
-        config = configs.load(ROOT / "configs" / f"{task}.yaml", [f"output={directory}", *quiet, *settings])
-
-        def run(comm: Any) -> dict[str, Any]:
-            trainer = Trainer(config, comm, Console(file=io.StringIO()))
-            try:
-                summary = trainer.run()
-            finally:
-                trainer.close()
-            return {
-                "metrics": summary["metrics"],
-                "steps": summary["steps"],
-                "samples": trainer.progress.samples,
-                "last_batch_size": trainer.batch.batch_size,
-            }
-
-        return dict(simulate(WORLD_SIZE, run)[0])
+        config = training.load(task, directory, [*quiet, "compressor.name=dense", *settings])
+        summary, trainer = training.train(config, WORLD_SIZE)
+    return {
+        "metrics": summary["metrics"],
+        "steps": summary["steps"],
+        "samples": trainer.progress.samples,
+        "last_batch_size": trainer.batch.batch_size,
+    }
 
 
 def summarise_runs(runs: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
