@@ -58,6 +58,8 @@ class DistributedOptimizer(Optimizer):
             ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
         grad_norm: global norm of the last mean gradient before ``clip_norm`` scaled it, if that is set.
         skipped_steps: number of steps skipped because of a non-finite gradient.
+        vote: what this rank tells the others with the next step, 0 to 255, at no cost; 0 at first, and kept until set.
+        agreed_vote: the largest vote that any rank had in the last step, alike on all.
         model, comm: as given.
 
     Raises:
@@ -111,6 +113,18 @@ class DistributedOptimizer(Optimizer):
     def norms(self) -> SquaredNorms | None:
         """Squared norms of the last step's gradients before compression, if it was measured and sound."""
         return self.reducer.norms
+
+    @property
+    def vote(self) -> int:
+        return self.reducer.vote
+
+    @vote.setter
+    def vote(self, vote: int) -> None:
+        self.reducer.vote = vote
+
+    @property
+    def agreed_vote(self) -> int:
+        return self.reducer.agreed_vote
 
     @property
     def wire(self) -> Ledger:

@@ -49,6 +49,8 @@ class Reducer:
         norms: of the last step, if it was measured and sound.
         scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
             after the look at whether they are finite, so compressors and their residuals know true units alone.
+        vote: what this rank tells the others with the next exchange, 0 to 255; it travels with what is agreed on.
+        agreed_vote: the largest vote of all ranks in the last exchange.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Reducer:
         self._num_elements = 0
         self._hooks: list[RemovableHandle] = []
         self.scale = 1.0
+        self.vote = self.agreed_vote = 0
         self.norms: SquaredNorms | None = None
         self._meter = None if norms_every is None else NormMeter(norms_every, self.ledger, comm)
         self._measured: NormMeter | None = None  # the meter, while a step is measured
@@ -199,7 +202,7 @@ class Reducer:
         arrivals: Iterable[tuple[int, Outcome]] = finish(self._sent)
         if not self._comm.priority_overtakes:
             arrivals = list(arrivals)  # the agreement comes last anyway
-        unsound, *flags = cast("torch.Tensor", agreement.wait()).tolist()
+        unsound, self.agreed_vote, *flags = cast("torch.Tensor", agreement.wait()).tolist()
         late, used = flags[: len(self.buckets)], flags[len(self.buckets) :]
         for slot, is_used in zip(self._slots, used, strict=True):
             slot.used = bool(is_used)
@@ -232,11 +235,12 @@ class Reducer:
         return not unsound
 
     def _local_flags(self, late: list[bool]) -> torch.Tensor:
-        """What the ranks must agree on, as one small tensor: unsound, late (by bucket), used (by parameter)."""
+        """What ranks must agree on, as one small tensor: unsound, their vote, late (by bucket), used (by parameter)."""
         finite = torch.stack([flag.to(self._comm.control_device) for flag in self._finite]).all()
-        flags = torch.tensor([False, *late, *(slot.used for slot in self._slots)], device=finite.device)
-        flags[0] = ~finite
-        return flags.to(torch.uint8)
+        flags = [0, self.vote, *late, *(slot.used for slot in self._slots)]
+        agreed = torch.tensor(flags, dtype=torch.uint8, device=finite.device)
+        agreed[0] = ~finite
+        return agreed
 
     def _exchange_late(self, buckets: Sequence[GradientBucket]) -> None:
         """Send what backward passes added after their bucket had left, and add its mean."""

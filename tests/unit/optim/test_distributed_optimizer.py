@@ -183,6 +183,23 @@ def test_the_ledger_counts_dense_bytes() -> None:
         assert num_collectives == 6
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_largest_vote_reaches_all_ranks_with_the_step_that_it_was_given_in(world_size: int) -> None:
+    def run(comm: Communicator) -> tuple[list[int], set[int]]:
+        model, optimizer = build(comm)
+        agreed, num_collectives = [], set()
+        for step in range(4):
+            if comm.rank == world_size - 1:
+                optimizer.vote = (0, 1, 255, 0)[step]
+            train(model, optimizer, comm.rank, range(step, step + 1))
+            agreed.append(optimizer.agreed_vote)
+            num_collectives.add(optimizer.wire.last_step.num_collectives)
+        assert optimizer.skipped_steps == 0
+        return agreed, num_collectives
+
+    assert simulate(world_size, run) == [([0, 1, 255, 0], {2})] * world_size
+
+
 def test_refuses_what_cannot_work() -> None:
     comm = SingleProcess()
     model = copy.deepcopy(TEMPLATE)
