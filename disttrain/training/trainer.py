@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,6 @@ from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.optim.layerwise import trust_ratios
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.optim.thawing import Thawing
-from disttrain.training import checkpoint
 from disttrain.training.agreement import agreement
 from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import (
@@ -39,13 +35,10 @@ from disttrain.training.horizon import Horizon
 from disttrain.training.metrics import Recorder, Silent
 from disttrain.training.plateau import watch
 from disttrain.training.precision import autocast
-from disttrain.training.progress import WIRE, Progress, bytes_of_a_worker
+from disttrain.training.progress import WIRE, Progress
 from disttrain.training.random_state import seed_everything
-from disttrain.training.resuming import check_fits
-from disttrain.training.run_directory import RunDirectory, open_run
+from disttrain.training.resuming import Saving
 from disttrain.training.setup import set_up_torch
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -113,14 +106,14 @@ class Trainer:
             if self.plateau.needs_evaluation:
                 self.plateau.check(self._metric_names("schedule.metric"))
         self.progress = Progress()
-        self._run = self._open_run()
+        self.saving = Saving(self)
         self._metrics: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._logged = (self.progress.samples, self.progress.step_seconds)
         self.recorder: Recorder | Silent = Silent()
-        if self._run is not None:
+        if comm.rank == 0:
             self.recorder = Recorder(
-                self._run.path,
+                config.directory,
                 self.progress.step,
                 self.num_steps,
                 console or Console(),
@@ -204,24 +197,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
         self._synchronize_buffers()
-        checkpoint.save(
-            self._checkpoints,
-            self.comm,
-            self.model,
-            self.optimizer,
-            step=self.progress.step,
-            progress={
-                **asdict(self.progress),
-                "wire": bytes_of_a_worker(self.optimizer.wire, self._wire_before),
-                "learning_rate": {**self.learning_rate.state_dict(), **self.plateau.state_dict()},
-                "batch": self.batch.state_dict(),
-                "num_samples": self.sampler.num_samples,
-                "parts": {"average": self.average.num_steps, "best": self.stopper.state_dict()},
-            },
-            config=self.config.to_dict(),
-            keep=self.config.checkpoint.keep,
-            parts={"average": self.average.state_dict(), "best": self.stopper.best_weights},
-        )
+        self.saving.save()
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds. ``wire`` counts the bytes of an average worker."""
@@ -234,7 +210,7 @@ class Trainer:
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / progress.step_seconds if progress.step_seconds else 0.0,
             "metrics": self._metrics,
-            "wire": bytes_of_a_worker(self.optimizer.wire, self._wire_before),
+            "wire": self.saving.wire(),
             "skipped_steps": progress.skipped_steps,
             "ended_by": "last_step" if self._is_over else "early_stopping",
             **self.stopper.summary(),
@@ -243,8 +219,7 @@ class Trainer:
     def close(self) -> None:
         """Take down the progress bar and release the run's directory."""
         self.recorder.close()
-        if self._run is not None:
-            self._run.lock.close()
+        self.saving.close()
 
     def _has_ended(self) -> bool:
         return self._is_over or self.stopper.is_over
@@ -262,10 +237,6 @@ class Trainer:
     def _epochs(self) -> float:
         return round(self.progress.epoch + self.progress.offset / self.sampler.num_samples, 4)
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.config.directory / "checkpoints"
-
     def _steps(self) -> Iterator[tuple[Share, Iterator[Any]]]:
         """From the position on to the end of the run: a step's share, and an iterator that its batches are next on."""
         self.model.train()
@@ -281,7 +252,7 @@ class Trainer:
 
     def _advance(self, share: Share, loss: torch.Tensor) -> None:
         progress, sampler = self.progress, self.sampler
-        skipped_steps = self._skipped_before + self.optimizer.skipped_steps
+        skipped_steps = self.saving.skipped_before + self.optimizer.skipped_steps
         is_sound = skipped_steps == progress.skipped_steps
         sizes, epoch = sampler.part_sizes(share), sampler.epoch
         sampler.advance(share)
@@ -347,44 +318,3 @@ class Trainer:
         batch = to_device(first_batch(self.config, self.eval_data), self.comm.device, self.dtype)
         with torch.no_grad(), evaluating(self.model), autocast(self.config.precision, self.comm.device):
             return self.task.evaluate(self.model, batch)
-
-    def _open_run(self) -> RunDirectory | None:
-        """Open the run's directory, on rank 0, and go on from a checkpoint if the config says so and there is one."""
-        run, start_from = None, self.config.start_from
-        if start_from is not None and self.config.resume == "never":  # before an earlier run of this name is set aside
-            start_from.load(self.model, self.comm)
-        with agreement(self.comm):
-            if self.comm.rank == 0:
-                run = open_run(self.config)
-        found = run and run.resumed and [str(run.resumed.path), run.resumed.manifest]
-        found = self.comm.broadcast_object(found)
-        if found is None and start_from is not None and self.config.resume != "never":
-            start_from.load(self.model, self.comm)
-        elif found is not None and start_from is not None:
-            logger.info("start_from is not used: the run goes on from %s", found[0])
-        restored = found is not None and self._resume(Path(found[0]), found[1])
-        if not restored:  # unlike on each rank: dropout should differ
-            seed_everything(self.config.seed, self.comm.rank, self.progress.step)
-        self._skipped_before, self._wire_before = self.progress.skipped_steps, self.progress.wire
-        return run
-
-    def _resume(self, path: Path, manifest: dict[str, Any]) -> bool:
-        """Take over a checkpoint; whether that restored the random generators."""
-        saved, old = dict(manifest["progress"]), manifest["config"]
-        saved.pop("num_samples")
-        parts = saved.pop("parts", {"average": 0, "best": {}})
-        check_fits(path, manifest, self.config, self.sampler.num_samples)
-        self.thawing.reach(saved["step"] - 1)
-        restored = checkpoint.load(path, manifest, self.comm, self.model, self.optimizer)
-        with agreement(self.comm):
-            self.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])
-            self.stopper.load_state_dict(parts["best"], checkpoint.load_part(path, manifest, "best"))
-        self.progress = Progress(**saved)
-        self.learning_rate.load_state_dict(self.progress.learning_rate)
-        self.plateau.load_state_dict(self.progress.learning_rate)
-        self.sampler.epoch, self.sampler.offset = self.progress.epoch, self.progress.offset
-        if old.get("batch", {}).get("name") == self.config.to_dict()["batch"]["name"]:
-            self.batch.load_state_dict(self.progress.batch)
-            self.sampler.resize(self.batch.batch_size, self.batch.accumulation)
-            self.progress.epoch, self.progress.offset = self.sampler.epoch, self.sampler.offset
-        return restored
