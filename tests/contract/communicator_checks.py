@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, Result
-from disttrain.comm import Communicator, Work, init
+from disttrain.comm import Communicator, Work, init, simulate
 from disttrain.comm.nodes import NODE_SIZE
 
 CHECKS: dict[str, Callable[[Communicator], None]] = {}
@@ -255,6 +255,36 @@ def groups_keep_the_contract(comm: Communicator) -> None:
         if not name.startswith("groups") and function is not tells_where_it_is:
             for part in parts:
                 function(part)
+
+
+def means_of_compressed_gradients(comm: Communicator) -> torch.Tensor:
+    """Six steps of a small model's gradients: dense inside nodes, top-k with its residual between them."""
+    from disttrain.compression import Policy  # here, since compiled kernels come with it
+    from disttrain.reduction import Reducer
+
+    parameters = [
+        (f"layer{index}", torch.nn.Parameter(torch.zeros(shape))) for index, shape in enumerate([(9, 7), (30,)])
+    ]
+    policy = Policy.build({"name": "topk", "ratio": 0.1, "min_numel": 1, "hierarchical": True})
+    reducer = Reducer(parameters, comm, policy, bucket_mb=1e-9)
+    generator = torch.Generator().manual_seed(comm.rank)
+    means = []
+    for _ in range(6):
+        for _, parameter in parameters:
+            parameter.grad = None
+            (parameter * torch.randn(parameter.shape, generator=generator)).sum().backward()
+        assert reducer.synchronize()
+        means += [parameter.grad.reshape(-1).clone() for _, parameter in parameters if parameter.grad is not None]
+    return torch.cat(means)
+
+
+@check
+def groups_exchange_compressed_gradients_as_virtual_ranks_do(comm: Communicator) -> None:
+    node = comm.group("node").world_size
+    if max(node, comm.group("across").world_size) > 2:
+        return  # sums of more than two numbers depend on their order, which is the engine's
+    expected = simulate(comm.world_size, means_of_compressed_gradients, local_size=node)
+    assert torch.equal(means_of_compressed_gradients(comm), expected[comm.rank])
 
 
 @check

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -72,28 +71,20 @@ def config(tmp_path: Path) -> Path:
 
 
 def losses(directory: Path) -> list[float]:
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record["loss"] for record in records if "loss" in record]
 
 
-@functools.cache
-def losses_of_one_process(directory: Path) -> list[float]:
+@pytest.fixture(scope="module")
+def losses_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    directory = tmp_path_factory.mktemp("single")
     (directory / "single.yaml").write_text(CONFIG)
     arguments = ["train", directory / "single.yaml", "engine=single", "name=single", f"output={directory}"]
     done = run([sys.executable, "-m", "disttrain", *arguments], timeout=120)
     assert done.returncode == 0, done.stderr
     return losses(directory / "single")
-
-
-@launchers
-def test_two_workers_train_as_one_process_does(launcher, config, tmp_path, tmp_path_factory):
-    expected = losses_of_one_process(tmp_path_factory.getbasetemp())
-    arguments = command(launcher, config, "name=two", f"output={tmp_path}")
-    done = run(arguments, timeout=350, cwd=tmp_path)  # from any directory
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert (summary["engine"], summary["world_size"], summary["steps"]) == (LAUNCHERS[launcher][2], 2, 50)
-    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)
 
 
 class Running:
@@ -105,13 +96,14 @@ class Running:
             options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "start_new_session": True}
             self.launcher = subprocess.Popen(arguments, cwd=directory, env=worker_environment(), **options)
 
-    def wait_for_steps(self) -> None:
-        metrics = self.directory / "long" / "metrics.jsonl"
+    def losses(self, num_steps: int) -> list[float]:
+        """Those of the first steps, once they have been made."""
         deadline = time.monotonic() + 240
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        while len(made := losses(self.directory / "long")) < num_steps:
             assert self.launcher.poll() is None, self.text
-            assert time.monotonic() < deadline, f"no step was made\n{self.text}"
+            assert time.monotonic() < deadline, f"only {len(made)} steps were made\n{self.text}"
             time.sleep(0.1)
+        return made[:num_steps]
 
     @property
     def text(self) -> str:
@@ -150,7 +142,7 @@ def start_long_run(config, tmp_path) -> Iterator[Callable[..., Running]]:
     def start(launcher: str, lab: Hosts | None = None) -> Running:
         arguments = command(launcher, config, "name=long", f"output={tmp_path}", "max_steps=1000000")
         started.append(Running(lab.command(*arguments) if lab else arguments, tmp_path))
-        started[-1].wait_for_steps()
+        started[-1].losses(3)
         return started[-1]
 
     yield start
@@ -177,15 +169,20 @@ def test_killed_worker_ends_the_run_and_is_named(launcher, victim, start_long_ru
     assert running.leftovers() == []
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number"), [*((launcher, signal.SIGTERM) for launcher in LAUNCHERS), ("local", signal.SIGINT)]
-)
-def test_interrupted_launcher_leaves_no_orphan(launcher, number, start_long_run):
+@launchers
+def test_two_workers_train_as_one_process_does_until_they_are_told_to_end(
+    launcher, start_long_run, losses_of_one_process
+):
     running = start_long_run(launcher)
-    if number == signal.SIGINT:  # a terminal sends it to the whole foreground group
-        os.killpg(running.launcher.pid, number)
-    else:
-        running.launcher.send_signal(number)
+    assert running.losses(50) == pytest.approx(losses_of_one_process, abs=1e-5)
+    running.launcher.terminate()
+    assert running.wait(60) != 0
+    assert running.leftovers() == []
+
+
+def test_control_c_leaves_no_orphan(start_long_run):
+    running = start_long_run("local")
+    os.killpg(running.launcher.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
     assert running.wait(60) != 0
     assert running.leftovers() == []
 
@@ -200,16 +197,9 @@ def lab() -> Iterator[Hosts]:
 
 
 @over_hosts
-def test_two_hosts_train_as_one_process_does(launcher, lab, config, tmp_path, tmp_path_factory):
-    expected = losses_of_one_process(tmp_path_factory.getbasetemp())
-    done = run(lab.command(*command(launcher, config, "name=two", f"output={tmp_path}")), timeout=350, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-5)
-
-
-@over_hosts
-def test_interrupted_launcher_leaves_no_orphan_on_either_host(launcher, lab, start_long_run):
+def test_two_hosts_train_as_one_process_does_and_leave_no_orphan(launcher, lab, start_long_run, losses_of_one_process):
     running = start_long_run(launcher, lab)
+    assert running.losses(50) == pytest.approx(losses_of_one_process, abs=1e-5)
     hostnames = {running.worker(rank).environ().get("SSH_CONNECTION", "here") for rank in range(2)}
     assert len(hostnames) == 2
     running.launcher.terminate()

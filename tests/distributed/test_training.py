@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from disttrain.comm.nodes import NODE_SIZE
 from tests.support.workers import LAUNCHERS, run, unavailable, worker_environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -75,29 +72,6 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     assert "every rank gets the mean of the saved residuals" in " ".join(done.stdout.split())
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (12, 2)
-
-
-@functools.cache
-def hierarchical_run(output: Path, launcher: str) -> dict[str, torch.Tensor]:
-    """The model that four ranks, as two nodes of two, have after six steps."""
-    (directory := output / f"hierarchical-{launcher}").mkdir()
-    env = {NODE_SIZE: "2", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-    done = train(directory, launcher, 4, "compressor.hierarchical=true", "batch_size=16", "max_steps=6", **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return load_file(directory / "run/checkpoints/step-00000006/model.safetensors")
-
-
-@pytest.mark.parametrize("launcher", [launcher for launcher in LAUNCHERS if launcher != "torch"])
-def test_the_hierarchical_exchange_is_alike_on_all_engines(
-    tmp_path_factory: pytest.TempPathFactory, launcher: str
-) -> None:
-    """No engine adds up more than two numbers, so all give the same bits."""
-    if reason := unavailable(launcher):
-        pytest.skip(reason)
-    expected, model = (hierarchical_run(tmp_path_factory.getbasetemp(), each) for each in ("torch", launcher))
-    for name, value in expected.items():
-        if "running" not in name:  # batch statistics are averaged over all four
-            assert model[name].equal(value), name
 
 
 def test_a_mistake_that_one_rank_finds_is_reported_by_all(tmp_path: Path) -> None:
