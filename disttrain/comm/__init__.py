@@ -12,6 +12,7 @@ from disttrain.comm.liveness import Guard
 from disttrain.comm.memory import keep_freed_memory
 from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.single import SingleProcess
+from disttrain.comm.watch import Watch
 from disttrain.errors import UserError
 
 ENGINES = ("single", "torch", "horovod", "mpi")
@@ -27,6 +28,7 @@ __all__ = [
     "SimulatedCommunicator",
     "SimulatedWorld",
     "SingleProcess",
+    "Watch",
     "Work",
     "detect",
     "init",
@@ -34,7 +36,13 @@ __all__ = [
 ]
 
 
-def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, guard: bool = True) -> Communicator:
+def init(
+    engine: str = "auto",
+    device: str = "auto",
+    timeout: float = 300.0,
+    guard: bool = True,
+    watch: Watch | None = None,
+) -> Communicator:
     """Join the other workers that the launcher started.
 
     Use it as a context manager, or call ``close`` at the end: a rank that fails or is lost then ends the others within
@@ -46,6 +54,7 @@ def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, gua
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. ``cuda`` means the GPU of this local rank.
         timeout: seconds to wait for the others, here and in any later collective of torch.distributed.
         guard: watch the other ranks. Without it, what happens when one dies is up to the engine and the launcher.
+        watch: how to; None for the defaults.
 
     Raises:
         UserError: the engine is unknown, is not installed, or does not fit the launcher's variables.
@@ -71,7 +80,15 @@ def init(engine: str = "auto", device: str = "auto", timeout: float = 300.0, gua
         keep_freed_memory()
     comm = _join(engine, environment, placed, timeout)
     if guard and comm.world_size > 1:
-        comm.guard = Guard(comm)
+        watch = watch or Watch()
+        comm.guard = Guard(
+            comm,
+            silence=watch.silence_seconds,
+            activity=comm.activity,
+            stall=watch.stall_seconds,
+            ends_stalled=watch.on_stall == "end",
+            slow=watch.straggler_factor,
+        )
     return comm
 
 

@@ -11,12 +11,14 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
+from disttrain.comm.activity import Activity, Watched
 from disttrain.comm.nodes import describe, partitions
 from disttrain.errors import UserError
 
@@ -87,6 +89,11 @@ class Communicator(ABC):
     priority_overtakes = False
     _groups: Mapping[Group, Communicator] = {}
 
+    @cached_property
+    def activity(self) -> Activity:
+        """What this rank is doing, which the guard tells the others: steps, phases, collectives."""
+        return Activity()
+
     # What an engine supplies: flat contiguous tensors in, flat tensors out.
 
     @abstractmethod
@@ -129,24 +136,31 @@ class Communicator(ABC):
     # Starting collectives.
 
     @overload
-    def start(self, collective: AllReduce | Broadcast, *, priority: bool = False) -> Work[torch.Tensor]: ...
+    def start(
+        self, collective: AllReduce | Broadcast, *, priority: bool = False, account: object = None
+    ) -> Work[torch.Tensor]: ...
     @overload
-    def start(self, collective: AllGather | AllToAll, *, priority: bool = False) -> Work[list[torch.Tensor]]: ...
+    def start(
+        self, collective: AllGather | AllToAll, *, priority: bool = False, account: object = None
+    ) -> Work[list[torch.Tensor]]: ...
     @overload
-    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]: ...
-    def start(self, collective: Collective, *, priority: bool = False) -> Work[Result]:
+    def start(self, collective: Collective, *, priority: bool = False, account: object = None) -> Work[Result]: ...
+    def start(self, collective: Collective, *, priority: bool = False, account: object = None) -> Work[Result]:
         """Start a collective and return at once.
 
         Args:
             collective: what to carry out; all ranks of its group start the same ones in the same order.
             priority: let a small all-reduce go ahead of the queue, where the engine can.
+            account: what it is for, to be named (by its ``str``) where a rank is late for it.
 
         Raises:
             ValueError: the dtype cannot be reduced by this operation, the root is no rank, sizes are not those of this
                 rank, or the number of chunks is not the group's size.
             UserError: the group is not the world, and nodes differ in their number of ranks.
         """
-        return self.group(collective.group)._carry(collective, priority)
+        call = self.activity.starts(type(collective).__name__, account)
+        work = self.group(collective.group)._carry(collective, priority)
+        return work if isinstance(work, Finished) else Watched(work, self.activity, call)
 
     def group(self, name: Group) -> Communicator:
         """The communicator of a group: its ``rank`` and ``world_size`` are those within the group.

@@ -4,6 +4,9 @@ Engines differ in what they do when a worker dies: gloo fails at once, MPI and H
 So every rank keeps a small TCP connection to rank 0, watched by a thread. When one ends without a goodbye, or is silent
 for too long, rank 0 tells everyone which rank was lost. Each survivor prints that in one line at once (launchers kill
 the survivors soon after), and ends with code 13 if its main thread, which may be stuck in the engine, does not react.
+
+With every sign of life a rank tells what it is doing (``comm.activity``). So rank 0 also knows who is alive and yet
+holds up a collective that the others wait in, and who is slow (``comm.watchdog``).
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from disttrain.comm.activity import Activity
 from disttrain.comm.star import BrokenConnectionError, Connection, Group, Message, connect
+from disttrain.comm.watchdog import Watchdog
 from disttrain.errors import PEER_LOST_EXIT_CODE, PeerLostError, UserError
 
 if TYPE_CHECKING:
@@ -44,17 +49,34 @@ class Guard:
         silence: seconds without a sign of life (six are sent in that time) after which a rank counts as lost.
         grace: seconds that the main thread has, once a rank is lost, to call ``check`` or end. Then the process ends
             with code 13.
+        activity: what this rank is doing; None: it does not tell.
+        stall: seconds that ranks may wait in a collective that another one, alive, has not started; None: any time.
+        ends_stalled: whether that ends all ranks, as a loss does. If not, rank 0 prints a warning.
+        slow: a rank whose steps take so many times what those of the others do is warned about; None: none is.
 
     Attributes:
         lost: which rank was lost and how, or None.
+        straggler: on rank 0, the slowest rank and how many times what the others need its steps take; None if unknown.
         warning: why this guard cannot watch, or None (printed by rank 0). Alike on all ranks.
     """
 
-    def __init__(self, group: Group, silence: float = 30.0, grace: float = 10.0) -> None:
+    def __init__(
+        self,
+        group: Group,
+        silence: float = 30.0,
+        grace: float = 10.0,
+        activity: Activity | None = None,
+        stall: float | None = None,
+        ends_stalled: bool = True,
+        slow: float | None = None,
+    ) -> None:
         self.rank = group.rank
         self.lost: str | None = None
         self.warning: str | None = None
-        self._silence, self._interval, self._grace = silence, silence / _BEATS_PER_SILENCE, grace
+        self.straggler: tuple[int, float] | None = None
+        self._silence, self._grace = silence, grace
+        self._interval = min(silence, stall or math.inf) / _BEATS_PER_SILENCE
+        self._activity, self._ends_stalled = activity or Activity(), ends_stalled
         self._news, self._noticed = threading.Event(), threading.Event()
         self._leave_by = math.inf
         self._peers: dict[int, Connection] = {}
@@ -64,6 +86,7 @@ class Guard:
             f"rank {rank} (host {host}, pid {pid})"
             for rank, (host, pid) in enumerate(group.all_gather_object([socket.gethostname(), os.getpid()]))
         ]
+        self._watchdog = Watchdog(self._names, stall, slow)
         self._peers, self.warning = connect(group)
         if self.warning is not None:
             if self.rank == 0:
@@ -99,7 +122,7 @@ class Guard:
         if self.lost is not None and not isinstance(error, UserError):
             self._noticed.set()
             raise PeerLostError(self.lost) from error
-        self._leave({"kind": "failed", "reason": _describe(error)})
+        self._leave({"kind": "failed", "reason": _describe(error), "report": self._activity.report()})
 
     def close(self) -> None:
         """Say goodbye: this rank's end from here on is no loss."""
@@ -175,11 +198,15 @@ class Guard:
                         del heard[rank]
                 if watched >= next_beat:
                     next_beat = watched + 0.9 * self._interval
+                    report = self._activity.report()
+                    self._watchdog.hear(self.rank, report)
                     for rank in heard:
-                        peers[rank].send({"kind": "alive"})
+                        peers[rank].send({"kind": "alive", "report": report})
                     silent = [rank for rank, moment in heard.items() if watched - moment > self._silence]
                     if silent:
-                        self._lose(f"{self._names[silent[0]]} was lost: no sign of life for {self._silence:g} s")
+                        self._lose_rank(silent[0], f"was lost: no sign of life for {self._silence:g} s")
+                    elif self.rank == 0:
+                        self._judge()
         if self.lost is not None and not self._noticed.wait(self._grace):
             _exit()
 
@@ -187,18 +214,41 @@ class Guard:
         try:
             messages = peer.receive()
         except BrokenConnectionError:
-            self._lose(f"{self._names[rank]} was lost: its process ended or its connection broke")
+            self._lose_rank(rank, "was lost: its process ended or its connection broke")
             return True
         for message in messages:
+            self._watchdog.hear(rank, message.get("report"))
             match message.get("kind"):
                 case "goodbye":
+                    self._watchdog.end(rank)
                     return True
                 case "failed":
-                    self._lose(f"{self._names[rank]} failed: {message.get('reason')}")
+                    self._lose_rank(rank, f"failed: {message.get('reason')}")
                     return True  # it knows, and prints its own error
                 case "lost":
                     self._lose(str(message.get("message")))
         return False
+
+    def _judge(self) -> None:
+        """On rank 0, with every beat: is one rank late for what the others wait in, is one slow?"""
+        self.straggler = self._watchdog.slowest()
+        if (message := self._watchdog.slow()) is not None:
+            _print(f"warning: {message}")
+        if (message := self._watchdog.stalled()) is not None:
+            if self._ends_stalled:
+                self._lose(message)
+            else:
+                _print(f"warning: {message}")
+
+    def _lose_rank(self, rank: int, how: str) -> None:
+        """Tell that a rank was lost, where it was, and what this one waits in for it."""
+        doing, own = self._watchdog.doing(rank), self._activity.report()
+        text = f"{self._names[rank]} {how}"
+        if doing:
+            text += f"; it was in {doing}"
+        if own.waits:
+            text += f"; rank {self.rank} waits in {own.call} of {own.where}"
+        self._lose(text)
 
     def _lose(self, message: str) -> None:
         if self.lost is not None or self._leave_by < math.inf:

@@ -117,7 +117,7 @@ class Ledger:
             num_messages(collective, world_size, rank),
         )
         self._current.append(entry)
-        work = self.comm.start(collective, priority=priority)
+        work = self.comm.start(collective, priority=priority, account=account)
 
         def finish() -> Result:
             result = work.wait()

@@ -74,10 +74,10 @@ class Recording(SimulatedCommunicator):
         super().__init__(world, rank)
         self.log: list[str] = []
 
-    def start(self, collective: Collective, *, priority: bool = False) -> Work[Any]:  # type: ignore[override]
+    def start(self, collective: Collective, **options: Any) -> Work[Any]:  # type: ignore[override]
         if isinstance(collective, AllReduce):
             self.log.append(f"{collective.op} {collective.tensor.dtype} {collective.tensor.numel()}")
-        return super().start(collective, priority=priority)
+        return super().start(collective, **options)
 
 
 def test_buckets_leave_while_backward_is_running() -> None:
