@@ -129,7 +129,7 @@ def _train(config: Config) -> None:
 
     agreed: AgreedError | None = None
     console = Console()
-    with comm.init(config.engine, config.device, config.timeout) as communicator:
+    with comm.init(config.engine, config.device, config.timeout, watch=config.watch) as communicator:
         _set_up_logging(console, communicator.rank)
         try:
             trainer = Trainer(config, communicator, console)

@@ -93,8 +93,9 @@ class Activity:
             self._compute_seconds = before + (seconds - before) / _RECENT_STEPS
         self.begin_step(self._step + 1)
 
-    def enter(self, phase: str) -> None:
-        """From here on this rank is in ``phase``: "data loading", "evaluation"."""
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """From here on this rank is in ``phase``: "data loading", "evaluation"; of ``step``, if that is another."""
+        self._step = self._step if step is None else step
         self._phase, self._since = phase, time.monotonic()
 
     def starts(self, kind: str, account: object) -> Call:

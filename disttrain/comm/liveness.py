@@ -103,6 +103,14 @@ class Guard:
         os.register_at_fork(after_in_child=self._drop)
         self._thread.start()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """``straggler/rank`` and ``straggler/ratio``, if known."""
+        if self.straggler is None:
+            return {}
+        rank, ratio = self.straggler
+        return {"straggler/rank": rank, "straggler/ratio": ratio}
+
     def check(self) -> None:
         """Raise PeerLostError if a rank was lost (its message has been printed already)."""
         if self.lost is not None:

@@ -105,6 +105,7 @@ class DistributedOptimizer(Optimizer):
             trained, comm, Policy.build(compressor), bucket_mb, later=frozen, norms_every=norms_every
         )
         self._reduced = {parameter for _, parameter in trained}
+        comm.activity.begin_step(1)
         if loss_scale is not None:
             _check_can_be_unscaled(trained)
             self.reducer.scale = loss_scale.value
@@ -175,10 +176,16 @@ class DistributedOptimizer(Optimizer):
         A closure is evaluated with its gradients exchanged, and returns the loss averaged over ranks, so optimizers
         that evaluate it repeatedly (LBFGS) take the same decisions everywhere.
         """
-        if closure is not None:
-            if self.loss_scale is not None:
-                raise UserError("a step with a closure cannot be skipped, so it takes no loss_scale: train in bfloat16")
-            return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
+        result = self._step() if closure is None else self._step_with(closure)
+        self.comm.activity.end_step()
+        return result
+
+    def _step_with(self, closure: Callable[[], Any]) -> Any:
+        if self.loss_scale is not None:
+            raise UserError("a step with a closure cannot be skipped, so it takes no loss_scale: train in bfloat16")
+        return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
+
+    def _step(self) -> Any:
         is_sound = self._step_while_arriving() if self._can_step_by_bucket() else self._take_means()
         if self.loss_scale is not None:
             self.loss_scale.update(is_sound)

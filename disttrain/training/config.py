@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from disttrain import batching, compression, tasks
 from disttrain.batching import AdaScale, BatchPolicy
+from disttrain.comm import Watch
 from disttrain.compression.policy import POLICY_KEYS, Policy
 from disttrain.errors import UserError
 from disttrain.optim.averaging import Average
@@ -74,6 +75,7 @@ class Config(Section):
     timeout: float = Field(
         default=300.0, gt=0, description="seconds that torch.distributed waits for the others, to start and later"
     )
+    watch: Watch = Watch()
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and floating-point inputs")
     precision: Precision = Field(
         default="fp32", description="of forward and backward, by autocast; fp16 scales the loss: see loss_scale"

@@ -105,6 +105,7 @@ class Trainer:
             self.stopper = self._stopper()
             if self.plateau.needs_evaluation:
                 self.plateau.check(self._metric_names("schedule.metric"))
+        comm.activity.enter("resuming", 0)
         self.progress = Progress()
         self.saving = Saving(self)
         self._metrics: dict[str, float] = {}
@@ -148,6 +149,8 @@ class Trainer:
 
     def train_step(self, share: Share, batches: Iterator[Any]) -> torch.Tensor:
         """One optimizer step on this rank's part of the samples; its part of the mean loss over all of them."""
+        activity = self.comm.activity
+        activity.begin_step(self.progress.step + 1)
         self.thawing.reach(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
@@ -155,7 +158,9 @@ class Trainer:
         for index, (start, stop) in enumerate(share.micro_batches):
             if start == stop:
                 continue  # the last step of an epoch has too few samples for all ranks
+            activity.enter("data loading")
             batch = to_device(next(batches), self.comm.device, self.dtype)
+            activity.enter("forward and backward")
             with self.optimizer.no_sync() if index < last else contextlib.nullcontext():
                 with autocast(self.config.precision, self.comm.device):
                     loss = self.task.loss(self.model, batch)
@@ -164,6 +169,7 @@ class Trainer:
                 if index == 0 and index < last:
                     self.optimizer.measure_first_pass()
             mean_loss += loss.detach() * ((stop - start) / share.num_samples)
+        activity.enter("optimizer step")
         self.learning_rate.set(self._position, self.batch.gain)
         self.optimizer.step()
         self.average.update()
@@ -174,6 +180,7 @@ class Trainer:
         self._evaluated_at = self.progress.step
         if self.eval_data is None:
             return
+        self.comm.activity.enter("evaluation", self.progress.step)
         self._synchronize_buffers()
         with self.average.applied():
             self._metrics = self._measure()
@@ -196,6 +203,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
+        self.comm.activity.enter("saving", self.progress.step)
         self._synchronize_buffers()
         self.saving.save()
 
@@ -297,6 +305,8 @@ class Trainer:
             record["grad_norm"] = self.optimizer.grad_norm.item()
         if self.optimizer.loss_scale is not None:
             record["loss_scale"] = self.optimizer.loss_scale.value
+        if self.comm.guard is not None:
+            record.update(self.comm.guard.metrics)
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
 

@@ -34,10 +34,12 @@ sys.path.insert(0, {root!r})
 for name in ("disttrain", "disttrain.comm"):  # the packages without what their __init__ imports: torch takes seconds
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [os.path.join({root!r}, *name.split("."))]
+from disttrain.comm.activity import Activity
 from disttrain.comm.liveness import Guard
 from tests.lab.directory_group import DirectoryGroup
 
 rank = {rank}
+activity = Activity()
 comm = DirectoryGroup(pathlib.Path({path!r}), rank, {world_size})
 
 def stuck():
@@ -50,6 +52,14 @@ def stuck():
 {body}
 """
 GUARDED = "with Guard(comm, silence=1.5, grace=0.5) as guard:\n    "
+
+
+LOADING = "activity.begin_step(4, 'data loading')\n    stuck()"
+WAITING = """activity.begin_step(4, 'optimizer step')
+    activity.starts('AllReduce', 'bucket 0: dense')
+    activity.begins_to_wait(activity.starts('AllGather', 'bucket 1: topk'))
+    stuck()"""
+CALL = "all_gather 2 (bucket 1: topk) of step 4's optimizer step"
 
 
 def start(stack: ExitStack, tmp_path: Path, *bodies: str) -> list[subprocess.Popen[str]]:
@@ -174,6 +184,62 @@ def test_all_ranks_stopped_and_continued_are_no_loss(tmp_path):
             if number == signal.SIGSTOP:
                 time.sleep(2.5)
         assert [ends(worker) for worker in workers] == [(0, "")] * 2
+
+
+def watched(options: str, body: str) -> str:
+    return f"with Guard(comm, grace=0.5, activity=activity, {options}) as guard:\n    {body}"
+
+
+def name(workers: list[subprocess.Popen[str]], rank: int) -> str:
+    return f"rank {rank} (host {socket.gethostname()}, pid {workers[rank].pid})"
+
+
+def test_rank_that_others_wait_for_is_named_with_where_it_is_and_all_end(tmp_path):
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, *(watched("stall=1.0", body) for body in (WAITING, WAITING, LOADING)))
+        results = [ends(worker) for worker in workers]
+        _, errors = results[0]
+        assert results == [(13, errors)] * 3, "the late one too"
+        assert errors.startswith(f"error: {name(workers, 2)} has been in step 4's data loading for ")
+        assert errors.endswith(f" s; the others wait in {CALL}\n")
+
+
+def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
+    options = "stall=1.0, ends_stalled=False"
+    body = "while not (comm.path / 'enough').exists(): time.sleep(0.01)"
+    waits = WAITING.replace("stuck()", body)
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, watched(options, waits), watched(options, LOADING.replace("stuck()", body)))
+        first = workers[0].stderr.readline()
+        (tmp_path / "enough").touch()
+        assert first.startswith(f"warning: {name(workers, 1)} has been in step 4's data loading for ")
+        assert first.endswith(f" s; rank 0 waits in {CALL}\n")
+        assert [ends(worker) for worker in workers] == [(0, "")] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("activity.begin_step(4, 'data loading'); raise OSError('no such image')", "failed: OSError: no such image"),
+        (WAITING.replace("stuck()", "raise MemoryError"), "failed: MemoryError"),
+        (WAITING, ENDED),
+    ],
+)
+def test_loss_is_told_with_what_the_rank_did(tmp_path, body, how):
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, watched("silence=1.5", WAITING), watched("silence=1.5", body))
+        wait_for(tmp_path / "stuck-0")
+        if how == ENDED:
+            wait_for(tmp_path / "stuck-1")
+            time.sleep(0.5)  # what it does was told
+            workers[1].kill()
+        code, errors = ends(workers[0])
+        doing = f"step 4's optimizer step, waiting in {CALL.partition(' of ')[0]}"
+        doing = "step 4's data loading" if "loading" in body else doing
+        assert (code, errors) == (
+            13,
+            f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 waits in {CALL}\n",
+        )
 
 
 def run_ranks(tmp_path, target, world_size=2, local_size=None):
