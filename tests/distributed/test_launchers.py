@@ -74,7 +74,7 @@ def losses(directory: Path) -> list[float]:
     path = directory / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record["loss"] for record in records if record["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")
