@@ -15,10 +15,11 @@ from disttrain.reduction.bucket import GradientBucket
 logger = logging.getLogger(__name__)
 
 
-def state_dict(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[str, Any]:
+def state_dict(buckets: Sequence[GradientBucket], comm: Communicator, *, copy: bool = True) -> dict[str, Any]:
     """``{"rank", "world_size", "step", "replicated", "per_rank"}``; the last two map ``parameter/tensor`` to tensors.
 
     What is replicated is equal on all ranks; ``per_rank`` is this rank's own, and its mean over ranks is what counts.
+    Without ``copy`` the tensors are views of the live ones, good until the next step.
     """
     saved: dict[str, Any] = {
         "rank": comm.rank,
@@ -28,7 +29,7 @@ def state_dict(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[st
         "per_rank": {},
     }
     for key, view, replicated in _tensors(buckets):
-        saved["replicated" if replicated else "per_rank"][key] = view.clone()
+        saved["replicated" if replicated else "per_rank"][key] = view.clone() if copy else view
     return saved
 
 

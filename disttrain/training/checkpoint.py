@@ -1,112 +1,89 @@
-"""Checkpoints that are whole or do not exist: written aside, fsynced, renamed; a manifest holds every file's hash.
+"""What a checkpoint holds, and taking it over. No pickle: tensors in safetensors, all else in JSON. One folder each::
 
-No pickle: tensors in safetensors, all else in JSON. One folder a checkpoint::
-
-    step-00000100/
-        manifest.json               progress, config, sizes and sha256 of all other files
-        model.safetensors           parameters and buffers
-        optimizer.safetensors       its tensors, as "parameter/key"
-        compression.safetensors     the compressor's state that is equal on all ranks
-        average.safetensors         the moving average of the weights, if there is one
-        best.safetensors            the weights that early stopping would put back, if any
-        rank-00000.safetensors      one a rank: its residuals, and the states of its random generators
+step-00000100/
+    manifest.json               progress, config, versions, sizes and sha256 of all other files, its own hash
+    model.safetensors           parameters and buffers
+    optimizer.safetensors       its tensors, as "parameter/key"
+    compression.safetensors     the compressor's state that is equal on all ranks
+    average.safetensors         the moving average of the weights, if there is one
+    best.safetensors            the weights that early stopping would put back, if any
+    rank-00000.safetensors      one a rank: its residuals, and the states of its random generators
 """
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from torch import nn
 
 from disttrain.comm import Communicator
-from disttrain.errors import UserError
+from disttrain.errors import PeerLostError, UserError
 from disttrain.optim.distributed import DistributedOptimizer
+from disttrain.reduction import pending
+from disttrain.reduction.state import state_dict
 from disttrain.training import random_state
 from disttrain.training.agreement import agreement
-from disttrain.training.checkpoint_folder import publish, write_file
+from disttrain.training.checkpoint_manifest import Manifest
 
-logger = logging.getLogger(__name__)
+_RESIDUAL, _RNG, _PENDING = "residual:", "rng:", "pending:"
+_BREAKS = (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 
-_RESIDUAL, _RNG = "residual:", "rng:"
 
+@dataclass
+class Contents:
+    """What a rank writes of this moment: live tensors by file and name, and what the manifest says of them."""
 
-def save(
-    folder: Path,
-    comm: Communicator,
-    model: nn.Module,
-    optimizer: DistributedOptimizer,
-    *,
-    step: int,
-    progress: Mapping[str, Any],
-    config: Mapping[str, Any],
-    keep: int,
-    parts: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
-) -> Path:
-    """Write ``folder/step-<step>`` together with the other ranks, then delete all but the newest ``keep``.
+    files: dict[str, dict[str, torch.Tensor]]
+    generators: str
+    facts: dict[str, Any]
 
-    ``progress`` and ``config`` are JSON values of the caller's, ``parts`` further tensors, equal on all ranks, each in
-    a file of its own. All ranks must see the same ``folder``.
+    @classmethod
+    def of(
+        cls,
+        comm: Communicator,
+        model: nn.Module,
+        optimizer: DistributedOptimizer,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        *,
+        flush: bool = False,
+    ) -> Contents:
+        """``parts`` are further tensors, equal on all ranks, each for a file of its own.
 
-    Raises:
-        UserError: it cannot be written, or the ranks do not share the file system.
-    """
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    with agreement(comm):
-        if comm.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-            partial.mkdir(parents=True)
-    state = optimizer.state_dict()
-    compression = state["compression"]
-    tensors, values = _optimizer_state(optimizer, model, state)
-    written: dict[str, Any] = {}
-    with agreement(comm):
-        partial.mkdir(parents=True, exist_ok=True)
+        ``flush``: every rank's residuals become the mean of all of them, which is then saved once. A collective.
+        """
+        flushed = pending.average(optimizer.reducer.buckets, comm) if flush else {}
+        compression = state_dict(optimizer.reducer.buckets, comm, copy=False)
         generators, rest = random_state.get_state(comm.device)
-        own = {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
-        own |= {_RNG + name: tensor for name, tensor in generators.items()}
-        name = _rank_file(comm.rank)
-        written[name] = write_file(partial / name, own, {"rng": rest})
+        own = {} if flush else {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
+        files = {_rank_file(comm.rank): own | {_RNG + name: tensor for name, tensor in generators.items()}}
+        tensors, values = _optimizer_state(optimizer, model)
         if comm.rank == 0:
-            written["model.safetensors"] = write_file(partial / "model.safetensors", model)
-            written["optimizer.safetensors"] = write_file(partial / "optimizer.safetensors", tensors)
+            files["model.safetensors"] = _model_state(model)
+            files["optimizer.safetensors"] = tensors
             replicated = compression["replicated"]
-            written["compression.safetensors"] = write_file(partial / "compression.safetensors", replicated)
-            for part, content in (parts or {}).items():
-                if content:
-                    written[f"{part}.safetensors"] = write_file(partial / f"{part}.safetensors", content)
-    files = {name: entry for entries in comm.all_gather_object(written) for name, entry in entries.items()}
-    manifest = {
-        "step": step,
-        "world_size": comm.world_size,
-        "progress": progress,
-        "config": config,
-        "optimizer": values,
-        "compression_step": compression["step"],
-        "loss_scale": state.get("loss_scale"),
-        "files": files,
-    }
-    with agreement(comm):
-        if comm.rank == 0:
-            if hidden := [name for name in files if not (partial / name).is_file()]:
-                raise UserError(
-                    f"{hidden[0]} was written to {str(folder)!r} on another host and is not visible on this one: "
-                    "set output to a folder that all hosts share"
-                )
-            publish(partial, final, manifest, keep)
-    return final
+            files["compression.safetensors"] = replicated | {_PENDING + name: one for name, one in flushed.items()}
+            files |= {f"{part}.safetensors": dict(content) for part, content in parts.items() if content}
+        facts = {
+            "world_size": comm.world_size,
+            "optimizer": values,
+            "compression_step": compression["step"],
+            "loss_scale": None if optimizer.loss_scale is None else optimizer.loss_scale.state_dict(),
+        }
+        return cls(files, rest, facts)
+
+    def metadata(self, identity: dict[str, str]) -> dict[str, dict[str, str]]:
+        """What goes into the header of each file."""
+        return {name: identity | ({"rng": self.generators} if _is_rank_file(name) else {}) for name in self.files}
 
 
-def load(
-    path: Path, manifest: Mapping[str, Any], comm: Communicator, model: nn.Module, optimizer: DistributedOptimizer
-) -> bool:
+def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, optimizer: DistributedOptimizer) -> bool:
     """Take over model, optimizer and compressor state, and, on as many ranks as before, the random generators'.
 
     On another number of ranks, or where other ranks own the parameters, every rank gets the mean of the saved
@@ -121,48 +98,73 @@ def load(
     Raises:
         UserError: the checkpoint is of another model, optimizer or compressor.
     """
-    old_world_size: int = manifest["world_size"]
-    own = path / _rank_file(comm.rank)
-    with agreement(comm):
-        try:
-            load_model(model, str(path / "model.safetensors"))
-        except (RuntimeError, SafetensorError) as error:
-            raise UserError(f"checkpoint {str(path)!r} is of another model: {' '.join(str(error).split())}") from error
-    like = optimizer.state_dict()["compression"]["per_rank"]
-    per_rank = _read(own, _RESIDUAL) if old_world_size == comm.world_size else {}
-    if not all(comm.all_gather_object(old_world_size == comm.world_size and _sizes(per_rank) == _sizes(like))):
-        per_rank = _mean_residuals(path, old_world_size, comm, like)
-    with agreement(comm):
+    as_many = manifest.world_size == comm.world_size
+    with agreement(comm), damage(path):
+        _load_model(path, model)
+        replicated = load_file(path / "compression.safetensors")
+        flushed = {name: replicated.pop(name) for name in list(replicated) if name.startswith(_PENDING)}
+        own = _read(path / _rank_file(comm.rank), _RESIDUAL) if as_many and not flushed else {}
+    like = state_dict(optimizer.reducer.buckets, comm, copy=False)["per_rank"]
+    if flushed:
+        whole = {name.removeprefix(_PENDING): tensor for name, tensor in flushed.items()}
+        per_rank = pending.distribute(whole, like, comm)
+    elif all(comm.all_gather_object(as_many and _sizes(own) == _sizes(like))):
+        per_rank = own
+    else:
+        with agreement(comm), damage(path):
+            ranks = range(comm.rank, manifest.world_size, comm.world_size)
+            shards = {rank: _read(path / _rank_file(rank), _RESIDUAL) for rank in ranks}
+        per_rank = pending.distribute(pending.merge(shards, comm), like, comm)
+    with agreement(comm), damage(path):
         optimizer.load_state_dict(
             {
-                "state": _restore_optimizer_state(path, manifest["optimizer"], optimizer, model),
-                "param_groups": optimizer.state_dict()["param_groups"],
-                "loss_scale": manifest.get("loss_scale"),
+                "state": _restore_optimizer_state(path, manifest.optimizer, optimizer, model),
+                "param_groups": optimizer.inner.state_dict()["param_groups"],
+                "loss_scale": manifest.loss_scale,
                 "compression": {
                     "rank": comm.rank,
                     "world_size": comm.world_size,
-                    "step": manifest["compression_step"],
-                    "replicated": load_file(path / "compression.safetensors"),
+                    "step": manifest.compression_step,
+                    "replicated": replicated,
                     "per_rank": per_rank,
                 },
             }
         )
-    if old_world_size != comm.world_size:
-        return False
-    with safe_open(own, framework="pt") as file:
-        rest = file.metadata()["rng"]
-    random_state.set_state(_read(own, _RNG), rest, comm.device)
-    return True
+        if as_many:
+            own_file = path / _rank_file(comm.rank)
+            with safe_open(own_file, framework="pt") as file:
+                rest = file.metadata()["rng"]
+            random_state.set_state(_read(own_file, _RNG), rest, comm.device)
+    return as_many
 
 
-def load_part(path: Path, manifest: Mapping[str, Any], part: str) -> dict[str, torch.Tensor]:
-    """The tensors that ``save`` was given as ``parts[part]``; none if there were none."""
+def load_part(path: Path, manifest: Manifest, part: str) -> dict[str, torch.Tensor]:
+    """The tensors that were saved as ``parts[part]``; none if there were none."""
     name = f"{part}.safetensors"
-    return load_file(path / name) if name in manifest["files"] else {}
+    return load_file(path / name) if name in manifest.files else {}
+
+
+@contextlib.contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """What breaks while a checkpoint is taken over is the checkpoint's fault: one line in place of a traceback.
+
+    Its files may be what was written, and yet what was written may come from anybody.
+    """
+    try:
+        yield
+    except (UserError, PeerLostError, OSError):
+        raise
+    except _BREAKS as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"checkpoint {str(path)!r} does not hold what this run needs: {what}") from error
 
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
+
+
+def _is_rank_file(name: str) -> bool:
+    return name.startswith("rank-")
 
 
 def _read(path: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -176,42 +178,28 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: tensor.numel() for name, tensor in tensors.items()}
 
 
-def _mean_residuals(
-    path: Path, old_world_size: int, comm: Communicator, like: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The mean over the saved shards that hold a residual; each rank reads its part of them.
+def _model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each once: of one that modules share, the first name."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"a checkpoint holds tensors only, and the model's {name!r} is a {type(value).__name__}")
+        found.setdefault(id(value), (name, value.detach()))
+    return dict(found.values())
 
-    In a hierarchical exchange one rank of each node holds it, and the shards of the others have no elements of it. Nor
-    does a rank get what it has no elements for in ``like``, its present state.
-    """
-    shards = [_read(path / _rank_file(rank), _RESIDUAL) for rank in range(comm.rank, old_world_size, comm.world_size)]
-    held: dict[str, list[int]] = {}
-    for some in comm.all_gather_object([_sizes(shard) for shard in shards]):
-        for shard_sizes in some:
-            for name, numel in shard_sizes.items():
-                held.setdefault(name, []).extend([numel] if numel else [])
-    means = {}
-    for name, numels in sorted(held.items()):
-        # In two stages each rank averages, and owes, a stretch of its own: there is nothing to take the mean of.
-        if len(set(numels)) > 1 or name.endswith("/server_residual"):
-            raise UserError(
-                f"checkpoint {str(path)!r} was saved by {old_world_size} ranks, each with another piece of {name!r}: "
-                "resume with as many"
-            )
-        total = torch.zeros(numels[0] if numels else 0, dtype=torch.float64, device=comm.device)
-        for shard in shards:
-            if name in shard and shard[name].numel():
-                total += shard[name].to(comm.device)
-        mean = comm.all_reduce(total) / max(1, len(numels))
-        is_mine = name not in like or like[name].numel() > 0
-        means[name] = (mean if is_mine else mean[:0]).to(like[name].dtype if name in like else torch.float32)
-    if means and comm.rank == 0:
-        logger.warning(
-            "a checkpoint of %d ranks goes on with %d: every rank gets the mean of the saved residuals",
-            old_world_size,
-            comm.world_size,
-        )
-    return means
+
+def _load_model(path: Path, model: nn.Module) -> None:
+    own = model.state_dict(keep_vars=True)
+    found = load_file(path / "model.safetensors")
+    shared = {id(own[name]) for name in found if name in own}
+    missing = [name for name, value in own.items() if name not in found and id(value) not in shared]
+    unexpected = [name for name in found if name not in own]
+    wrong = [name for name in found if name in own and own[name].shape != found[name].shape]
+    for problem, names in (("lacks", missing), ("also has", unexpected), ("has another shape of", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"checkpoint {str(path)!r} is of another model: it {problem} {', '.join(names[:3])}{more}")
+    model.load_state_dict(found, strict=False)
 
 
 def _parameter_names(optimizer: DistributedOptimizer, model: nn.Module) -> list[str]:
@@ -221,11 +209,12 @@ def _parameter_names(optimizer: DistributedOptimizer, model: nn.Module) -> list[
 
 
 def _optimizer_state(
-    optimizer: DistributedOptimizer, model: nn.Module, state: Mapping[str, Any]
+    optimizer: DistributedOptimizer, model: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors, and what JSON holds, both as "parameter/key"."""
     names = _parameter_names(optimizer, model)
-    flat = {f"{names[index]}/{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
+    state = optimizer.inner.state_dict()["state"]
+    flat = {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
     tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
     return tensors, {name: value for name, value in flat.items() if name not in tensors}
 
@@ -233,11 +222,15 @@ def _optimizer_state(
 def _restore_optimizer_state(
     path: Path, values: Mapping[str, Any], optimizer: DistributedOptimizer, model: nn.Module
 ) -> dict[int, dict[str, Any]]:
+    parameters = dict(model.named_parameters())
     numbers = {name: index for index, name in enumerate(_parameter_names(optimizer, model))}
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**load_file(path / "optimizer.safetensors"), **values}.items():
         parameter, _, key = name.rpartition("/")
         if parameter not in numbers:
             raise UserError(f"checkpoint {str(path)!r} has optimizer state of {parameter!r}, which is not trained now")
+        if isinstance(value, torch.Tensor) and value.shape not in ((), (1,), parameters[parameter].shape):
+            shape = list(value.shape)
+            raise UserError(f"checkpoint {str(path)!r} has {name!r} in shape {shape}: the model has changed")
         state.setdefault(numbers[parameter], {})[key] = value
     return state

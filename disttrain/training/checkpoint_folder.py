@@ -1,42 +1,57 @@
-"""Checkpoints on disk: which there are, whether they are whole, and writing a file down to the disk."""
+"""Checkpoints on disk: which there are, which of them stay, and giving one its name once it is whole."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file, save_model
-from torch import nn
+from pydantic import Field
 
 from disttrain.errors import UserError
+from disttrain.training import checkpoint_manifest
+from disttrain.training.checkpoint_manifest import Manifest
+from disttrain.validation import Section
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(\d{1,15})", re.ASCII)
+
+
+class Best(Section):
+    """Which checkpoint is the best: that of the best evaluation at the very step at which it was saved."""
+
+    metric: str = Field(description="the held-out metric, as the task names it: accuracy, bits_per_byte, loss")
+    mode: Literal["min", "max"] = Field(description="whether smaller or larger values are better")
+
+    def of(self, manifests: Sequence[Manifest]) -> Manifest | None:
+        """The best one, of equals the earliest; None if none was evaluated."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        rated = [(sign * value, one.step, one) for one in manifests if (value := self._value(one)) is not None]
+        return min(rated, key=lambda entry: entry[:2])[2] if rated else None
+
+    def _value(self, manifest: Manifest) -> float | None:
+        value = manifest.metrics.get(self.metric)
+        return value if value is not None and math.isfinite(value) else None
 
 
 class Found(NamedTuple):
-    """A whole checkpoint."""
+    """A checkpoint, and its manifest."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 def newest(folder: Path) -> Found | None:
-    """The newest whole checkpoint in a folder, or None. Broken ones are passed over with a warning."""
+    """The newest whole checkpoint in a folder, or None. Broken ones are passed over with a warning that says why."""
     for path in reversed(checkpoints_in(folder)):
         try:
-            return Found(path, read_manifest(path))
+            return verified(path)
         except UserError as error:  # noqa: PERF203 - a handful of them
             logger.warning("passing over a checkpoint: %s", error)
     return None
@@ -48,12 +63,23 @@ def find(path: Path) -> Found:
     Raises:
         UserError: there is none, or it is not whole.
     """
-    if (path / "manifest.json").exists() or _NAME.fullmatch(path.name):
-        return Found(path, read_manifest(path))
+    if (path / checkpoint_manifest.NAME).exists() or _NAME.fullmatch(path.name):
+        return verified(path)
     for folder in (path, path / "checkpoints"):
         if found := newest(folder):
             return found
     raise UserError(f"resume={str(path)!r}: there is no whole checkpoint; give a folder step-..., or that of a run")
+
+
+def verified(path: Path) -> Found:
+    """A checkpoint whose every byte is what was written.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    manifest = checkpoint_manifest.read(path)
+    checkpoint_manifest.verify(path, manifest)
+    return Found(path, manifest)
 
 
 def later_than(path: Path) -> Sequence[Path]:
@@ -68,58 +94,53 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, key=lambda entry: int(entry[0][1]))]
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after comparing every file's size and hash with it.
-
-    Raises:
-        UserError: the checkpoint is not whole, or of a format that this version does not know.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"checkpoint {str(path)!r} has format {manifest['format']}, this version reads {FORMAT}")
-        for name, entry in manifest["files"].items():
-            if (path / name).stat().st_size != entry["bytes"] or _sha256(path / name) != entry["sha256"]:
-                raise UserError(f"checkpoint {str(path)!r} is damaged: {name} is not what was written")
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint {str(path)!r} is not whole: {error.filename} is missing") from error
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"checkpoint {str(path)!r} is damaged: manifest.json is no manifest ({error!r})") from error
-    return manifest
+def partial_of(final: Path, attempt: str) -> Path:
+    """Where a checkpoint is written until it is whole; another place for each attempt at the run."""
+    return final.with_name(f".{final.name}.{attempt}.partial")
 
 
-def write_file(
-    path: Path, content: nn.Module | Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Write a safetensors file down to the disk; its entry in the manifest.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        if isinstance(content, nn.Module):
-            save_model(content, str(path))  # knows of parameters that modules share
-        else:  # safetensors takes contiguous tensors that share no memory
-            save_file({name: tensor.detach().contiguous().clone() for name, tensor in content.items()}, path, metadata)
-    except SafetensorError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error}") from error
+def publish(partial: Path, final: Path, manifest: Manifest) -> None:
+    """Give a folder whose files are all on the disk its manifest and its name."""
+    path = partial / checkpoint_manifest.NAME
+    path.write_bytes(manifest.dump())
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
-    """Give a folder whose files are all written its manifest and its name; delete all but the newest ``keep``."""
-    (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, **manifest}, indent=1))
-    sync(partial / "manifest.json")
     sync(partial)
     if final.exists():  # the same step's, from before: it was not whole, or this run would have begun after it
-        _delete(final)
+        delete(final)
     partial.rename(final)
     sync(final.parent)
-    for old in checkpoints_in(final.parent)[:-keep]:
-        _delete(old)
+
+
+def prune(folder: Path, keep: int, best: Best | None, *, thoroughly: bool = False) -> list[Path]:
+    """Delete all but the newest ``keep`` whole checkpoints and the best one; those deleted.
+
+    Broken ones go too. Nothing is deleted where none is whole. To be whole, files must have their sizes;
+    ``thoroughly``, every byte is compared.
+    """
+    whole = [found for path in checkpoints_in(folder) if (found := _whole(path, thoroughly)) is not None]
+    if not whole:
+        return []
+    chosen = best and best.of([found.manifest for found in whole])
+    stay = {found.path for found in whole[-keep:]} | {found.path for found in whole if found.manifest is chosen}
+    gone = [path for path in checkpoints_in(folder) if path not in stay]
+    for path in gone:
+        delete(path)
+    return gone
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed runs left half written. No run may be writing."""
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; of a link to one, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    (path / checkpoint_manifest.NAME).unlink(missing_ok=True)  # first: no half of it is ever taken for a whole
+    shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
@@ -131,14 +152,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _delete(path: Path) -> None:
-    (path / "manifest.json").unlink(missing_ok=True)  # first, so that no half of it is ever taken for a whole
-    shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _whole(path: Path, thoroughly: bool) -> Found | None:
+    try:
+        return verified(path) if thoroughly else Found(path, checkpoint_manifest.read(path))
+    except UserError:
+        return None

@@ -27,6 +27,7 @@ from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.groups import Layers
 from disttrain.optim.schedules import ReduceOnPlateau, Schedule, schedules
 from disttrain.tasks import Task
+from disttrain.training.checkpoint_folder import Best
 from disttrain.training.early_stopping import EarlyStopping
 from disttrain.training.precision import LossScaling, Precision, check_precision
 from disttrain.training.start_from import StartFrom
@@ -56,6 +57,15 @@ class Checkpoint(Section):
     every_epochs: int | None = Field(default=1, ge=1)
     every_steps: int | None = Field(default=None, ge=1)
     keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay on disk")
+    keep_best: Best | None = Field(default=None, description="keep the best checkpoint too; null: the newest alone")
+    background: bool = Field(default=True, description="write while training goes on, from a copy in main memory")
+    in_flight: int = Field(default=1, ge=1, le=8, description="how many are copied or being written at a time")
+    residuals: Literal["keep", "flush"] = Field(
+        default="keep", description="a file a rank with its own; flush: every rank takes their mean, saved once"
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop", description="when one cannot be written: end the run, or warn and go on to the next"
+    )
 
     @property
     def enabled(self) -> bool:
@@ -163,6 +173,8 @@ class Config(Section):
             raise UserError(
                 "early_stopping looks at evaluations: set evaluation.every_epochs or evaluation.every_steps"
             )
+        if self.checkpoint.keep_best and self.evaluation.every_epochs is None and self.evaluation.every_steps is None:
+            raise UserError("checkpoint.keep_best looks at evaluations: set evaluation.every_epochs or every_steps")
         if self.max_steps is not None:
             self.schedule.check(self.max_steps)
         self._check_recipe()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from disttrain.errors import UserError
 from disttrain.training import checkpoint
-from disttrain.training.agreement import AgreedError, agreement
+from disttrain.training.agreement import agreement
+from disttrain.training.checkpoint_folder import partial_of, prune
+from disttrain.training.checkpoint_manifest import Manifest
+from disttrain.training.checkpoint_writer import Job, Writer
 from disttrain.training.config import Config
 from disttrain.training.progress import Progress, bytes_of_a_worker
 from disttrain.training.random_state import seed_everything
-from disttrain.training.run_directory import RunDirectory, open_run
+from disttrain.training.run_directory import RunDirectory, check_shared, open_run
 
 if TYPE_CHECKING:
     from disttrain.training.trainer import Trainer
@@ -33,19 +41,34 @@ class Saving:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._config, self._comm = trainer, trainer.config, trainer.comm
-        self._run = self._open_run()
+        self._section = trainer.config.checkpoint
+        self._folder = trainer.config.directory / "checkpoints"
+        self._directory: RunDirectory | None = None
+        self._run, self._attempt = self._open_run()
         self.skipped_before, self._wire_before = trainer.progress.skipped_steps, trainer.progress.wire
+        self._writer = Writer(self._comm, self._section.in_flight)
+        self._seconds: dict[str, float] = {}
 
-    def save(self) -> None:
-        """Write a checkpoint of this very moment. The ranks' buffers must be alike."""
+    def save(self, metrics: Mapping[str, float]) -> None:
+        """Take a checkpoint of this very moment, to be written while training goes on. A collective.
+
+        The ranks' buffers must be alike. ``metrics`` are of an evaluation at this step; none if there was none.
+
+        Raises:
+            UserError: an earlier one could not be written, on all ranks; unless the config says to go on.
+        """
+        began = time.perf_counter()
+        self.settle(self._section.in_flight - 1)
+        settled = time.perf_counter()
         trainer = self._trainer
-        checkpoint.save(
-            self._config.directory / "checkpoints",
-            self._comm,
-            trainer.model,
-            trainer.optimizer,
-            step=trainer.progress.step,
-            progress={
+        parts = {"average": trainer.average.state_dict(), "best": trainer.stopper.best_weights}
+        flush = self._section.residuals == "flush"
+        contents = checkpoint.Contents.of(self._comm, trainer.model, trainer.optimizer, parts, flush=flush)
+        facts = {
+            **contents.facts,
+            "run": self._run,
+            "step": trainer.progress.step,
+            "progress": {
                 **asdict(trainer.progress),
                 "wire": self.wire(),
                 "learning_rate": {**trainer.learning_rate.state_dict(), **trainer.plateau.state_dict()},
@@ -53,75 +76,151 @@ class Saving:
                 "num_samples": trainer.sampler.num_samples,
                 "parts": {"average": trainer.average.num_steps, "best": trainer.stopper.state_dict()},
             },
-            config=self._config.to_dict(),
-            keep=self._config.checkpoint.keep,
-            parts={"average": trainer.average.state_dict(), "best": trainer.stopper.best_weights},
+            "config": self._config.to_dict(),
+            "metrics": dict(metrics),
+        }
+        now = copy.deepcopy(facts)  # the manifest is made of it later
+        final = self._folder / f"step-{trainer.progress.step:08d}"
+        copies = self._writer.copies()
+        self._writer.submit(
+            Job(
+                partial=partial_of(final, self._attempt),
+                final=final,
+                files=copies.take(contents.files),
+                metadata=contents.metadata({"run": self._run, "step": str(trainer.progress.step)}),
+                copies=copies,
+                manifest=lambda files: Manifest(**now, files=files),
+                keep=lambda: prune(self._folder, self._section.keep, self._section.keep_best),
+            )
         )
+        if not self._section.background:
+            self.settle()
+        self._note("checkpoint_wait_seconds", settled - began)
+        self._note("checkpoint_seconds", time.perf_counter() - began)
+
+    def settle(self, leave: int = 0, *, is_end: bool = False) -> None:
+        """Wait until all but ``leave`` checkpoints are on the disk, or have failed. A collective.
+
+        Raises:
+            UserError: one has failed, on all ranks; unless the config says to go on. At the end of a run, if the last
+                one has failed, whatever the config says.
+        """
+        while self._writer.num_in_flight > leave:
+            try:
+                self._writer.settle()
+            except UserError as error:  # noqa: PERF203 - a handful of them
+                if self._section.on_error == "stop" or (is_end and not self._writer.num_in_flight):
+                    raise
+                logger.warning("a checkpoint could not be written, the run goes on: %s", error)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Seconds that training has waited for checkpoints since this was last called; empty if there was none."""
+        taken, self._seconds = self._seconds, {}
+        return taken
 
     def wire(self) -> dict[str, Any]:
         """Bytes of an average worker since the run began. A collective."""
         return bytes_of_a_worker(self._trainer.optimizer.wire, self._wire_before)
 
     def close(self) -> None:
-        """Release the run's directory."""
-        if self._run is not None:
-            self._run.lock.close()
+        """Let what is on its way reach the disk, and release the run's directory."""
+        self._writer.close()
+        if self._directory is not None:
+            self._directory.lock.close()
 
-    def _open_run(self) -> RunDirectory | None:
-        """Open the run's directory, on rank 0, and go on from the checkpoint that the config asks for."""
-        run, comm, config, trainer = None, self._comm, self._config, self._trainer
+    def _note(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _open_run(self) -> tuple[str, str]:
+        """Open the run's directory, on rank 0, and go on from the checkpoint that the config asks for.
+
+        Returns:
+            The identities of the run and of this attempt at it.
+        """
+        comm, config, trainer = self._comm, self._config, self._trainer
         start_from = config.start_from
         if start_from is not None and config.resume == "never":  # before an earlier run of this name is set aside
             start_from.load(trainer.model, comm)
+        opened = None
         with agreement(comm):
             if comm.rank == 0:
-                run = open_run(config)
-        found = run and run.resumed and [str(run.resumed.path), run.resumed.manifest]
-        found = comm.broadcast_object(found)
+                self._directory = directory = open_run(config)
+                found = directory.resumed and [str(directory.resumed.path), directory.resumed.manifest.model_dump()]
+                opened = [directory.run, directory.attempt, found]
+        run, attempt, found = comm.broadcast_object(opened)
+        if self._section.enabled:
+            with agreement(comm):
+                check_shared(config.directory, attempt)
         if found is None and start_from is not None and config.resume != "never":
             start_from.load(trainer.model, comm)
         elif found is not None and start_from is not None:
             logger.info("start_from is not used: the run goes on from %s", found[0])
-        restored = found is not None and self._resume(Path(found[0]), found[1])
+        restored = found is not None and self._resume(Path(found[0]), Manifest.model_validate(found[1]))
         if not restored:  # unlike on each rank: dropout should differ
             seed_everything(config.seed, comm.rank, trainer.progress.step)
-        return run
+        return run, attempt
 
-    def _resume(self, path: Path, manifest: dict[str, Any]) -> bool:
+    def _resume(self, path: Path, manifest: Manifest) -> bool:
         """Take over a checkpoint; whether that restored the random generators."""
-        trainer, sampler, batch = self._trainer, self._trainer.sampler, self._trainer.batch
-        saved, old = dict(manifest["progress"]), manifest["config"]
-        saved.pop("num_samples")
-        parts = saved.pop("parts", {"average": 0, "best": {}})
-        check_fits(path, manifest, self._config, sampler.num_samples)
-        trainer.thawing.reach(saved["step"] - 1)
-        restored = checkpoint.load(path, manifest, self._comm, trainer.model, trainer.optimizer)
-        with agreement(self._comm):
+        trainer, comm = self._trainer, self._comm
+        with agreement(comm), checkpoint.damage(path):
+            saved, parts = _progress_of(manifest)
+            check_fits(path, manifest, self._config, trainer.sampler.num_samples)
+        trainer.thawing.reach(saved.step - 1)
+        restored = checkpoint.load(path, manifest, comm, trainer.model, trainer.optimizer)
+        with agreement(comm), checkpoint.damage(path):
             trainer.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])
             trainer.stopper.load_state_dict(parts["best"], checkpoint.load_part(path, manifest, "best"))
-        trainer.progress = progress = Progress(**saved)
-        trainer.learning_rate.load_state_dict(progress.learning_rate)
-        trainer.plateau.load_state_dict(progress.learning_rate)
-        sampler.epoch, sampler.offset = progress.epoch, progress.offset
-        if old.get("batch", {}).get("name") == self._config.to_dict()["batch"]["name"]:
-            batch.load_state_dict(progress.batch)
-            sampler.resize(batch.batch_size, batch.accumulation)
-            progress.epoch, progress.offset = sampler.epoch, sampler.offset
+            self._take_over(saved, manifest)
+        logger.info("going on from %s: step %d, %.2f epochs", path, saved.step, trainer.epochs)
+        if not restored:
+            logger.info("%s", self._changes(manifest))
         return restored
 
+    def _take_over(self, saved: Progress, manifest: Manifest) -> None:
+        trainer, sampler, batch = self._trainer, self._trainer.sampler, self._trainer.batch
+        trainer.progress = saved
+        trainer.learning_rate.load_state_dict(saved.learning_rate)
+        trainer.plateau.load_state_dict(saved.learning_rate)
+        sampler.epoch, sampler.offset = saved.epoch, saved.offset
+        if manifest.config.get("batch", {}).get("name") == self._config.to_dict()["batch"]["name"]:
+            batch.load_state_dict(saved.batch)
+            sampler.resize(batch.batch_size, batch.accumulation)
+            saved.epoch, saved.offset = sampler.epoch, sampler.offset
 
-def check_fits(path: Path, manifest: Mapping[str, Any], config: Config, num_samples: int) -> None:
-    """Raise AgreedError if the checkpoint's optimizer is another, or its place in an epoch is not the same now."""
-    saved, old = manifest["progress"], manifest["config"]
+    def _changes(self, manifest: Manifest) -> str:
+        """What is not as it was, on another number of workers."""
+        new, old, batch = self._comm.world_size, manifest.world_size, self._trainer.batch.batch_size
+        return (
+            f"{new} workers in place of {old}: a batch of {batch} is now {batch / new:g} samples a worker, was "
+            f"{batch / old:g}; every worker gets the mean of what all had still to send; random generators begin anew"
+        )
+
+
+def _progress_of(manifest: Manifest) -> tuple[Progress, dict[str, Any]]:
+    """How far the run had come, and what is said there of further files.
+
+    Raises:
+        ValueError: the manifest does not say it.
+    """
+    progress = TypeAdapter(Progress).validate_python(manifest.progress)
+    if progress.step != manifest.step or min(progress.epoch, progress.offset, progress.samples) < 0:
+        raise ValueError("its progress contradicts itself")
+    return progress, manifest.progress.get("parts", {"average": 0, "best": {}})
+
+
+def check_fits(path: Path, manifest: Manifest, config: Config, num_samples: int) -> None:
+    """Raise UserError if the checkpoint's optimizer is another, or its place in an epoch is not the same now."""
+    saved, old = manifest.progress, manifest.config
     optimizer = config.to_dict()["optimizer"]
     for key in ("name", "momentum_correction"):  # what the optimizer's state means
         was, now = old["optimizer"].get(key), optimizer.get(key)
         if was != now:
             message = f"optimizer.{key}={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that"
-            raise AgreedError(message)
+            raise UserError(message)
     order = (old["seed"], saved["num_samples"])
     if saved["offset"] and order != (config.seed, num_samples):
-        raise AgreedError(
+        raise UserError(
             f"checkpoint {str(path)!r} lies within an epoch of seed={order[0]} and {order[1]} samples, now it is "
             f"{config.seed} and {num_samples}: keep them, or resume from an epoch's end"
         )

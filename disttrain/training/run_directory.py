@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,10 +18,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunDirectory:
-    """The directory, the checkpoint to go on from, and the lock that keeps other runs out until this one ends."""
+    """The directory, the checkpoint to go on from, and the lock that keeps other runs out until this one ends.
+
+    ``run`` is the run's identity, which it keeps while it is resumed in this directory. ``attempt`` is another one each
+    time; the lock's file holds it.
+    """
 
     path: Path
     resumed: checkpoint_folder.Found | None
+    run: str
+    attempt: str
     lock: IO[str]
 
 
@@ -47,15 +54,34 @@ def open_run(config: Config) -> RunDirectory:
         for newer in checkpoint_folder.later_than(resumed.path):
             newer.rename(_free(newer.with_name(f"{newer.name}.superseded")))
     (path / "config.yaml").write_text(config.to_yaml())
-    return RunDirectory(path, resumed, _lock(path))
+    lock, attempt = _lock(path), uuid.uuid4().hex
+    checkpoint_folder.remove_partial(path / "checkpoints")
+    lock.write(attempt)
+    lock.flush()
+    run = resumed.manifest.run if goes_on and resumed is not None else uuid.uuid4().hex
+    return RunDirectory(path, resumed, run, attempt, lock)
+
+
+def check_shared(path: Path, attempt: str) -> None:
+    """Raise UserError if the run's directory is not the one that rank 0 has opened."""
+    lock = path / ".lock"
+    if not lock.is_file() or lock.read_text() != attempt:
+        raise UserError(
+            f"{str(path.absolute())!r} is not rank 0's: set output to a folder that all hosts share, or save nothing: "
+            "checkpoint.every_epochs=null"
+        )
 
 
 def _resumed(config: Config) -> checkpoint_folder.Found | None:
     if config.resume == "never":
         return None
-    if config.resume == "auto":
-        return checkpoint_folder.newest(config.directory / "checkpoints")
-    return checkpoint_folder.find(Path(config.resume))
+    if config.resume != "auto":
+        return checkpoint_folder.find(Path(config.resume))
+    folder = config.directory / "checkpoints"
+    found = checkpoint_folder.newest(folder)
+    if found is None and (broken := checkpoint_folder.checkpoints_in(folder)):
+        logger.warning("none of the %d checkpoints in %s is whole: the run begins anew", len(broken), folder)
+    return found
 
 
 def _free(path: Path) -> Path:

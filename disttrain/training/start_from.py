@@ -162,10 +162,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return _read_file(path)
     checkpoint = checkpoint_folder.newest(path / "checkpoints") or checkpoint_folder.newest(path)
     if checkpoint is None and (path / "manifest.json").is_file():
-        checkpoint = checkpoint_folder.Found(path, checkpoint_folder.read_manifest(path))
+        checkpoint = checkpoint_folder.verified(path)
     if checkpoint is not None:
         weights = _read_file(checkpoint.path / "model.safetensors")
-        better = next((n for n in ("best", "average") if f"{n}.safetensors" in checkpoint.manifest["files"]), None)
+        better = next((n for n in ("best", "average") if f"{n}.safetensors" in checkpoint.manifest.files), None)
         logger.info("taking the %s weights of %s", better or "last", checkpoint.path)
         chosen = _read_file(checkpoint.path / f"{better}.safetensors") if better else {}
         return {name: tensor for name, tensor in weights.items() if name not in chosen} | chosen

@@ -141,6 +141,7 @@ class Trainer:
                 self.save()
         if self._evaluated_at != progress.step:  # a run was resumed that had ended
             self.evaluate()
+        self.saving.settle(is_end=True)
         self._take_result()
         progress.seconds = time.perf_counter() - began
         summary = self.summary()
@@ -186,7 +187,7 @@ class Trainer:
             self._metrics = self._measure()
             self.stopper.see(self.progress.step, self._metrics, self.model)
         self.plateau.evaluation(self._metrics)
-        self.recorder.evaluation(self.progress.step, {"epoch": self._epochs, **self._metrics})
+        self.recorder.evaluation(self.progress.step, {"epoch": self.epochs, **self._metrics})
 
     def _measure(self) -> dict[str, float]:
         assert self.eval_data is not None
@@ -202,10 +203,10 @@ class Trainer:
             self.average.copy_to_model()
 
     def save(self) -> None:
-        """Write a checkpoint of this very moment."""
+        """Take a checkpoint of this very moment; it is written while training goes on."""
         self.comm.activity.enter("saving", self.progress.step)
         self._synchronize_buffers()
-        self.saving.save()
+        self.saving.save(self._metrics if self._evaluated_at == self.progress.step else {})
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds. ``wire`` counts the bytes of an average worker."""
@@ -214,7 +215,7 @@ class Trainer:
             "engine": self.comm.engine,
             "world_size": self.comm.world_size,
             "steps": progress.step,
-            "epochs": self._epochs,
+            "epochs": self.epochs,
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / progress.step_seconds if progress.step_seconds else 0.0,
             "metrics": self._metrics,
@@ -225,7 +226,7 @@ class Trainer:
         }
 
     def close(self) -> None:
-        """Take down the progress bar and release the run's directory."""
+        """Take down the progress bar, let what is being saved reach the disk, release the run's directory."""
         self.recorder.close()
         self.saving.close()
 
@@ -242,7 +243,8 @@ class Trainer:
         return self.horizon.position(self.progress, self.batch.scale_invariant_steps)
 
     @property
-    def _epochs(self) -> float:
+    def epochs(self) -> float:
+        """Epochs done, with the part of the present one."""
         return round(self.progress.epoch + self.progress.offset / self.sampler.num_samples, 4)
 
     def _steps(self) -> Iterator[tuple[Share, Iterator[Any]]]:
@@ -293,7 +295,7 @@ class Trainer:
         samples_before, seconds_before = self._logged
         self._logged = (progress.samples, step_seconds)
         record = {
-            "epoch": self._epochs,
+            "epoch": self.epochs,
             "loss": loss,
             "lr": self.learning_rate.lr,
             **self.batch.metrics,
@@ -305,8 +307,8 @@ class Trainer:
             record["grad_norm"] = self.optimizer.grad_norm.item()
         if self.optimizer.loss_scale is not None:
             record["loss_scale"] = self.optimizer.loss_scale.value
-        if self.comm.guard is not None:
-            record.update(self.comm.guard.metrics)
+        record.update(self.saving.take_metrics())
+        self.comm.activity.enter("saving", self.progress.step)
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
 

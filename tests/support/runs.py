@@ -56,7 +56,10 @@ def records(config: Config) -> list[dict[str, Any]]:
 
 def untimed_records(config: Config) -> list[dict[str, Any]]:
     """All of them, without what no two runs have alike."""
-    return [{k: v for k, v in record.items() if k != "samples_per_second"} for record in records(config)]
+    return [
+        {k: v for k, v in record.items() if k != "samples_per_second" and not k.endswith("_seconds")}
+        for record in records(config)
+    ]
 
 
 def stop_run(config: Config, world_size: int, step: int) -> None:

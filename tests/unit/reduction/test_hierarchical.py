@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from disttrain.compression.base import Hierarchy
 from disttrain.errors import UserError
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Ledger
-from disttrain.training import checkpoint
+from disttrain.training import checkpoint, checkpoint_folder
+from tests.support import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -316,13 +316,13 @@ def test_another_layout_of_nodes_keeps_what_is_pending(
 
     def save(comm: Communicator) -> dict[str, torch.Tensor]:
         _, _, optimizer = train(comm, spec, range(3))
-        checkpoint.save(tmp_path, comm, optimizer.model, optimizer, step=3, progress={}, config={}, keep=1)
+        checkpoints.save(comm, tmp_path, optimizer.model, optimizer, 3)
         return optimizer.state_dict()["compression"]["per_rank"]
 
     def load(comm: Communicator) -> dict[str, torch.Tensor]:
         _, _, optimizer = train(comm, spec, range(0))
         path = tmp_path / "step-00000003"
-        checkpoint.load(path, json.loads((path / "manifest.json").read_text()), comm, optimizer.model, optimizer)
+        checkpoint.load(*checkpoint_folder.find(path), comm, optimizer.model, optimizer)
         return optimizer.state_dict()["compression"]["per_rank"]
 
     def pending(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

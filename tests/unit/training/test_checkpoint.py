@@ -16,7 +16,9 @@ from torch import nn
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.training import checkpoint, checkpoint_folder, random_state
+from disttrain.training import checkpoint, checkpoint_folder, checkpoint_writer, random_state
+from disttrain.training.checkpoint_manifest import FileEntry
+from tests.support import checkpoints
 
 
 class Tied(nn.Module):
@@ -51,7 +53,7 @@ def train(comm: Communicator, model: Tied, optimizer: DistributedOptimizer, num_
 
 
 def save(comm: Communicator, folder: Path, made: tuple[Tied, DistributedOptimizer], step: int, keep: int = 2) -> Path:
-    return checkpoint.save(folder, comm, *made, step=step, progress={"step": step}, config={"a": 1}, keep=keep)
+    return checkpoints.save(comm, folder, *made, step, progress={"step": step}, keep=keep)
 
 
 def test_everything_returns(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_everything_returns(tmp_path: Path) -> None:
     def second(comm: Communicator) -> Any:
         model, optimizer = make(comm)
         path, manifest = checkpoint_folder.find(tmp_path)
-        assert manifest["progress"] == {"step": 3}
+        assert manifest.progress == {"step": 3}
         assert checkpoint.load(path, manifest, comm, model, optimizer)
         assert model.second.weight is model.first.weight
         train(comm, model, optimizer, 2)
@@ -103,13 +105,13 @@ def test_optimizer_state_is_named_by_parameter(tmp_path: Path) -> None:
 def test_a_failed_save_fails_on_all_ranks_and_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_rank: int, file: str
 ) -> None:
-    write_file, publish = checkpoint.write_file, checkpoint.publish
+    entry_of, publish = checkpoint_writer.entry_of, checkpoint_folder.publish
 
-    def full(path: Path, *args: Any) -> dict[str, Any]:
+    def full(path: Path) -> FileEntry:
         if file == "rank" and path.name == f"rank-{failing_rank:05d}.safetensors" and "0002" in str(path):
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write_file(path, *args)
+        return entry_of(path)
 
     def failing(partial: Path, final: Path, *args: Any) -> None:
         if file == "publish" and final.name == "step-00000002":
@@ -117,8 +119,8 @@ def test_a_failed_save_fails_on_all_ranks_and_leaves_the_last_one(
             raise OSError(errno.ENOSPC, "No space left on device", str(final))
         publish(partial, final, *args)
 
-    monkeypatch.setattr(checkpoint, "write_file", full)
-    monkeypatch.setattr(checkpoint, "publish", failing)
+    monkeypatch.setattr(checkpoint_writer, "entry_of", full)
+    monkeypatch.setattr(checkpoint_folder, "publish", failing)
 
     def run(comm: Communicator) -> str:
         made = make(comm)
@@ -134,7 +136,9 @@ def test_a_failed_save_fails_on_all_ranks_and_leaves_the_last_one(
     assert [path.name for path in checkpoint_folder.checkpoints_in(tmp_path)] == ["step-00000001", "step-00000003"]
 
 
-def test_a_folder_that_not_all_hosts_share_is_noticed(tmp_path: Path) -> None:
+def test_a_folder_that_not_all_hosts_share_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_VISIBLE_WITHIN", 0.1)
+
     def run(comm: Communicator) -> None:
         save(comm, tmp_path / str(comm.rank), make(comm), 1)
 
@@ -165,7 +169,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, damage: str, caplo
             manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
         case "list":
             manifest.write_text("[]")
-    assert checkpoint_folder.newest(tmp_path) == (good, checkpoint_folder.read_manifest(good))
+    assert checkpoint_folder.newest(tmp_path) == checkpoint_folder.verified(good)
     assert str(bad) in caplog.text
     with pytest.raises(UserError, match="step-00000010"):
         checkpoint_folder.find(bad)
@@ -177,16 +181,19 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
         save(SingleProcess(), tmp_path, made, step)
     found = checkpoint_folder.newest(tmp_path)
     assert found is not None
-    assert found.manifest["step"] == 100_000_000
+    assert found.manifest.step == 100_000_000
 
 
 def test_old_checkpoints_are_deleted_and_leftovers_do_not_disturb(tmp_path: Path) -> None:
     comm = SingleProcess()
     made = make(comm)
-    (tmp_path / ".step-00000003.partial").mkdir()
-    (tmp_path / ".step-00000003.partial/rank-00007.safetensors").write_bytes(b"of a killed run")
+    left = tmp_path / ".step-00000003.killed.partial"
+    left.mkdir()
+    (left / "rank-00007.safetensors").write_bytes(b"of a killed run")
     for step in range(1, 5):
         save(comm, tmp_path, made, step)
+    assert left.exists(), "another run's"
+    checkpoint_folder.remove_partial(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
     shutil.rmtree(tmp_path)
     assert checkpoint_folder.newest(tmp_path) is None

@@ -1,0 +1,214 @@
+"""The manifest of a checkpoint: what it says, and whether the files are what it says.
+
+A checkpoint may come from anywhere, so nothing in it is believed: the manifest is bounded in size and depth and holds
+its own hash; files are named by it but only known names are taken, none of which can leave the folder; links are not
+followed; sizes are compared before anything is read; safetensors' own parser bounds headers, offsets and shapes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import stat
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from disttrain.errors import UserError
+
+NAME = "manifest.json"
+_FORMAT = 2
+_MAX_BYTES = 32 * 2**20
+_MAX_DEPTH = 32
+_FILES = re.compile(r"(model|optimizer|compression|average|best|rank-\d{5,9})\.safetensors", re.ASCII)
+
+
+class FileEntry(BaseModel):
+    """One file's size, and its hash in hex."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    return {"disttrain": metadata.version("disttrain"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+class Manifest(BaseModel):
+    """What ``manifest.json`` holds. Keys that a later version adds to this format are passed over.
+
+    Attributes:
+        run: the run's identity, which every file carries too.
+        progress, optimizer, loss_scale, compression_step: what goes on from it restores.
+        metrics: of the evaluation at this very step; empty if there was none.
+        files: by name, all the others in the folder.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    format: Literal[2] = 2
+    run: str = Field(pattern=r"^[0-9a-f]{32}$")
+    step: int = Field(ge=0, lt=2**53)
+    world_size: int = Field(ge=1, le=10**9)
+    date: str = Field(default_factory=now, max_length=64)
+    versions: dict[str, str] = Field(default_factory=versions)
+    progress: dict[str, Any]
+    config: dict[str, Any]
+    optimizer: dict[str, Any] = {}
+    compression_step: int = Field(default=0, ge=0, lt=2**53)
+    loss_scale: dict[str, Any] | None = None
+    metrics: dict[str, float] = {}
+    files: dict[str, FileEntry]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What every file of the checkpoint has in its header."""
+        return {"run": self.run, "step": str(self.step)}
+
+    def dump(self) -> bytes:
+        """The file's content: JSON, with the hash of all the rest under ``checksum``."""
+        body = self.model_dump()
+        return json.dumps({"checksum": _checksum(body), **body}, indent=1).encode()
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest, and the files' names and sizes, but not their contents, compared with it.
+
+    Raises:
+        UserError: the checkpoint is not whole, damaged, or of a format that this version does not know.
+    """
+    where = f"checkpoint {str(folder)!r}"
+    try:
+        manifest = _parse(_content(folder / NAME))
+        if (match := re.fullmatch(r"step-(\d+)", folder.name)) and int(match[1]) != manifest.step:
+            raise UserError(f"is damaged: {NAME} is that of step {manifest.step}")
+        _check_names(manifest)
+        for name, entry in manifest.files.items():
+            if (size := _regular(folder / name).st_size) != entry.bytes:
+                raise UserError(f"is damaged: {name} has {size} bytes, {entry.bytes} were written")
+    except FileNotFoundError as error:
+        raise UserError(f"{where} is not whole: {Path(error.filename).name} is missing") from error
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}: {error.filename}") from error
+    except UserError as error:
+        raise UserError(f"{where} {error}") from error
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Read every file and compare it with the manifest, which ``read`` gave.
+
+    Raises:
+        UserError: some file is not what was written.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {key: value for key, value in (file.metadata() or {}).items() if key in manifest.identity}
+            problem = "" if found == manifest.identity else f"is of run {found.get('run')}, step {found.get('step')}"
+            if not problem and sha256(path) != entry.sha256:
+                problem = "is not what was written"
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({error})"
+        if problem:
+            raise UserError(f"checkpoint {str(folder)!r} is damaged: {name} {problem}")
+
+
+def entry_of(path: Path) -> FileEntry:
+    """What a manifest says of a file."""
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON of bounded depth.
+
+    Raises:
+        UserError: it is none, or nested too deeply.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"no JSON ({str(error)[:80]})") from error
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise UserError(f"nested more than {_MAX_DEPTH} deep")
+        inner = [list(part.values()) if isinstance(part, dict) else part for part in level]
+        level = [one for part in inner if isinstance(part, list) for one in part if isinstance(one, dict | list)]
+    return value
+
+
+def _parse(content: bytes) -> Manifest:
+    try:
+        body = parse_json(content)
+    except UserError as error:
+        raise UserError(f"is damaged: {NAME} is {error}") from error
+    if not isinstance(body, dict) or "format" not in body:
+        raise UserError(f"is damaged: {NAME} is no manifest")
+    if body["format"] != _FORMAT:
+        raise UserError(f"has format {str(body['format'])[:20]}, this version reads {_FORMAT}")
+    if body.pop("checksum", None) != _checksum(body):
+        raise UserError(f"is damaged: {NAME} is not what was written")
+    try:
+        return Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"is damaged: {NAME} has a bad {key!r}: {first['msg']}") from error
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_names(manifest: Manifest) -> None:
+    ranks = {f"rank-{rank:05d}.safetensors" for rank in range(min(manifest.world_size, len(manifest.files) + 1))}
+    needed = {"model.safetensors", "optimizer.safetensors", "compression.safetensors", *ranks}
+    if missing := sorted(needed - manifest.files.keys()):
+        raise UserError(f"is damaged: {NAME} does not list {missing[0]}")
+    for name in manifest.files:
+        if not _FILES.fullmatch(name) or (name.startswith("rank-") and name not in ranks):
+            raise UserError(f"is damaged: {NAME} lists {name[:80]!r}, which no checkpoint has")
+
+
+def _regular(path: Path) -> os.stat_result:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"is damaged: {path.name} is no regular file")
+    return found
+
+
+def _content(path: Path) -> bytes:
+    if (size := _regular(path).st_size) > _MAX_BYTES:
+        raise UserError(f"is damaged: {path.name} has {size} bytes, more than any manifest")
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)

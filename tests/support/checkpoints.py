@@ -1,0 +1,66 @@
+"""Checkpoints without a run around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from disttrain.comm import Communicator
+from disttrain.optim.distributed import DistributedOptimizer
+from disttrain.training.checkpoint import Contents
+from disttrain.training.checkpoint_folder import Best, partial_of, prune
+from disttrain.training.checkpoint_manifest import Manifest
+from disttrain.training.checkpoint_writer import Job, Writer
+
+RUN = "0123456789abcdef" * 2
+
+
+def submit(
+    writer: Writer,
+    comm: Communicator,
+    folder: Path,
+    model: nn.Module,
+    optimizer: DistributedOptimizer,
+    step: int,
+    *,
+    keep: int = 2,
+    best: Best | None = None,
+    metrics: Mapping[str, float] | None = None,
+    progress: Mapping[str, Any] | None = None,
+    parts: Mapping[str, Any] | None = None,
+    run: str = RUN,
+    flush: bool = False,
+) -> Path:
+    """Let a writer save it as ``folder/step-<step>``."""
+    contents = Contents.of(comm, model, optimizer, parts or {}, flush=flush)
+    facts = {"run": run, "step": step, "progress": progress or {}, "config": {}, "metrics": metrics or {}}
+    final = folder / f"step-{step:08d}"
+    copies = writer.copies()
+    writer.submit(
+        Job(
+            partial=partial_of(final, "test"),
+            final=final,
+            files=copies.take(contents.files),
+            metadata=contents.metadata({"run": run, "step": str(step)}),
+            copies=copies,
+            manifest=lambda files: Manifest(**contents.facts, **facts, files=files),
+            keep=lambda: prune(folder, keep, best),
+        )
+    )
+    return final
+
+
+def save(
+    comm: Communicator, folder: Path, model: nn.Module, optimizer: DistributedOptimizer, step: int, **options: Any
+) -> Path:
+    """Write ``folder/step-<step>`` together with the other ranks, at once."""
+    writer = Writer(comm, 1)
+    try:
+        path = submit(writer, comm, folder, model, optimizer, step, **options)
+        writer.settle()
+    finally:
+        writer.close()
+    return path
