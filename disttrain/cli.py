@@ -78,6 +78,24 @@ def layers(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = Fa
 
 
 @app.command()
+def checkpoints(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, such as runs/digits, or one checkpoint's")],
+    verify: Annotated[bool, typer.Option("--verify", help="compare every byte, in place of sizes alone")] = False,
+    prune: Annotated[
+        int | None, typer.Option("--prune", min=1, help="delete all but the newest N that are whole, and the best")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Show what a run has saved, and whether it is whole."""
+    from pathlib import Path
+
+    from disttrain.training.checkpoint_table import show
+
+    show(Path(run), _wide_console(), verify=verify, keep=prune, as_json=as_json)
+
+
+@app.command()
 def doctor(
     probe: Annotated[
         bool, typer.Option("--probe", help="under a launcher: measure latency and bandwidth of the engines")

@@ -7,16 +7,16 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from disttrain.errors import UserError
 from disttrain.training import checkpoint_manifest
 from disttrain.training.checkpoint_manifest import Manifest
-from disttrain.validation import Section
+from disttrain.validation import Section, hint
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,12 @@ class Best(Section):
 
     metric: str = Field(description="the held-out metric, as the task names it: accuracy, bits_per_byte, loss")
     mode: Literal["min", "max"] = Field(description="whether smaller or larger values are better")
+
+    def check(self, metrics: Mapping[str, Any]) -> None:
+        """Raise UserError if there is no such metric."""
+        if self.metric not in metrics:
+            known = hint(self.metric, list(metrics))
+            raise UserError(f"checkpoint.keep_best.metric={self.metric!r} is no metric of the task{known}")
 
     def of(self, manifests: Sequence[Manifest]) -> Manifest | None:
         """The best one, of equals the earliest; None if none was evaluated."""
@@ -63,7 +69,7 @@ def find(path: Path) -> Found:
     Raises:
         UserError: there is none, or it is not whole.
     """
-    if (path / checkpoint_manifest.NAME).exists() or _NAME.fullmatch(path.name):
+    if (path / checkpoint_manifest.NAME).exists() or is_name(path.name):
         return verified(path)
     for folder in (path, path / "checkpoints"):
         if found := newest(folder):
@@ -80,6 +86,11 @@ def verified(path: Path) -> Found:
     manifest = checkpoint_manifest.read(path)
     checkpoint_manifest.verify(path, manifest)
     return Found(path, manifest)
+
+
+def is_name(name: str) -> bool:
+    """Whether a checkpoint's folder is called so."""
+    return _NAME.fullmatch(name) is not None
 
 
 def later_than(path: Path) -> Sequence[Path]:

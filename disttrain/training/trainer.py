@@ -105,6 +105,8 @@ class Trainer:
             self.stopper = self._stopper()
             if self.plateau.needs_evaluation:
                 self.plateau.check(self._metric_names("schedule.metric"))
+            if config.checkpoint.keep_best is not None:
+                config.checkpoint.keep_best.check(self._metric_names("checkpoint.keep_best"))
         comm.activity.enter("resuming", 0)
         self.progress = Progress()
         self.saving = Saving(self)

@@ -30,13 +30,15 @@ def submit(
     best: Best | None = None,
     metrics: Mapping[str, float] | None = None,
     progress: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
     parts: Mapping[str, Any] | None = None,
     run: str = RUN,
     flush: bool = False,
 ) -> Path:
     """Let a writer save it as ``folder/step-<step>``."""
     contents = Contents.of(comm, model, optimizer, parts or {}, flush=flush)
-    facts = {"run": run, "step": step, "progress": progress or {}, "config": {}, "metrics": metrics or {}}
+    facts = {"run": run, "step": step, "progress": progress or {}, "config": config or {}}
+    facts["metrics"] = metrics or {}
     final = folder / f"step-{step:08d}"
     copies = writer.copies()
     writer.submit(
