@@ -111,7 +111,7 @@ class Saving:
             except UserError as error:  # noqa: PERF203 - a handful of them
                 if self._section.on_error == "stop" or (is_end and not self._writer.num_in_flight):
                     raise
-                logger.warning("a checkpoint could not be written, the run goes on: %s", error)
+                logger.warning("the run goes on without a checkpoint: %s", error)
 
     def take_metrics(self) -> dict[str, float]:
         """Seconds that training has waited for checkpoints since this was last called; empty if there was none."""

@@ -83,15 +83,15 @@ def test_pruning_never_deletes_the_last_good_one(run: Path) -> None:
     shown(run, keep=1)
     assert steps(run) == [1]
     flip(run / "checkpoints/step-00000001/model.safetensors")
-    with pytest.raises(UserError, match="step-00000001. is damaged"):
+    with pytest.raises(UserError, match=r"step-00000001' is damaged"):
         shown(run, keep=1, verify=True)
     assert steps(run) == [1]
 
 
 def test_a_named_one_that_is_broken_is_an_error(run: Path) -> None:
     broken = run / "checkpoints/step-00000002"
-    flip(broken / "optimizer.safetensors")
-    with pytest.raises(UserError, match=r"step-00000002' is damaged: optimizer.safetensors is not what was written"):
+    flip(broken / "model.safetensors")
+    with pytest.raises(UserError, match=r"step-00000002' is damaged: model.safetensors is not what was written"):
         shown(broken, verify=True)
     assert "whole, every byte" in shown(run / "checkpoints/step-00000001", verify=True)
 
