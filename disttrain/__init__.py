@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from disttrain.optim.learning_rate import LearningRate
     from disttrain.optim.loss_scale import LossScale
     from disttrain.optim.regularization import Regularization
+    from disttrain.training.interruption import Interruption
     from disttrain.training.start_from import load_weights
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "DistributedOptimizer",
     "GradientNoise",
     "GrowingBatch",
+    "Interruption",
     "Layers",
     "LearningRate",
     "LossScale",
@@ -47,6 +49,7 @@ _HOMES = {
     "DistributedOptimizer": "disttrain.optim.distributed",
     "GradientNoise": "disttrain.batching",
     "GrowingBatch": "disttrain.batching",
+    "Interruption": "disttrain.training.interruption",
     "LAMB": "disttrain.optim.lamb",
     "LARS": "disttrain.optim.lars",
     "Layers": "disttrain.optim.groups",

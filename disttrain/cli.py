@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from disttrain.errors import PEER_LOST_EXIT_CODE, PeerLostError, UserError
+from disttrain.errors import (
+    INTERRUPTED_EXIT_CODE,
+    PEER_LOST_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    PeerLostError,
+    UserError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from disttrain.training.config import Config
-
-USER_ERROR_EXIT_CODE = 2
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train a model with many workers."
@@ -118,7 +122,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="show the v
 
 
 def main() -> NoReturn:
-    """The console script: exit code 2 for a user's mistake, 13 for a lost worker, 1 for anything else."""
+    """The console script: exit code 2 for a mistake, 13 for a lost worker, 75 after a signal, 1 for anything else."""
     debug = "--debug" in sys.argv
     try:
         app()
@@ -152,13 +156,15 @@ def _train(config: Config) -> None:
         try:
             trainer = Trainer(config, communicator, console)
             try:
-                trainer.run()
+                summary = trainer.run()
             finally:
                 trainer.close()
         except AgreedError as error:  # all ranks have it, so they part in good order
             agreed = error
     if agreed is not None:
         raise agreed
+    if summary["ended_by"] == "interrupted":
+        raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 
 def _wide_console() -> Console:

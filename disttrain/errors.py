@@ -1,4 +1,4 @@
-"""The two kinds of failure a user is told about in one line, without a traceback."""
+"""The failures a user is told about in one line, without a traceback, and the exit codes."""
 
 
 class UserError(ValueError):
@@ -15,4 +15,7 @@ class PeerLostError(RuntimeError):
     """
 
 
+USER_ERROR_EXIT_CODE = 2
 PEER_LOST_EXIT_CODE = 13
+INTERRUPTED_EXIT_CODE = 75
+"""A signal ended the run, and its state is saved: start it again with resume=auto (EX_TEMPFAIL of sysexits.h)."""

@@ -13,9 +13,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "$(id -u)" = 0 ]; then # Open MPI refuses to run as root otherwise
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
+# torchrun kills workers that are not done so many seconds after a signal; its default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 # What a worker on another host needs of this environment, where it is set.
 forwarded=(PATH PYTHONPATH OMP_NUM_THREADS MASTER_ADDR MASTER_PORT GLOO_SOCKET_IFNAME HOROVOD_GLOO_IFACE
-    NCCL_SOCKET_IFNAME NCCL_DEBUG)
+    NCCL_SOCKET_IFNAME NCCL_DEBUG TORCH_ELASTIC_SHUTDOWN_TIMEOUT)
 
 fail() {
     echo "error: $*" >&2
@@ -92,4 +94,48 @@ check() {
 # need COMMAND HOW-TO-GET-IT
 need() {
     command -v "$1" >/dev/null || fail "$1 is not installed: $2"
+}
+
+# supervise HOW COMMAND ...: run a launcher to its end; the status is its code. INT, TERM, HUP or USR1 to this script asks the
+# workers to save and end, and the code is 75 then; a second such signal, a second or more later, ends the launcher. HOW:
+#   TERM, USR1   the launcher passes this signal on to its workers, and leaves them time
+#   workers      it does not: signal its workers on this host. One of them is enough: the ranks agree on when to end
+supervise() {
+    local how=$1 code=0
+    asked=''
+    shift
+    set -m # a process group of its own: what a terminal sends goes through here
+    "$@" </dev/null &
+    local launcher=$!
+    set +m
+    # shellcheck disable=SC2064
+    trap "ask $how $launcher" INT TERM HUP USR1
+    wait "$launcher" || code=$?
+    while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
+        code=0
+        wait "$launcher" || code=$?
+    done
+    trap - INT TERM HUP USR1
+    # torchrun and horovodrun make 1 of whatever code their workers end with.
+    if [ -n "$asked" ] && [ "$code" = 1 ]; then code=75; fi
+    return "$code"
+}
+
+ask() {
+    if [ -n "$asked" ]; then
+        [ $((SECONDS - asked)) -lt 2 ] || kill -TERM -- "-$2" 2>/dev/null
+        return
+    fi
+    asked=$SECONDS
+    case $1 in
+    workers)
+        "$python" - "$2" <<'PYTHON' || true
+import signal, sys, psutil
+for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
+    if process.is_running() and process.cmdline()[1:4] == ["-m", "disttrain", "train"]:
+        process.send_signal(signal.SIGUSR1)
+PYTHON
+        ;;
+    *) kill "-$1" "$2" 2>/dev/null || true ;;
+    esac
 }

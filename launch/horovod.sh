@@ -25,17 +25,5 @@ if [ -n "$hosts" ]; then
 fi
 command=(horovodrun -np "$workers" "${flags[@]}" "${options[@]}"
     "$python" -m disttrain train "$config" engine=horovod "${overrides[@]}")
-[ "${flags[0]}" = --mpi ] || exec "${command[@]}"
-
-# With --mpi, horovodrun becomes a shell that waits for mpirun and passes no signal on: signal its whole process group.
-set -m
-"${command[@]}" </dev/null &
-group=$!
-set +m
-trap 'kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
-code=0
-wait "$group" || code=$?
-while kill -0 "$group" 2>/dev/null; do # a signal ends `wait` early
-    wait "$group" || code=$?
-done
-exit "$code"
+# horovodrun leaves its workers 5 seconds after TERM, or none; with --mpi it is a shell that passes no signal on.
+supervise workers "${command[@]}"

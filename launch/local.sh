@@ -8,5 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "$@"
 [ -z "$hosts" ] || fail "local.sh knows this machine only: use torchrun.sh for hosts"
 check "$workers" "$config" engine=torch "${overrides[@]}"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$workers" "${options[@]}" \
+supervise TERM "$python" -m torch.distributed.run --standalone --nproc-per-node "$workers" "${options[@]}" \
     -m disttrain train "$config" engine=torch "${overrides[@]}"

@@ -23,4 +23,5 @@ else # MPICH and its kin: Hydra takes the environment along by itself
     launcher=(mpirun -n "$workers")
     if [ -n "$hosts" ]; then launcher+=(-hosts "$hosts"); fi
 fi
-exec "${launcher[@]}" "${options[@]}" "$python" -m disttrain train "$config" engine=mpi "${overrides[@]}"
+# mpirun leaves its workers a second after TERM, and as long as they like after USR1, which it passes on.
+supervise USR1 "${launcher[@]}" "${options[@]}" "$python" -m disttrain train "$config" engine=mpi "${overrides[@]}"

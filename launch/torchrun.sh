@@ -45,8 +45,7 @@ stop() {
     kill "${processes[@]}" 2>/dev/null || true
     wait
 }
-trap 'stop; exit 130' INT
-trap 'stop; exit 143' TERM HUP
+trap 'stop; exit 75' INT TERM HUP USR1 # torchrun passes TERM on, and the workers save and end
 
 for index in "${!entries[@]}"; do
     host=${entries[$index]%%:*}

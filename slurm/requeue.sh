@@ -1,17 +1,18 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts. Slurm itself requeues a pre-empted job (--requeue); a job near its time limit gets USR1
-# (--signal) and is put back here. Either way the next run resumes from the last checkpoint (resume=auto).
+# Sourced by the batch scripts, after launch/common.sh. A job near its time limit gets USR1 (--signal), a pre-empted one
+# TERM: its workers save and end with code 75, the job is requeued, and its next run resumes (resume=auto).
 
 # srun no longer takes this from sbatch since Slurm 22.05.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
-# requeued_when_told COMMAND ...: run it; on USR1 end it and requeue the job, on TERM pass TERM on.
+# requeued_when_told COMMAND ...: run it to its end; if a signal ended it, put the job back, unless somebody cancels it.
 requeued_when_told() {
-    "$@" &
-    local process=$!
-    # shellcheck disable=SC2064
-    trap "kill -TERM $process 2>/dev/null; wait $process || true; scontrol requeue $SLURM_JOB_ID; exit" USR1
-    # shellcheck disable=SC2064
-    trap "kill -TERM $process 2>/dev/null; wait $process || true; exit 143" TERM
-    wait "$process"
+    local code=0
+    supervise USR1 "$@" || code=$? # srun and mpirun pass USR1 on
+    if [ "$code" = 75 ] || { [ -n "$asked" ] && [ "$code" != 0 ]; }; then # asked while it started: nothing to save yet
+        if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+    fi
+    exit "$code"
 }

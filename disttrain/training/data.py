@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.training.config import Config
+from disttrain.training.interruption import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def _loader(
         batch_sampler=batches,
         collate_fn=config.task.collate,
         num_workers=config.loader_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=comm.device.type == "cuda",
         generator=generator,
     )

@@ -73,7 +73,10 @@ class Recorder:
         """Write summary.json and show the table."""
         _write_json(self._directory / "summary.json", summary)
         self._stop()
-        self._console.print(_table(summary, self._directory))
+        if summary["ended_by"] == "interrupted":
+            self._console.print(_interruption(summary), soft_wrap=True, highlight=False, markup=False)
+        else:
+            self._console.print(_table(summary, self._directory))
 
     def close(self) -> None:
         self._stop()
@@ -123,12 +126,18 @@ def _write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
+def _interruption(summary: Mapping[str, Any]) -> str:
+    saved = summary["checkpoint"]
+    fate = f"resume=auto goes on from {saved}" if saved else "checkpoints are off, so nothing is saved"
+    return f"interrupted after step {summary['steps']} by {summary['interrupted_by']}: {fate}"
+
+
 def _table(summary: Mapping[str, Any], directory: Path) -> Table:
     table = Table(show_header=False, title=str(directory))
     for name, value in summary["metrics"].items():
         table.add_row(f"held-out {name.replace('_', ' ')}", f"{value:.4f}")
     steps = f"{summary['steps']} ({summary['epochs']:g} epochs)"
-    table.add_row("steps", f"{steps}, stopped early" if summary.get("ended_by") == "early_stopping" else steps)
+    table.add_row("steps", f"{steps}, stopped early" if summary["ended_by"] == "early_stopping" else steps)
     if (best := summary.get("best")) and best["value"] is not None:
         restored = ", put back" if best["restored"] else ""
         table.add_row(

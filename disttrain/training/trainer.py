@@ -32,6 +32,7 @@ from disttrain.training.data import (
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating
 from disttrain.training.horizon import Horizon
+from disttrain.training.interruption import Interruption
 from disttrain.training.metrics import Recorder, Silent
 from disttrain.training.plateau import watch
 from disttrain.training.precision import autocast
@@ -108,7 +109,7 @@ class Trainer:
             if config.checkpoint.keep_best is not None:
                 config.checkpoint.keep_best.check(self._metric_names("checkpoint.keep_best"))
         comm.activity.enter("resuming", 0)
-        self.progress = Progress()
+        self.progress, self.interruption = Progress(), Interruption(self.optimizer)
         self.saving = Saving(self)
         self._metrics: dict[str, float] = {}
         self._evaluated_at: int | None = None
@@ -124,7 +125,14 @@ class Trainer:
             )
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, evaluating and saving as the config says; the summary, equal on all ranks."""
+        """Train to the end, evaluating and saving as the config says; the summary, equal on all ranks.
+
+        A signal to any rank ends it after the step under way, with a checkpoint if the config has any.
+        """
+        with self.interruption:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         progress, began = self.progress, time.perf_counter() - self.progress.seconds
         for share, batches in self._steps():
             started = time.perf_counter()
@@ -139,15 +147,21 @@ class Trainer:
                 self.evaluate()
                 is_last = self._has_ended()
             progress.seconds = time.perf_counter() - began
+            is_last = is_last or self.interruption.requested
             if self.config.checkpoint.enabled and (is_last or self._is_due(self.config.checkpoint)):
                 self.save()
-        if self._evaluated_at != progress.step:  # a run was resumed that had ended
+            if is_last:
+                break
+        if self._evaluated_at != progress.step and not self._is_interrupted:  # a run was resumed that had ended
             self.evaluate()
         self.saving.settle(is_end=True)
-        self._take_result()
+        if not self._is_interrupted:
+            self._take_result()
         progress.seconds = time.perf_counter() - began
         summary = self.summary()
         self.recorder.finish(summary)
+        if self._is_interrupted:
+            self.comm.barrier()  # launchers kill the others once one has ended with a code that is not 0
         return summary
 
     def train_step(self, share: Share, batches: Iterator[Any]) -> torch.Tensor:
@@ -223,9 +237,16 @@ class Trainer:
             "metrics": self._metrics,
             "wire": self.saving.wire(),
             "skipped_steps": progress.skipped_steps,
-            "ended_by": "last_step" if self._is_over else "early_stopping",
+            **self._ended_by(),
             **self.stopper.summary(),
         }
+
+    def _ended_by(self) -> dict[str, Any]:
+        if self._is_interrupted:
+            path = self.config.directory / "checkpoints" / f"step-{self.progress.step:08d}"
+            saved = str(path) if self.config.checkpoint.enabled else None
+            return {"ended_by": "interrupted", "interrupted_by": self.interruption.asked_by(), "checkpoint": saved}
+        return {"ended_by": "last_step" if self._is_over else "early_stopping"}
 
     def close(self) -> None:
         """Take down the progress bar, let what is being saved reach the disk, release the run's directory."""
@@ -234,6 +255,10 @@ class Trainer:
 
     def _has_ended(self) -> bool:
         return self._is_over or self.stopper.is_over
+
+    @property
+    def _is_interrupted(self) -> bool:
+        return self.interruption.requested and not self._has_ended()
 
     @property
     def _is_over(self) -> bool:
@@ -252,13 +277,13 @@ class Trainer:
     def _steps(self) -> Iterator[tuple[Share, Iterator[Any]]]:
         """From the position on to the end of the run: a step's share, and an iterator that its batches are next on."""
         self.model.train()
-        while not self._has_ended():
+        if self._has_ended():
+            return
+        while True:
             batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
             for share in self.sampler.shares():
                 size = self.sampler.batch_size
                 yield share, batches
-                if self._has_ended():
-                    return
                 if self.sampler.batch_size != size:
                     break  # the loader has read ahead in batches of the old size: a new one goes on at the position
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.lab.slurm import Cluster, cluster, why_not
-from tests.support.workers import BIN, ROOT, run
+from tests.support.workers import BIN, LAUNCHERS, ROOT, run
 
 reason = why_not()
 pytestmark = [
@@ -35,6 +37,8 @@ evaluation: {every_epochs: null}
 checkpoint: {every_epochs: null}
 log_every: 1
 """
+NUM_STEPS = 300
+SAVING = (f"max_steps={NUM_STEPS}", "compressor.name=topk", "compressor.ratio=0.1", "num_threads=1")
 ENGINES = {"torch": "torch", "mpi": "mpi4py", "horovod": "horovod"}
 engines = pytest.mark.parametrize("engine", ENGINES)
 
@@ -105,6 +109,21 @@ def losses_of_one_process(tmp_path_factory) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
+@pytest.fixture(scope="module")
+def model_of_two_workers(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The model of a run that nobody interrupts. Engines add up two numbers alike, so it is that of all of them."""
+    directory = tmp_path_factory.mktemp("whole")
+    (directory / "config.yaml").write_text(CONFIG)
+    command = [*LAUNCHERS["torch"][0](2), "-m", "disttrain", "train", directory / "config.yaml", f"output={directory}"]
+    done = run([*command, "name=run", *SAVING, f"checkpoint.every_steps={NUM_STEPS}"], timeout=200)
+    assert done.returncode == 0, done.stderr
+    return load_file(checkpoint_of(directory))
+
+
+def checkpoint_of(directory: Path) -> Path:
+    return directory / f"run/checkpoints/step-{NUM_STEPS:08d}/model.safetensors"
+
+
 @engines
 def test_two_nodes_train_as_one_process_does(lab, tmp_path, engine, losses_of_one_process):
     job = Job(lab, tmp_path, engine)
@@ -114,21 +133,36 @@ def test_two_nodes_train_as_one_process_does(lab, tmp_path, engine, losses_of_on
     assert [record["loss"] for record in job.records()] == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
-@engines
-def test_job_near_its_time_limit_is_requeued_and_resumes(lab, tmp_path, engine):
-    job = Job(lab, tmp_path, engine, "max_steps=1000000", "checkpoint.every_steps=5")
+# What --signal=B:USR1@60 does in time, and what a pre-emption with a time of grace begins with.
+TIME_LIMIT, PREEMPTION = ("--signal=USR1", "--batch"), ("--signal=TERM",)
+
+
+@pytest.mark.parametrize(("engine", "signal"), [("torch", TIME_LIMIT), ("mpi", TIME_LIMIT), ("horovod", PREEMPTION)])
+def test_job_that_is_told_to_end_is_requeued_and_ends_as_if_nothing_had_happened(
+    lab, tmp_path, engine, signal, model_of_two_workers
+):
+    job = Job(lab, tmp_path, engine, *SAVING, "checkpoint.every_steps=1000000")
     job.wait_for_step(8)
-    lab.run("scancel", "--signal=USR1", "--batch", job.id)  # what --signal=B:USR1@60 does in time
+    lab.run("scancel", *signal, job.id)
     lab.wait(job.id, 60, states=("PENDING",))
-    resumed_after = max(record["step"] for record in job.records())
-    job.wait_for_step(resumed_after + 3)
-    shown = lab.run("scontrol", "show", "job", job.id).stdout
-    lab.run("scancel", job.id)
-    assert "Restarts=1" in shown
+    assert re.search(r"interrupted after step \d+ by \S+ on rank \d", " ".join(job.output.split())), job.output
+    assert job.wait() == "COMPLETED", job.output
+    assert "Restarts=1" in lab.run("scontrol", "show", "job", job.id).stdout
     assert not (tmp_path / "run.1").exists()  # the same run went on
+    assert [record["step"] for record in job.records()] == list(range(1, NUM_STEPS + 1))
+    for name, value in load_file(checkpoint_of(tmp_path)).items():
+        assert model_of_two_workers[name].equal(value), name
+
+
+def test_cancelled_job_is_not_put_back(lab, tmp_path):
+    job = Job(lab, tmp_path, "torch", "max_steps=1000000")
+    job.wait_for_step(2)
+    workers = job.workers().values()
+    lab.run("scancel", job.id)
     assert job.wait() == "CANCELLED"
-    _, alive = psutil.wait_procs(job.workers().values(), timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
+    assert lab.job_state(job.id) == "CANCELLED"
 
 
 @pytest.mark.parametrize(("engine", "victim"), [("torch", 0), ("mpi", 1), ("horovod", 1)])

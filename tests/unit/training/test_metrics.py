@@ -21,6 +21,7 @@ SUMMARY: dict[str, Any] = {
     "metrics": {"bits_per_byte": 2.5},
     "wire": {"sent_bytes": 2**20, "received_bytes": 0, "dense_bytes": 10 * 2**20},
     "skipped_steps": 0,
+    "ended_by": "last_step",
 }
 
 
