@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from disttrain.errors import UserError
-from disttrain.training import checkpoint
+from disttrain.training import checkpoint, elastic
 from disttrain.training.agreement import agreement
 from disttrain.training.checkpoint_folder import partial_of, prune
 from disttrain.training.checkpoint_manifest import Manifest
@@ -141,10 +141,10 @@ class Saving:
         start_from = config.start_from
         if start_from is not None and config.resume == "never":  # before an earlier run of this name is set aside
             start_from.load(trainer.model, comm)
-        opened = None
+        launches, opened = elastic.launches(comm), None
         with agreement(comm):
             if comm.rank == 0:
-                self._directory = directory = open_run(config)
+                self._directory = directory = open_run(config, launches)
                 found = directory.resumed and [str(directory.resumed.path), directory.resumed.manifest.model_dump()]
                 opened = [directory.run, directory.attempt, found]
         run, attempt, found = comm.broadcast_object(opened)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from disttrain.errors import UserError
-from disttrain.training import checkpoint_folder
+from disttrain.training import checkpoint_folder, elastic
 from disttrain.training.config import Config
 
 logger = logging.getLogger(__name__)
@@ -31,34 +31,37 @@ class RunDirectory:
     lock: IO[str]
 
 
-def open_run(config: Config) -> RunDirectory:
+def open_run(config: Config, launches: list[str]) -> RunDirectory:
     """Make the run's directory, or open the one that is resumed. To be called on rank 0 alone.
 
     An older run of this name is renamed to ``<name>.1``, ``.2``, ... unless it is resumed. If an older checkpoint than
-    its newest is resumed, the newer ones are renamed, so that ``resume=auto`` cannot return to them.
+    its newest is resumed, the newer ones are renamed, so that ``resume=auto`` cannot return to them. Workers that
+    ``launches`` started again, after it began the run, go on with it whatever the config says.
 
     Raises:
         UserError: there is no such checkpoint, or a running process uses the directory.
     """
     path = config.directory
-    resumed = _resumed(config)
-    goes_on = resumed is not None and path.resolve() in resumed.path.resolve().parents
+    is_restarted = elastic.began(path, launches)
+    resumed = (checkpoint_folder.newest(path / "checkpoints") if is_restarted else None) or _resumed(config)
+    is_own = resumed is not None and path.resolve() in resumed.path.resolve().parents
     if path.exists():
         _lock(path).close()
-        if not goes_on:
+        if not (is_own or is_restarted):
             aside = _free(path)
             path.rename(aside)
             logger.info("the earlier run %s is now %s", path, aside)
     path.mkdir(parents=True, exist_ok=True)
-    if goes_on and resumed is not None:
+    if is_own and resumed is not None:
         for newer in checkpoint_folder.later_than(resumed.path):
             newer.rename(_free(newer.with_name(f"{newer.name}.superseded")))
     (path / "config.yaml").write_text(config.to_yaml())
+    elastic.claim(path, launches)
     lock, attempt = _lock(path), uuid.uuid4().hex
     checkpoint_folder.remove_partial(path / "checkpoints")
     lock.write(attempt)
     lock.flush()
-    run = resumed.manifest.run if goes_on and resumed is not None else uuid.uuid4().hex
+    run = resumed.manifest.run if is_own and resumed is not None else uuid.uuid4().hex
     return RunDirectory(path, resumed, run, attempt, lock)
 
 
