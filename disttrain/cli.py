@@ -133,9 +133,13 @@ def main() -> NoReturn:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(USER_ERROR_EXIT_CODE)
     except PeerLostError:  # the guard has printed it
+        from disttrain.comm import rejoin
+
         if debug:
             traceback.print_exc()
-        _leave(PEER_LOST_EXIT_CODE)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        rejoin.leave(PEER_LOST_EXIT_CODE)
     except Exception:
         traceback.print_exc()
         _leave(1)
@@ -163,6 +167,8 @@ def _train(config: Config) -> None:
             agreed = error
     if agreed is not None:
         raise agreed
+    if trainer.interruption.begins_anew:
+        comm.rejoin.begin_anew()
     if summary["ended_by"] == "interrupted":
         raise typer.Exit(INTERRUPTED_EXIT_CODE)
 

@@ -10,6 +10,7 @@ from disttrain.comm.base import Communicator, Work
 from disttrain.comm.environment import Environment, detect
 from disttrain.comm.liveness import Guard
 from disttrain.comm.memory import keep_freed_memory
+from disttrain.comm.rejoin import ask_for_rank
 from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.single import SingleProcess
 from disttrain.comm.watch import Watch
@@ -61,6 +62,7 @@ def init(
     """
     if engine not in (*ENGINES, "auto"):
         raise UserError(f"unknown engine {engine!r}: choose from auto, {', '.join(ENGINES)}")
+    ask_for_rank()
     environment = detect()
     if engine == "auto":
         engine = environment.engine

@@ -130,6 +130,9 @@ class Communicator(ABC):
         """
         raise UserError(f"engine {self.engine!r} has no groups of ranks")
 
+    def on_hosts_changed(self, call: Callable[[], None]) -> None:  # noqa: B027 - few launchers do
+        """Have ``call`` called, in another thread and on one rank, when the launcher brings or takes away hosts."""
+
     def _close(self) -> None:  # noqa: B027 - an engine with nothing to release needs no override
         """Leave the engine's group."""
 

@@ -12,6 +12,7 @@ import torch
 
 from disttrain.comm.base import Communicator, EngineOp, Pending, Work
 from disttrain.comm.environment import Environment
+from disttrain.comm.rejoin import can_rejoin
 from disttrain.errors import UserError
 
 # The reducer hands over whole buckets: fusing them again would only copy them once more. Over MPI it still pays, as one
@@ -111,6 +112,18 @@ class HorovodCommunicator(Communicator):
             lambda name: self._hvd.broadcast_async_(_movable(flat), world_root, name=name, process_set=self._set),
             lambda result: flat,
         )
+
+    def on_hosts_changed(self, call: Callable[[], None]) -> None:
+        if not can_rejoin():
+            return
+        from horovod.common.elastic import notification_manager
+
+        class Listener:
+            def on_hosts_updated(self, timestamp: int, update: int) -> None:
+                call()
+
+        notification_manager.init()
+        notification_manager.register_listener(Listener())
 
     def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
         if os.environ.get(_DYNAMIC) != "1":

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from disttrain.comm.activity import Activity
+from disttrain.comm.rejoin import leave
 from disttrain.comm.star import BrokenConnectionError, Connection, Group, Message, connect
 from disttrain.comm.watchdog import Watchdog
 from disttrain.errors import PEER_LOST_EXIT_CODE, PeerLostError, UserError
@@ -289,7 +290,7 @@ def _exit() -> None:
         flusher = threading.Thread(target=_flush, args=(stream,), daemon=True)
         flusher.start()
         flusher.join(1.0)
-    os._exit(PEER_LOST_EXIT_CODE)
+    leave(PEER_LOST_EXIT_CODE)
 
 
 def _flush(stream: object) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_END, _BEGIN_ANEW = 1, 2  # votes
 # A terminal signals the launcher and its workers, and the launcher then signals the workers: one wish, two signals.
 _ECHO_SECONDS = 1.0
 
@@ -51,10 +52,15 @@ class Interruption:
         """Whether the ranks agreed, in the optimizer's last step, to stop: alike on all of them."""
         return self._optimizer.agreed_vote > 0
 
-    def request(self, reason: str) -> None:
+    @property
+    def begins_anew(self) -> bool:
+        """Whether they stop because hosts came or went (Horovod elastic), to begin anew with those that there are."""
+        return self._optimizer.agreed_vote == _BEGIN_ANEW
+
+    def request(self, reason: str, *, begin_anew: bool = False) -> None:
         """Ask all ranks to stop after the present step, as a signal does; on one rank or on several."""
         self._reason = reason
-        self._optimizer.vote = 1
+        self._optimizer.vote = max(self._optimizer.vote, _BEGIN_ANEW if begin_anew else _END)
 
     def asked_by(self) -> str:
         """Who asked first, by rank: ``SIGTERM on rank 1 (host node-b)``. A collective; to be called once requested."""
@@ -66,6 +72,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
+        self._optimizer.comm.on_hosts_changed(lambda: self.request("new or lost hosts", begin_anew=True))
         return self
 
     def __exit__(
