@@ -140,7 +140,7 @@ class Running:
         found = re.search(r"interrupted after step (\d+) by SIG(TERM|INT|USR1) on rank \d", self.text)
         assert found, self.text
         (checkpoint,) = (self.directory / "long/checkpoints").iterdir()
-        assert checkpoint_folder.read_manifest(checkpoint)["step"] == int(found[1])
+        assert checkpoint_folder.verified(checkpoint).manifest.step == int(found[1])
         assert json.loads((self.directory / "long/summary.json").read_text())["ended_by"] == "interrupted"
 
     def leftovers(self) -> list[psutil.Process]:

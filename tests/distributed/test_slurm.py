@@ -133,11 +133,12 @@ def test_two_nodes_train_as_one_process_does(lab, tmp_path, engine, losses_of_on
     assert [record["loss"] for record in job.records()] == pytest.approx(losses_of_one_process, abs=1e-5)
 
 
-# What --signal=B:USR1@60 does in time, and what a pre-emption with a time of grace begins with.
+# What --signal=B:USR1@60 does in time, and what a pre-emption with a time of grace begins with. The latter signals the
+# tasks of srun, and would end the daemons of mpirun.
 TIME_LIMIT, PREEMPTION = ("--signal=USR1", "--batch"), ("--signal=TERM",)
 
 
-@pytest.mark.parametrize(("engine", "signal"), [("torch", TIME_LIMIT), ("mpi", TIME_LIMIT), ("horovod", PREEMPTION)])
+@pytest.mark.parametrize(("engine", "signal"), [("torch", PREEMPTION), ("mpi", TIME_LIMIT), ("horovod", TIME_LIMIT)])
 def test_job_that_is_told_to_end_is_requeued_and_ends_as_if_nothing_had_happened(
     lab, tmp_path, engine, signal, model_of_two_workers
 ):
