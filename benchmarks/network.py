@@ -128,6 +128,14 @@ class ShapedNetwork:
             text=text,
         )
 
+    def cut(self, host: str) -> None:
+        """Take the link of `host` down, as if its cable were pulled."""
+        _ip("-n", self.namespace("hub"), "link", "set", f"to-{host}", "down")
+
+    def mend(self, host: str) -> None:
+        """Undo ``cut``."""
+        _ip("-n", self.namespace("hub"), "link", "set", f"to-{host}", "up")
+
     def _build(self) -> None:
         hub = self.namespace("hub")
         _ip("netns", "add", hub)

@@ -13,8 +13,10 @@ import typer
 from disttrain.errors import (
     INTERRUPTED_EXIT_CODE,
     PEER_LOST_EXIT_CODE,
+    UNHEALTHY_EXIT_CODE,
     USER_ERROR_EXIT_CODE,
     PeerLostError,
+    UnhealthyError,
     UserError,
 )
 
@@ -122,7 +124,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="show the v
 
 
 def main() -> NoReturn:
-    """The console script: exit code 2 for a mistake, 13 for a lost worker, 75 after a signal, 1 for anything else."""
+    """The console script: exit code 2 for a mistake, 13: a lost worker, 14: bad numbers, 75: a signal, 1: all else."""
     debug = "--debug" in sys.argv
     try:
         app()
@@ -132,6 +134,10 @@ def main() -> NoReturn:
         if _reports(error):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(USER_ERROR_EXIT_CODE)
+    except UnhealthyError as error:
+        if _is_first():
+            print(f"error: {error}", file=sys.stderr)
+        _leave(UNHEALTHY_EXIT_CODE)
     except PeerLostError:  # the guard has printed it
         from disttrain.comm import rejoin
 
@@ -153,7 +159,7 @@ def _train(config: Config) -> None:
     from disttrain.training.agreement import AgreedError
     from disttrain.training.trainer import Trainer
 
-    agreed: AgreedError | None = None
+    agreed: AgreedError | UnhealthyError | None = None
     console = Console()
     with comm.init(config.engine, config.device, config.timeout, watch=config.watch) as communicator:
         _set_up_logging(console, communicator.rank)
@@ -163,7 +169,7 @@ def _train(config: Config) -> None:
                 summary = trainer.run()
             finally:
                 trainer.close()
-        except AgreedError as error:  # all ranks have it, so they part in good order
+        except (AgreedError, UnhealthyError) as error:  # all ranks have it, so they part in good order
             agreed = error
     if agreed is not None:
         raise agreed
@@ -201,6 +207,12 @@ def _reports(error: UserError) -> bool:
     except UserError:
         return True
     return environment.rank == 0 or (environment.local_rank == 0 and not isinstance(error, AgreedError))
+
+
+def _is_first() -> bool:
+    from disttrain.comm.environment import detect
+
+    return detect().rank == 0
 
 
 def _leave(code: int) -> NoReturn:

@@ -15,7 +15,16 @@ class PeerLostError(RuntimeError):
     """
 
 
+class UnhealthyError(RuntimeError):
+    """The run's own numbers say that there is no use in going on: replicas that differ, gradients that stay NaN.
+
+    All ranks raise it together. The command line prints it in one line and exits with code 14
+    (``UNHEALTHY_EXIT_CODE``): to start again by itself would come to the same.
+    """
+
+
 USER_ERROR_EXIT_CODE = 2
 PEER_LOST_EXIT_CODE = 13
+UNHEALTHY_EXIT_CODE = 14
 INTERRUPTED_EXIT_CODE = 75
 """A signal ended the run, and its state is saved: start it again with resume=auto (EX_TEMPFAIL of sysexits.h)."""

@@ -86,6 +86,7 @@ def init(
         comm.guard = Guard(
             comm,
             silence=watch.silence_seconds,
+            grace=watch.grace_seconds,
             activity=comm.activity,
             stall=watch.stall_seconds,
             ends_stalled=watch.on_stall == "end",

@@ -15,6 +15,9 @@ class Watch(Section):
     silence_seconds: float = Field(
         default=30.0, ge=1, description="a rank is lost that has shown no sign of life for so long"
     )
+    grace_seconds: float = Field(
+        default=10.0, ge=0, description="a survivor ends by itself so long after the news, whatever it is stuck in"
+    )
     stall_seconds: float | None = Field(
         default=240.0, ge=1, description="how long ranks wait in a collective that another has not come to; null: ever"
     )

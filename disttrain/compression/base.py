@@ -96,12 +96,14 @@ class StateTensor(NamedTuple):
 class State:
     """What a compressor remembers of one bucket: named tensors, and ``step``, the number of steps committed.
 
+    Up to step ``dense_until`` the bucket is exchanged dense (``compression.repay``).
+
     Tensors are read as attributes (``state.residual``). A program never writes them: it returns their new values, which
     the reducer commits once all ranks agree that the step is sound. A skipped step therefore leaves no trace.
     """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step = self.dense_until = 0
         self.tensors: dict[str, StateTensor] = {}
         self._scratch: dict[str, torch.Tensor] = {}
 

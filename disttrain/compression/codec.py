@@ -84,7 +84,7 @@ class Codec(Compressor):
         if self.error_feedback:
             state.add_zeros("residual", bucket)
             if self._takes_two_stages(bucket):
-                start, end = _chunks(bucket)[bucket.rank]
+                start, end = chunk_of(bucket)
                 sizes = _overlaps(bucket.numels, start, end)
                 owed = torch.zeros(end - start, dtype=bucket.dtype, device=bucket.device)
                 state.add("server_residual", owed, sizes, replicated=False)
@@ -183,6 +183,11 @@ def _chunks(bucket: Bucket) -> list[tuple[int, int]]:
         length = -(-length // _CHUNK_ALIGNMENT) * _CHUNK_ALIGNMENT
     ends = [min(bucket.numel, (rank + 1) * length) for rank in range(bucket.world_size)]
     return list(zip([0, *ends], ends, strict=False))
+
+
+def chunk_of(bucket: Bucket) -> tuple[int, int]:
+    """(start, end) of what this rank averages where payloads travel in two stages."""
+    return _chunks(bucket)[bucket.rank]
 
 
 def _overlaps(numels: Sequence[int], start: int, end: int) -> list[int]:

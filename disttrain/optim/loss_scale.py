@@ -40,6 +40,7 @@ class LossScale:
     Attributes:
         value: the scale of the present step.
         sound_steps: in a row since the scale last changed.
+        is_exhausted: whether the last step overflowed although the scale was at its minimum already.
 
     Raises:
         UserError: a number is no power of two, or the bounds contradict each other.
@@ -70,6 +71,7 @@ class LossScale:
         self.minimum = minimum
         self.value = float(initial)
         self.sound_steps = 0
+        self.is_exhausted = False
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the scale, in float32 at least, as it might overflow in float16."""
@@ -78,8 +80,9 @@ class LossScale:
     def update(self, is_sound: bool) -> None:
         """Note how a step went: down after an overflow, up after enough sound steps. Alike on all ranks."""
         self.sound_steps = self.sound_steps + 1 if is_sound else 0
+        self.is_exhausted = not is_sound and self.value == self.minimum
         if not is_sound:
-            if self.value == self.minimum:
+            if self.is_exhausted:
                 logger.warning("the loss scale is at its minimum of %g and a gradient was inf or NaN", self.minimum)
             self.value = max(self.minimum, self.value * self.backoff_factor)
         elif self.sound_steps == self.growth_interval:

@@ -10,11 +10,12 @@ import torch
 
 from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchical
 from disttrain.compression.base import Hierarchy, NewState, Program, State
+from disttrain.compression.repay import Repay
 from disttrain.kernels import for_device
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
-_DENSE = Dense()
+_DENSE, _REPAY = Dense(), Repay()
 
 
 @dataclass(eq=False)
@@ -82,7 +83,14 @@ class GradientBucket:
     @property
     def present(self) -> Compressor:
         """What exchanges it in this step."""
-        return self.compressor if self.state.step >= self.dense_steps else _DENSE
+        step = self.state.step
+        if step < self.dense_steps:
+            return _DENSE
+        return _REPAY if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
+
+    def be_dense(self, num_steps: int) -> None:
+        """Exchange it dense in the next ``num_steps`` steps, and with them all that the compressor owes."""
+        self.state.dense_until = max(self.state.dense_until, self.state.step + num_steps)
 
     def gradient(self, scale: float) -> torch.Tensor:
         """What the present compressor is to exchange: the buffer, of ``scale`` times the gradient, in true units.

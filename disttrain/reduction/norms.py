@@ -11,9 +11,9 @@ from disttrain.collectives import AllGather, AllReduce, Result
 from disttrain.comm.base import Communicator, Work
 from disttrain.compression import Dense
 from disttrain.reduction.bucket import GradientBucket
-from disttrain.reduction.ledger import Account, Ledger
+from disttrain.reduction.ledger import Ledger
+from disttrain.reduction.meter import STATISTICS
 
-STATISTICS = Account("statistics")
 _RARELY = 10
 Every: TypeAlias = int | Literal["auto"]
 
@@ -52,7 +52,7 @@ class NormMeter:
     def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:
         every = self._every
         if every == "auto":
-            is_free = self._comm.world_size == 1 or all(isinstance(bucket.present, Dense) for bucket in buckets)
+            is_free = self._comm.world_size == 1 or all(_is_dense(bucket) for bucket in buckets)
             every = 1 if is_free else _RARELY
         return step % every == 0
 
@@ -63,12 +63,12 @@ class NormMeter:
     def leave(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
         """Look at what a bucket sends."""
         self._own.append(_square([flat]))
-        if self._comm.world_size > 1 and not isinstance(bucket.present, Dense):
+        if self._comm.world_size > 1 and not _is_dense(bucket):
             self._pending.append(self._ledger.start(AllReduce(flat.clone(), "mean"), STATISTICS))
 
     def land(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
         """Look at what has arrived, before it is committed."""
-        if self._comm.world_size > 1 and isinstance(bucket.present, Dense):
+        if self._comm.world_size > 1 and _is_dense(bucket):
             self._whole.append(_square([mean]))
 
     def finish(self, is_whole: bool) -> SquaredNorms | None:
@@ -92,6 +92,11 @@ class NormMeter:
         # In rank order, and the mean's norm as rank 0 has it: alike to the bit, whatever the engine and the machines.
         parts = [row.tolist() for row in rows]
         return SquaredNorms(sum(part for part, _ in parts) / len(parts), parts[0][1])
+
+
+def _is_dense(bucket: GradientBucket) -> bool:
+    """Whether what arrives is the mean of the gradients alone; dense steps that repay residuals add to it."""
+    return type(bucket.present) is Dense
 
 
 def _square(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -25,6 +25,7 @@ from disttrain.compression.base import Hierarchy
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
 from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
 from disttrain.reduction.ledger import Account, Ledger
+from disttrain.reduction.meter import Meter
 from disttrain.reduction.norms import Every, NormMeter, SquaredNorms
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ class Reducer:
         norms_every: steps between two in which the gradients' norms are measured; "auto" chooses, None never does.
 
     Attributes:
-        norms: of the last step, if it was measured and sound.
+        meters: what looks at gradients in some steps; any may be added between two.
+        results: of the last step, by the meters that measured it.
+        is_finite_here: whether this rank's own gradients of the last step were finite, 0-d.
         scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
             after the look at whether they are finite, so compressors and their residuals know true units alone.
         vote: what this rank tells the others with the next exchange, 0 to 255; it travels with what is agreed on.
@@ -72,9 +75,13 @@ class Reducer:
         self._hooks: list[RemovableHandle] = []
         self.scale = 1.0
         self.vote = self.agreed_vote = 0
-        self.norms: SquaredNorms | None = None
-        self._meter = None if norms_every is None else NormMeter(norms_every, self.ledger, comm)
-        self._measured: NormMeter | None = None  # the meter, while a step is measured
+        self.is_finite_here = torch.tensor(True)
+        self.meters: list[Meter] = []
+        self.results: dict[Meter, Any] = {}
+        self._measuring: list[Meter] = []  # of the step under way
+        self._norm_meter = None if norms_every is None else NormMeter(norms_every, self.ledger, comm)
+        if self._norm_meter is not None:
+            self.meters.append(self._norm_meter)
         self._sending = True
         self._sent: list[Exchange] = []  # of the buckets that have left, by index
         self._finite: list[torch.Tensor] = []  # one flag for each of them
@@ -147,7 +154,8 @@ class Reducer:
 
     def _send(self, bucket: GradientBucket) -> None:
         if not self._sent:
-            self._measured = self._due_meter()
+            step = self.buckets[0].state.step
+            self._measuring = [meter for meter in self.meters if meter.is_due(step, self.buckets)]
         for slot in bucket.slots:
             slot.take_in()
             slot.used = slot.parameter.grad is not None
@@ -160,21 +168,24 @@ class Reducer:
     def _start(self, bucket: GradientBucket) -> Exchange:
         account = Account(bucket.present.name, self.buckets.index(bucket), bucket.description)
         gradient = bucket.gradient(self.scale)
-        if self._measured is not None:
-            self._measured.leave(bucket, gradient)
+        for meter in self._measuring:
+            meter.leave(bucket, gradient)
         return Exchange(bucket.program(gradient), self.ledger, account)
 
-    def _due_meter(self) -> NormMeter | None:
-        """The meter, if this step is to be measured."""
-        meter = self._meter
-        return meter if meter is not None and meter.is_due(self.buckets[0].state.step, self.buckets) else None
+    @property
+    def norms(self) -> SquaredNorms | None:
+        """Of the last step, if it was measured and sound."""
+        return None if self._norm_meter is None else self.results.get(self._norm_meter)
 
     def measure_first_pass(self) -> None:
         """In one process, where several backward passes make a step: take what the first gave as a part of the batch.
 
         To be called inside ``no_sync``, after that pass. It does nothing with more processes, or if no norms are due.
         """
-        if (meter := self._due_meter()) is not None and self._comm.world_size == 1:
+        meter = self._norm_meter
+        if meter is None or self._comm.world_size > 1:
+            return
+        if meter.is_due(self.buckets[0].state.step, self.buckets):
             grads = [grad for slot in self._slots if (grad := slot.parameter.grad) is not None]
             meter.first_pass([grad.to_dense() for grad in grads], self.scale)
 
@@ -212,14 +223,14 @@ class Reducer:
             if unsound:
                 bucket.flat.fill_(math.nan)
                 continue
-            if self._measured is not None:
-                self._measured.land(bucket, outcome[0])
+            for meter in self._measuring:
+                meter.land(bucket, outcome[0])
             bucket.land(*outcome)
             if on_arrival is not None and not any(late):
                 bucket.show_gradients()
                 on_arrival(bucket)
                 bucket.hide_gradients()
-        measured, self._measured = self._measured, None
+        measured, self._measuring = self._measuring, []
         if any(late) and not unsound:
             self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
         for bucket in self.buckets:
@@ -228,9 +239,8 @@ class Reducer:
                 slot.ready = False
             bucket.num_ready, bucket.has_left = 0, False
         self._sent, self._finite = [], []
-        self.norms = None
-        if measured is not None:
-            self.norms = measured.finish(is_whole=not unsound and not any(late))
+        is_whole = not unsound and not any(late)
+        self.results = {meter: meter.finish(is_whole) for meter in measured}
         self.ledger.end_step(self._num_elements)
         return not unsound
 
@@ -240,6 +250,7 @@ class Reducer:
         flags = [0, self.vote, *late, *(slot.used for slot in self._slots)]
         agreed = torch.tensor(flags, dtype=torch.uint8, device=finite.device)
         agreed[0] = ~finite
+        self.is_finite_here = finite
         return agreed
 
     def _exchange_late(self, buckets: Sequence[GradientBucket]) -> None:

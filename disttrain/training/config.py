@@ -29,6 +29,7 @@ from disttrain.optim.schedules import ReduceOnPlateau, Schedule, schedules
 from disttrain.tasks import Task
 from disttrain.training.checkpoint_folder import Best
 from disttrain.training.early_stopping import EarlyStopping
+from disttrain.training.health import Health
 from disttrain.training.precision import LossScaling, Precision, check_precision
 from disttrain.training.start_from import StartFrom
 from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
@@ -135,6 +136,7 @@ class Config(Section):
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     resume: str = Field(
         default="never", description="never, auto (the newest whole checkpoint, if any), or a checkpoint's path"
     )

@@ -88,6 +88,14 @@ class ShardedSampler(Sampler[list[int]]):
         parts = [[_part(*one, rank, self.world_size) for one in passes] for rank in range(self.world_size)]
         return [sum(stop - start for start, stop in own) for own in parts]
 
+    def indices(self, share: Share) -> list[int]:
+        """This rank's samples of a step of the present epoch, as indices into the data."""
+        permutation = self._permutation(self.epoch)
+        return [int(index) for start, stop in share.micro_batches for index in permutation[start:stop]]
+
+    def _permutation(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
     def _share(self, start: int) -> Share:
         stop = min(start + self.batch_size, self.num_samples)
         passes = (_part(start, stop, index, self.accumulation) for index in range(self.accumulation))
@@ -106,7 +114,7 @@ class ShardedSampler(Sampler[list[int]]):
         return self._indices(self.epoch, self.shares())  # of the position now, not of the first batch's time
 
     def _indices(self, epoch: int, shares: Iterator[Share]) -> Iterator[list[int]]:
-        permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        permutation = self._permutation(epoch)
         for share in shares:
             for start, stop in share.micro_batches:
                 if start < stop:

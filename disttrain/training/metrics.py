@@ -69,6 +69,14 @@ class Recorder:
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name != "epoch")
         self._show("evaluation", f"held-out {metrics}", step, record["epoch"], is_line_due=True)
 
+    def health(self, step: int, record: Mapping[str, float]) -> None:
+        """Note numbers by which a run's health is judged."""
+        self._note("health", step, record)
+
+    def event(self, step: int, record: Mapping[str, Any]) -> None:
+        """Note what is no row of numbers, in metrics.jsonl alone."""
+        self._write("event", step, record)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and show the table."""
         _write_json(self._directory / "summary.json", summary)
@@ -89,10 +97,13 @@ class Recorder:
             self._progress = None
 
     def _note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
-        self._file.flush()
+        self._write(kind, step, record)
         for name, value in record.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def _write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        self._file.flush()
 
     def _show(self, kind: str, text: str, step: int, epoch: float, is_line_due: bool) -> None:
         if self._progress is not None:
@@ -109,6 +120,8 @@ class Silent:
     def step(self, position: float) -> None: ...
     def train(self, step: int, record: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, record: Mapping[str, Any]) -> None: ...
+    def health(self, step: int, record: Mapping[str, float]) -> None: ...
+    def event(self, step: int, record: Mapping[str, Any]) -> None: ...
     def finish(self, summary: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 

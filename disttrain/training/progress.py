@@ -18,7 +18,7 @@ class Progress:
     """How far a run has come, saved with it: steps and samples in all, and the position in the data.
 
     ``step_seconds`` is what steps took without evaluation and saving; ``wire`` the bytes of an average worker, in all
-    and ``by_compressor``; ``learning_rate`` and ``batch`` what these must know besides the step.
+    and ``by_compressor``; ``learning_rate``, ``batch`` and ``health`` what these must know besides the step.
     """
 
     step: int = 0
@@ -31,6 +31,7 @@ class Progress:
     wire: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(WIRE, 0))
     learning_rate: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
+    health: dict[str, Any] = field(default_factory=dict)
 
 
 def bytes_of_a_worker(ledger: Ledger, before: Mapping[str, Any]) -> dict[str, Any]:

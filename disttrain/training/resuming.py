@@ -73,6 +73,7 @@ class Saving:
                 "wire": self.wire(),
                 "learning_rate": {**trainer.learning_rate.state_dict(), **trainer.plateau.state_dict()},
                 "batch": trainer.batch.state_dict(),
+                "health": trainer.health.state_dict(),
                 "num_samples": trainer.sampler.num_samples,
                 "parts": {"average": trainer.average.num_steps, "best": trainer.stopper.state_dict()},
             },
@@ -182,6 +183,7 @@ class Saving:
         trainer.progress = saved
         trainer.learning_rate.load_state_dict(saved.learning_rate)
         trainer.plateau.load_state_dict(saved.learning_rate)
+        trainer.health.load_state_dict(saved.health)
         sampler.epoch, sampler.offset = saved.epoch, saved.offset
         if manifest.config.get("batch", {}).get("name") == self._config.to_dict()["batch"]["name"]:
             batch.load_state_dict(saved.batch)

@@ -31,6 +31,7 @@ from disttrain.training.data import (
 )
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating
+from disttrain.training.health import Monitor
 from disttrain.training.horizon import Horizon
 from disttrain.training.interruption import Interruption
 from disttrain.training.metrics import Recorder, Silent
@@ -93,6 +94,7 @@ class Trainer:
                 clip_value=config.clip_value,
                 norms_every=self.batch.norms_every,
             )
+            self.health = Monitor(config.health, self.optimizer)
             self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
             self.learning_rate = LearningRate(
@@ -292,6 +294,7 @@ class Trainer:
         skipped_steps = self.saving.skipped_before + self.optimizer.skipped_steps
         is_sound = skipped_steps == progress.skipped_steps
         sizes, epoch = sampler.part_sizes(share), sampler.epoch
+        skipped = None if is_sound else sampler.indices(share)
         sampler.advance(share)
         progress.step += 1
         progress.samples += share.num_samples
@@ -309,6 +312,7 @@ class Trainer:
             sampler.resize(self.batch.batch_size, self.batch.accumulation)
         progress.epoch, progress.offset = sampler.epoch, sampler.offset
         self.plateau.step(loss, share.num_samples, progress)
+        self.health.step(progress.step, skipped, self.recorder)
 
     def _is_due(self, section: Evaluation | Checkpoint) -> bool:
         by_step = section.every_steps is not None and self.progress.step % section.every_steps == 0
@@ -336,6 +340,8 @@ class Trainer:
             record["loss_scale"] = self.optimizer.loss_scale.value
         record.update(self.saving.take_metrics())
         self.comm.activity.enter("saving", self.progress.step)
+        if self.comm.guard is not None:
+            record.update(self.comm.guard.metrics)
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
 

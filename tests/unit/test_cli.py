@@ -307,6 +307,16 @@ def test_debug_shows_the_traceback(config: str, capsys: pytest.CaptureFixture[st
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_run_that_its_own_numbers_end_is_one_line_and_a_code_of_its_own(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = call("train", config, "task.bad_step=1", "health.max_skipped=1", "max_steps=3")
+    assert code == 14
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error")] == errors[-1:]
+    assert "step 2 is the last of 1 in a row with an inf or NaN in a gradient, on rank 0" in errors[-1]
+
+
 def test_a_defect_keeps_its_traceback(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
