@@ -281,7 +281,7 @@ def _print(line: str) -> None:
     # Past sys.stderr, whose lock the main thread may hold for ever. A progress bar's line is left alone.
     start = "\n" if os.isatty(2) else ""
     with contextlib.suppress(OSError):
-        os.write(2, f"{start}{line}\n".encode())
+        os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
 
 
 def _exit() -> None:

@@ -59,7 +59,8 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """Send, or do nothing if the peer is gone or its buffer is full: receiving tells of both."""
-        line = json.dumps(message).encode() + b"\n"
+        # Not in ASCII, where one character may take twelve bytes; what UTF-8 cannot hold becomes an escape of JSON's.
+        line = json.dumps(message, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         assert len(line) <= MAX_LINE, "messages are short"
         with contextlib.suppress(OSError):
             self._socket.send(line)

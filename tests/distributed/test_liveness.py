@@ -104,7 +104,8 @@ def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim,
         ("guard = Guard(comm, silence=1.5)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
         (GUARDED + "sys.exit(3)", "failed: it left with exit status 3 before the others were done"),
         (GUARDED + "raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
-        (GUARDED + "raise ValueError('x' * 100_000)", "failed: ValueError: " + "x" * 488),
+        (GUARDED + "raise ValueError('\\U0001f4a5' * 100_000)", "failed: ValueError: " + "\U0001f4a5" * 488),
+        (GUARDED + "raise ValueError('caf\\udce9')", "failed: ValueError: caf\\udce9"),
     ],
 )
 @pytest.mark.parametrize("victim", [0, 1])
