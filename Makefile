@@ -16,7 +16,7 @@ SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch) .ci/run
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint types shellcheck format clean
+.PHONY: help train test fuzz lint types shellcheck format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
@@ -27,6 +27,9 @@ train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); AR
 test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
 	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto --dist loadgroup $(ARGS) || $(NONE_CHOSEN)
 	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile $(ARGS) || $(NONE_CHOSEN)
+
+fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others
+	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/test_any_config.py --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.test ## ruff: errors, style, formatting
 	$(VENV)/bin/ruff check .

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from disttrain.training.config import Config
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train a model with many workers."
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Train a model with many workers.")
 _ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, such as configs/digits.yaml")]
 _Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optimizer.lr=0.1 compressor.name=topk")
@@ -38,9 +36,10 @@ _Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 @app.command()
 def train(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
     """Train what CONFIG says, with all workers that the launcher started."""
-    from disttrain.training.config import load
+    from rich.console import Console
 
-    _train(load(config, overrides or []))
+    console = Console()
+    _train(_load(config, overrides, console), console)
 
 
 @app.command()
@@ -51,9 +50,7 @@ def config(
     debug: _Debug = False,
 ) -> None:
     """Check CONFIG and print it with all its values."""
-    from disttrain.training.config import load
-
-    loaded = load(config, overrides or [])
+    loaded = _load(config, overrides)
     if workers is not None:
         loaded.check_world_size(workers)
     print(loaded.to_yaml(), end="")
@@ -68,19 +65,17 @@ def schedule(
     debug: _Debug = False,
 ) -> None:
     """Show the learning rate of a run before it is run: a table of notable steps, and a plot."""
-    from disttrain.training.config import load
     from disttrain.training.schedule_preview import show
 
-    show(load(config, overrides or []), workers, output, _wide_console())
+    show(_load(config, overrides), workers, output, _wide_console())
 
 
 @app.command()
 def layers(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
     """Show what each parameter gets: group, learning rate, weight decay, compressor, or that it is frozen."""
-    from disttrain.training.config import load
     from disttrain.training.layer_table import show
 
-    show(load(config, overrides or []), _wide_console())
+    show(_load(config, overrides), _wide_console())
 
 
 @app.command()
@@ -115,7 +110,11 @@ def doctor(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="show the version")] = False) -> None:
+def _options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="show the version")] = False
+) -> None:
+    if context.invoked_subcommand is None and not version:
+        print(context.get_help())
     if version:
         from importlib.metadata import version as version_of
 
@@ -127,7 +126,7 @@ def main() -> NoReturn:
     """The console script: exit code 2 for a mistake, 13: a lost worker, 14: bad numbers, 75: a signal, 1: all else."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        _run_app()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -138,6 +137,8 @@ def main() -> NoReturn:
         if _is_first():
             print(f"error: {error}", file=sys.stderr)
         _leave(UNHEALTHY_EXIT_CODE)
+    except typer.Abort:  # Ctrl-C
+        _leave(130)
     except PeerLostError:  # the guard has printed it
         from disttrain.comm import rejoin
 
@@ -152,17 +153,38 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _train(config: Config) -> None:
+def _run_app() -> None:
+    """Run the command; what typer does not understand is a UserError, one line like all others."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "disttrain"
+        raise UserError(f"{error.format_message().rstrip('.')}; see {command} --help") from error
+    if code:
+        sys.exit(code)
+
+
+def _load(path: str, overrides: list[str] | None, console: Console | None = None) -> Config:
+    """The config; whose code it runs, if a task's, goes to the console (stderr unless given) beforehand."""
     from rich.console import Console
 
+    from disttrain.comm.environment import detect
+    from disttrain.training.config import load
+
+    _set_up_logging(console or Console(stderr=True), detect().rank)
+    return load(path, overrides or [])
+
+
+def _train(config: Config, console: Console) -> None:
     from disttrain import comm
     from disttrain.training.agreement import AgreedError
     from disttrain.training.trainer import Trainer
 
     agreed: AgreedError | UnhealthyError | None = None
-    console = Console()
     with comm.init(config.engine, config.device, config.timeout, watch=config.watch) as communicator:
-        _set_up_logging(console, communicator.rank)
         try:
             trainer = Trainer(config, communicator, console)
             try:
@@ -193,7 +215,7 @@ def _set_up_logging(console: Console, rank: int) -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("disttrain")
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 

@@ -5,7 +5,8 @@ Each task's module is imported when it is asked for, so one task's libraries are
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import logging
 import os
 import sys
 from typing import Any
@@ -17,6 +18,8 @@ from disttrain.tasks.base import Task, TensorData
 from disttrain.validation import Registry
 
 __all__ = ["Task", "TensorData", "registry"]
+
+logger = logging.getLogger(__name__)
 
 _PATHS = {
     "huggingface": "disttrain.tasks.huggingface:HuggingFace",
@@ -36,6 +39,8 @@ def _load(name: str) -> type[Task] | None:
     if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look where the user is
         sys.path.insert(0, os.getcwd())
     try:
+        if name not in _PATHS and module_name not in sys.modules:
+            _announce(name, module_name.partition(".")[0])
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
@@ -56,6 +61,13 @@ def _load(name: str) -> type[Task] | None:
     if abstract := sorted(found.__abstractmethods__):
         raise UserError(f"task.name={name!r}: {class_name} must define {', '.join(abstract)}")
     return found  # type: ignore[no-any-return]
+
+
+def _announce(name: str, package: str) -> None:
+    """Say whose code is about to run."""
+    if spec := importlib.util.find_spec(package):
+        places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
+        logger.info("task.name=%s runs code of %s", name, places[0] if places else package)
 
 
 def _is_task(value: Any) -> bool:

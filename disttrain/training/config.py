@@ -281,7 +281,7 @@ def _read(path: Path) -> DictConfig:
         config = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"config {str(path)!r} does not exist; {_nearby(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or no path
         raise UserError(f"config {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -10,6 +10,7 @@ from typing import NoReturn
 import pytest
 
 from disttrain import cli
+from tests.support import tiny_task  # noqa: F401 - code that is imported already is not announced
 from tests.support.workers import ROOT, worker_environment
 
 CONFIG = """
@@ -372,3 +373,5 @@ def test_a_users_task_is_found_in_the_current_directory(tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
+    announced = f"INFO: task.name=mine:Mine runs code of {tmp_path}/mine.py"  # the terminal may wrap it
+    assert "".join(done.stdout.split()).startswith(announced.replace(" ", "")), done.stdout
