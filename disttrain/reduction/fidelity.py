@@ -22,8 +22,8 @@ class Fidelity(NamedTuple):
 
     Attributes:
         residual: norm of what the ranks have not sent yet, in norms of their gradients (root mean squares over ranks).
-        cosine: between the mean that compression gave and the dense one; 0 if the former is all zeros. Empty if it was
-            not measured.
+        cosine: between the mean that compression gave and the dense one; 0 if the former is all zeros, NaN if it holds
+            an inf or NaN. Empty if it was not measured.
     """
 
     residual: dict[str, float]
@@ -92,7 +92,7 @@ class FidelityMeter:
             if square > 0
         }
         cosine = {
-            name: dot / math.sqrt(ours * theirs) if ours > 0 else 0.0
+            name: 0.0 if ours == 0 else dot / (math.sqrt(ours) * math.sqrt(theirs))
             for name, (dot, ours, theirs) in zip(names, rows[0][3:].T.tolist(), strict=True)
             if theirs > 0
         }

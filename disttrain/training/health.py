@@ -6,6 +6,7 @@ Every decision is taken from numbers that all ranks share, so all of them go on,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class Monitor:
         self._meter = FidelityMeter(health.every, health.cosine_every, optimizer.wire, optimizer.comm)
         optimizer.reducer.meters.append(self._meter)
         self.skipped_in_a_row = 0
+        self._was_sound = True
 
     def step(self, step: int, skipped: Sequence[int] | None, recorder: Recorder | Silent) -> None:
         """Look at step ``step``, from 1.
@@ -80,6 +82,7 @@ class Monitor:
         Raises:
             UnhealthyError: there is no use in going on; on all ranks alike.
         """
+        self._was_sound = skipped is None
         if skipped is None:
             self.skipped_in_a_row = 0
         elif (scale := self._optimizer.loss_scale) is None or scale.is_exhausted:
@@ -89,6 +92,14 @@ class Monitor:
             self._note_fidelity(step, fidelity, recorder)
         if self._health.every is not None and step % self._health.every == 0:
             self._compare(step, recorder)
+
+    def loss(self, step: int, loss: float, recorder: Recorder | Silent) -> None:
+        """Look at the mean loss of a step, where it is known."""
+        if not math.isfinite(loss) and self._was_sound:
+            logger.warning(
+                "step %d: the loss is %g though all gradients are finite: look at the task's loss", step, loss
+            )
+            recorder.event(step, {"event": "loss", "loss": str(loss)})
 
     def _note_skipped(self, step: int, skipped: Sequence[int], recorder: Recorder | Silent) -> None:
         self.skipped_in_a_row += 1

@@ -344,6 +344,7 @@ class Trainer:
             record.update(self.comm.guard.metrics)
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
+        self.health.loss(progress.step, loss, self.recorder)
 
     def _synchronize_buffers(self) -> None:
         self.optimizer.synchronize_buffers()

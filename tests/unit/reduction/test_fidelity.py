@@ -13,6 +13,7 @@ from torch import nn
 
 from disttrain import DistributedOptimizer
 from disttrain.comm import Communicator, SingleProcess, simulate
+from disttrain.compression import Bucket, Program, State, TopK
 from disttrain.reduction.fidelity import Fidelity, FidelityMeter
 from tests.unit.reduction.test_reducer import COMPRESSORS, TELESCOPING
 
@@ -83,6 +84,21 @@ def test_what_loses_nothing_points_the_same_way_and_owes_nothing() -> None:
     ((fidelity, _, _),) = [measure(SingleProcess(), {"name": "topk", "ratio": 1.0, "min_numel": 1})]
     assert all(cosine == pytest.approx(1.0) for cosine in fidelity.cosine.values())
     assert set(fidelity.residual.values()) == {0.0}
+
+
+class Broken(TopK):
+    """Top-k of which one layer's mean is not finite."""
+
+    def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        mean, new = yield from super().reduce(grad, bucket, state)
+        if "1.weight" in bucket.names:
+            bucket.split(mean)[bucket.names.index("1.weight")][0] = math.inf
+        return mean, new
+
+
+def test_a_mean_that_is_not_finite_has_no_cosine_and_spoils_no_other_layers() -> None:
+    for fidelity, _, _ in simulate(2, lambda comm: measure(comm, Broken(min_numel=1), num_steps=1)):
+        assert [name for name, cosine in fidelity.cosine.items() if math.isnan(cosine)] == ["1.weight"]
 
 
 def test_dense_gradients_are_not_measured() -> None:

@@ -21,6 +21,7 @@ from disttrain.optim.comparison import first_difference
 from disttrain.training.health import Health, Monitor
 from disttrain.training.trainer import Trainer
 from tests.support.runs import make_config, records, stop_run, train, untimed_records
+from tests.support.tiny_task import Tiny
 
 TOPK = {"name": "topk", "ratio": 0.1, "min_numel": 1}
 
@@ -149,6 +150,24 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path: Pat
     assert message.startswith("step 4 is the last of 4 in a row with an inf or NaN in a gradient, on rank ")
     assert "(metrics.jsonl has all): look at them, lower optimizer.lr, or set health.max_skipped" in message
     assert [event["in_a_row"] for event in events(config)] == [1, 2, 3, 4]
+
+
+class Overflowing(Tiny):
+    """Its second loss is infinite, its gradients are not."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        is_second = model.num_calls == 1
+        return super().loss(model, batch) + (math.inf if is_second else 0.0)
+
+
+def test_a_loss_that_is_not_finite_is_named_though_gradients_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = {"name": f"{__name__}:Overflowing"}
+    config = make_config(tmp_path, max_steps=3, task=task)
+    simulate(2, lambda comm: train(config, comm))
+    assert [(event["step"], event["event"], event["loss"]) for event in events(config)] == [(2, "loss", "inf")]
+    assert "step 2: the loss is inf though all gradients are finite" in caplog.text
 
 
 def test_sound_steps_begin_the_count_anew(tmp_path: Path) -> None:
