@@ -8,15 +8,17 @@ by then still becomes a checkpoint.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -26,7 +28,9 @@ from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.training import checkpoint_folder
 from disttrain.training.agreement import agreement
+from disttrain.training.checkpoint import Contents
 from disttrain.training.checkpoint_copies import Copies, Files
+from disttrain.training.checkpoint_folder import partial_of
 from disttrain.training.checkpoint_manifest import FileEntry, Manifest, entry_of, parse_json
 
 logger = logging.getLogger(__name__)
@@ -83,17 +87,34 @@ class Writer:
         """How many are on their way. They must be fewer than the bound before the next is copied."""
         return len(self._jobs)
 
-    def copies(self) -> Copies:
-        """Memory for the next job."""
-        return self._free.pop()
+    def take(
+        self, folder: Path, attempt: str, contents: Contents, facts: Mapping[str, Any], keep: Callable[[], object]
+    ) -> Path:
+        """Copy the contents, and begin to write them as ``folder/step-<step>``.
 
-    def submit(self, job: Job) -> None:
-        """Begin to write; returns at once."""
+        Args:
+            attempt: part of the name until it is whole, so that what another attempt at the run has left is not met.
+            facts: what the manifest says besides: run, step, progress, config, metrics.
+            keep: called on rank 0 when it is whole, to delete others.
+        """
+        facts = copy.deepcopy({**contents.facts, **facts})  # of this moment: the manifest is made of them later
+        final = folder / f"step-{facts['step']:08d}"
+        copies = self._free.pop()
+        job = Job(
+            partial=partial_of(final, attempt),
+            final=final,
+            files=copies.take(contents.files),
+            metadata=contents.metadata({"run": facts["run"], "step": str(facts["step"])}),
+            copies=copies,
+            manifest=lambda files: Manifest(**facts, files=files),
+            keep=keep,
+        )
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"checkpoints-{self._comm.rank}", daemon=True)
             self._thread.start()
         self._jobs.append(job)
         self._queue.put(job)
+        return final
 
     def settle(self) -> None:
         """Wait until the oldest on its way is on the disk. A collective.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ from pydantic import TypeAdapter
 from disttrain.errors import UserError
 from disttrain.training import checkpoint, elastic
 from disttrain.training.agreement import agreement
-from disttrain.training.checkpoint_folder import partial_of, prune
+from disttrain.training.checkpoint_folder import prune
 from disttrain.training.checkpoint_manifest import Manifest
-from disttrain.training.checkpoint_writer import Job, Writer
+from disttrain.training.checkpoint_writer import Writer
 from disttrain.training.config import Config
 from disttrain.training.progress import Progress, bytes_of_a_worker
 from disttrain.training.random_state import seed_everything
@@ -65,7 +64,6 @@ class Saving:
         flush = self._section.residuals == "flush"
         contents = checkpoint.Contents.of(self._comm, trainer.model, trainer.optimizer, parts, flush=flush)
         facts = {
-            **contents.facts,
             "run": self._run,
             "step": trainer.progress.step,
             "progress": {
@@ -80,20 +78,7 @@ class Saving:
             "config": self._config.to_dict(),
             "metrics": dict(metrics),
         }
-        now = copy.deepcopy(facts)  # the manifest is made of it later
-        final = self._folder / f"step-{trainer.progress.step:08d}"
-        copies = self._writer.copies()
-        self._writer.submit(
-            Job(
-                partial=partial_of(final, self._attempt),
-                final=final,
-                files=copies.take(contents.files),
-                metadata=contents.metadata({"run": self._run, "step": str(trainer.progress.step)}),
-                copies=copies,
-                manifest=lambda files: Manifest(**now, files=files),
-                keep=lambda: prune(self._folder, self._section.keep, self._section.keep_best),
-            )
-        )
+        self._writer.take(self._folder, self._attempt, contents, facts, keep=self._prune)
         if not self._section.background:
             self.settle()
         self._note("checkpoint_wait_seconds", settled - began)
@@ -118,6 +103,9 @@ class Saving:
         """Seconds that training has waited for checkpoints since this was last called; empty if there was none."""
         taken, self._seconds = self._seconds, {}
         return taken
+
+    def _prune(self) -> None:
+        prune(self._folder, self._section.keep, self._section.keep_best)
 
     def wire(self) -> dict[str, Any]:
         """Bytes of an average worker since the run began. A collective."""

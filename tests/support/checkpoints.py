@@ -11,14 +11,13 @@ from torch import nn
 from disttrain.comm import Communicator
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.training.checkpoint import Contents
-from disttrain.training.checkpoint_folder import Best, partial_of, prune
-from disttrain.training.checkpoint_manifest import Manifest
-from disttrain.training.checkpoint_writer import Job, Writer
+from disttrain.training.checkpoint_folder import Best, prune
+from disttrain.training.checkpoint_writer import Writer
 
 RUN = "0123456789abcdef" * 2
 
 
-def submit(
+def take(
     writer: Writer,
     comm: Communicator,
     folder: Path,
@@ -37,22 +36,8 @@ def submit(
 ) -> Path:
     """Let a writer save it as ``folder/step-<step>``."""
     contents = Contents.of(comm, model, optimizer, parts or {}, flush=flush)
-    facts = {"run": run, "step": step, "progress": progress or {}, "config": config or {}}
-    facts["metrics"] = metrics or {}
-    final = folder / f"step-{step:08d}"
-    copies = writer.copies()
-    writer.submit(
-        Job(
-            partial=partial_of(final, "test"),
-            final=final,
-            files=copies.take(contents.files),
-            metadata=contents.metadata({"run": run, "step": str(step)}),
-            copies=copies,
-            manifest=lambda files: Manifest(**contents.facts, **facts, files=files),
-            keep=lambda: prune(folder, keep, best),
-        )
-    )
-    return final
+    facts = {"run": run, "step": step, "progress": progress or {}, "config": config or {}, "metrics": metrics or {}}
+    return writer.take(folder, "test", contents, facts, keep=lambda: prune(folder, keep, best))
 
 
 def save(
@@ -61,7 +46,7 @@ def save(
     """Write ``folder/step-<step>`` together with the other ranks, at once."""
     writer = Writer(comm, 1)
     try:
-        path = submit(writer, comm, folder, model, optimizer, step, **options)
+        path = take(writer, comm, folder, model, optimizer, step, **options)
         writer.settle()
     finally:
         writer.close()
