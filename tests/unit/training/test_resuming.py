@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from disttrain import compression
 from disttrain.comm import Communicator, simulate
@@ -70,6 +71,28 @@ def test_every_compressor_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     assert len(set(sizes[4:])) > 1, "and after it"
 
 
+@pytest.mark.parametrize("name", ["topk", "powersgd", "dgc"])
+def test_a_run_that_flushes_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+    """One file holds the residuals, and going on from it is what the run itself does."""
+    changes: dict[str, Any] = {
+        "compressor": spec_of(name),
+        "max_steps": 8,
+        "checkpoint": {"every_epochs": None, "every_steps": 4, "residuals": "flush"},
+    }
+    reference = make_config(tmp_path / "reference", **changes)
+    expected = simulate(3, lambda comm: train(reference, comm))
+    config = make_config(tmp_path / "stopped", **changes, resume="auto")
+    stop_run(config, 3, 6)
+    folder = config.directory / "checkpoints/step-00000004"
+    for rank in range(3):
+        assert {key.partition(":")[0] for key in load_file(folder / f"rank-{rank:05d}.safetensors")} == {"rng"}
+    for (_, model), (_, expected_model) in zip(simulate(3, lambda comm: train(config, comm)), expected, strict=True):
+        assert all(torch.equal(model[key], value) for key, value in expected_model.items())
+    kept = make_config(tmp_path / "kept", **{**changes, "checkpoint": {"every_epochs": None, "every_steps": 4}})
+    others = simulate(3, lambda comm: train(kept, comm))
+    assert not all(torch.equal(others[0][1][key], value) for key, value in expected[0][1].items()), "it has flushed"
+
+
 def pending(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """By tensor, the mean over those that hold it; what servers owe is added to the parameter's residual."""
     found = {}
@@ -107,8 +130,9 @@ def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(tmp_path:
 
     def save(comm: Communicator) -> dict[str, torch.Tensor]:
         model, optimizer = make(comm, spec, 3)
+        own: dict[str, torch.Tensor] = optimizer.state_dict()["compression"]["per_rank"]
         checkpoints.save(comm, tmp_path, model, optimizer, 3, flush="flushed" in layout)
-        return optimizer.state_dict()["compression"]["per_rank"]
+        return own
 
     def load(comm: Communicator) -> dict[str, torch.Tensor]:
         model, optimizer = make(comm, spec, 0)
