@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
+from disttrain.comm.attempt import fresh_part
 from disttrain.comm.base import Communicator, EngineOp, Pending, Work
 from disttrain.comm.environment import Environment
 from disttrain.errors import UserError
@@ -64,14 +65,15 @@ class TorchCommunicator(Communicator):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         limit = timedelta(seconds=timeout)
         try:
-            if environment.launcher == "torchrun":
-                dist.init_process_group(self.backend, timeout=limit)  # torchrun's agent keeps the store
-            else:
-                store = TCPStore(host, port, self.world_size, is_master=self.rank == 0, timeout=limit)
-                dist.init_process_group(
-                    self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
-                )
-        except (dist.DistError, RuntimeError, ValueError) as error:
+            is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            is_master = self.rank == 0 and not is_agents
+            store: Store = TCPStore(host, port, self.world_size, is_master=is_master, timeout=limit)
+            if is_agents:
+                store = fresh_part(store, self.rank, self.world_size, timeout)
+            dist.init_process_group(
+                self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
+            )
+        except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
             raise _explain(error, host, port, self.rank, self.world_size, timeout) from error
 
     @property
