@@ -97,7 +97,7 @@ need() {
 }
 
 # supervise HOW COMMAND ...: run a launcher to its end; the status is its code. INT, TERM, HUP or USR1 to this script asks the
-# workers to save and end, and the code is 75 then; a second such signal, a second or more later, ends the launcher. HOW:
+# workers to save and end, and the code is 75 then; a second such signal, two seconds or more later, ends them at once. HOW:
 #   TERM, USR1   the launcher passes this signal on to its workers, and leaves them time
 #   workers      it does not: signal its workers on this host. One of them is enough: the ranks agree on when to end
 supervise() {
@@ -123,19 +123,25 @@ supervise() {
 
 ask() {
     if [ -n "$asked" ]; then
-        [ $((SECONDS - asked)) -lt 2 ] || kill -TERM -- "-$2" 2>/dev/null
-        return
+        if [ $((SECONDS - asked)) -ge 2 ]; then
+            tell_workers TERM "$2"
+            kill -TERM -- "-$2" 2>/dev/null || true
+        fi
+        return 0 # without a number it would be the status of what the signal interrupted
     fi
     asked=$SECONDS
     case $1 in
-    workers)
-        "$python" - "$2" <<'PYTHON' || true
-import signal, sys, psutil
-for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
-    if process.is_running() and process.cmdline()[1:4] == ["-m", "disttrain", "train"]:
-        process.send_signal(signal.SIGUSR1)
-PYTHON
-        ;;
+    workers) tell_workers USR1 "$2" ;;
     *) kill "-$1" "$2" 2>/dev/null || true ;;
     esac
+}
+
+# tell_workers SIGNAL LAUNCHER: send it to all workers that the launcher has on this host.
+tell_workers() {
+    "$python" - "$@" <<'PYTHON' || true
+import signal, sys, psutil
+for process in psutil.Process(int(sys.argv[2])).children(recursive=True):
+    if process.is_running() and process.cmdline()[1:4] == ["-m", "disttrain", "train"]:
+        process.send_signal(signal.Signals["SIG" + sys.argv[1]])
+PYTHON
 }
