@@ -2,6 +2,8 @@
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 WORKERS ?= 2
+KILLS ?= 200
+SEED ?= 0
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -16,7 +18,7 @@ SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch) .ci/run
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test fuzz lint types shellcheck format clean
+.PHONY: help train test fuzz faults lint types shellcheck format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
@@ -30,6 +32,9 @@ test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything,
 
 fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others
 	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/test_any_config.py --numprocesses auto $(ARGS)
+
+faults: $(VENV)/.horovod ## kill runs at KILLS (200) random moments chosen by SEED (0), and resume them
+	$(ACTIVE) python -m tests.faults.kills --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 lint: $(VENV)/.test ## ruff: errors, style, formatting
 	$(VENV)/bin/ruff check .

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.support.workers import LAUNCHERS, run, unavailable, worker_environment
+from tests.support.workers import LAUNCHERS, run, worker_environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -35,34 +34,6 @@ def train(output: Path, launcher: str, num_workers: int, *overrides: str, **env:
     command = [*LAUNCHERS[launcher][0](num_workers), "-m", "disttrain", "train", str(config), f"output={output}"]
     overrides = (*overrides, f"engine={LAUNCHERS[launcher][1]}")
     return run([*command, *overrides], timeout=120, env=worker_environment(**env), cwd=output)
-
-
-@pytest.mark.parametrize("launcher", ["torch", "mpi"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, launcher: str) -> None:
-    if reason := unavailable(launcher):
-        pytest.skip(reason)
-    results = []
-    for name in ("whole", "killed"):
-        output = tmp_path / name
-        output.mkdir()
-        if name == "killed":  # both workers in the same step, the second of an epoch; 2 passes a step
-            died = train(output, launcher, 2, "task.die_at=14")
-            assert died.returncode != 0
-            assert not (output / "run/summary.json").exists()
-            assert [path.name for path in (output / "run/checkpoints").glob("step*")] != []
-        done = train(output, launcher, 2, "resume=auto")
-        assert done.returncode == 0, done.stdout + done.stderr
-        summary = json.loads((output / "run/summary.json").read_text())
-        model = load_file(output / "run/checkpoints/step-00000012/model.safetensors")
-        results.append((summary, model))
-    (whole, expected), (resumed, model) = results
-    for name, value in expected.items():
-        assert model[name].equal(value), name
-    assert resumed["metrics"] == whole["metrics"]
-    assert resumed["wire"] == whole["wire"]
-    assert (whole["world_size"], whole["engine"]) == (2, LAUNCHERS[launcher][1])
-    records = [json.loads(line) for line in (tmp_path / "killed/run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 13))
 
 
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:

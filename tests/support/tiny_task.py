@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ class Tiny(Task):
     batch_norm: bool = False
     frozen: bool = False
     bad_step: int | None = None  # the training step (from 0) whose loss is infinite
-    die_at: int | None = None  # the training step at which the process ends as if killed
 
     def build_model(self) -> nn.Module:
         hidden: list[nn.Module] = [nn.BatchNorm1d(8)] if self.batch_norm else []
@@ -48,8 +46,6 @@ class Tiny(Task):
         return self._data(3, self.num_held_out) if self.num_held_out else None
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        if model.num_calls == self.die_at:
-            os._exit(9)
         loss = F.mse_loss(model(batch[0]), batch[1])
         if model.num_calls == self.bad_step:
             loss = loss * math.inf
