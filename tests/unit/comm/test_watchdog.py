@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain import DistributedOptimizer
+from disttrain import DistributedOptimizer, comm
 from disttrain.collectives import AllGather, AllReduce
-from disttrain.comm import Communicator, simulate
+from disttrain.comm import Communicator, SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.activity import Activity, Report
 from disttrain.comm.watchdog import _BEATS_TO_BE_SURE, _SLOW_BEATS, Watchdog
 
@@ -188,6 +188,24 @@ def test_an_error_leaves_word_of_where_it_came() -> None:
     assert "step 3's optimizer step, waiting in all_reduce 1 (bucket 0: dense)" in places.values() or (
         "step 3's optimizer step, waiting in all_gather 1" in places.values()
     )
+
+
+@pytest.mark.parametrize("on_stall", ["end", "warn"])
+def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall: Any) -> None:
+    communicator = SimulatedCommunicator(SimulatedWorld(2), 0)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(comm, "_join", lambda *_: communicator)
+    monkeypatch.setattr(comm, "Guard", lambda _, **options: given.update(options))
+    watch = {"silence_seconds": 5, "grace_seconds": 2, "stall_seconds": None, "straggler_factor": 3}
+    comm.init("torch", "cpu", watch=comm.Watch(on_stall=on_stall, **watch))
+    assert given == {
+        "silence": 5,
+        "grace": 2,
+        "stall": None,
+        "slow": 3,
+        "ends_stalled": on_stall == "end",
+        "activity": communicator.activity,
+    }
 
 
 def test_where_a_rank_is_before_it_does_anything_is_nowhere() -> None:

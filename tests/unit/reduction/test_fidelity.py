@@ -138,6 +138,23 @@ def test_a_skipped_step_is_measured_the_next_time() -> None:
     assert simulate(2, run) == [[False, False, True, False]] * 2
 
 
+def test_dense_steps_repay_what_dgc_has_gathered() -> None:
+    def run(comm: Communicator) -> list[bool]:
+        optimizer = build(comm, {"name": "dgc", "min_numel": 1, "ratio": 0.1})
+        for number in range(3):
+            step(optimizer, number)
+        for bucket in optimizer.reducer.buckets:
+            bucket.be_dense(2)
+        found = []
+        for number in range(3, 5):
+            step(optimizer, number)
+            state = optimizer.state_dict()["compression"]["per_rank"]
+            found.append(any(bool(tensor.any()) for key, tensor in state.items() if key.endswith("velocity")))
+        return found
+
+    assert simulate(2, run) == [[True, False]] * 2
+
+
 @pytest.mark.parametrize(
     ("world_size", "local_size", "more"),
     [(1, 1, {}), (3, 3, {}), (4, 2, {"hierarchical": True}), (3, 3, {"exchange": "two_stage"})],
