@@ -26,6 +26,7 @@ class Copies:
     def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> Files:
         """Copies of the tensors, contiguous; after ``wait`` they may be read, until the next ``take``."""
         before, self._kept, self._arrival = self._kept, {}, None
+        device: torch.device | None = None
         for file, tensors in files.items():
             known, copies = before.get(file, {}), {}
             for name, tensor in tensors.items():
@@ -33,11 +34,12 @@ class Copies:
                 if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 copies[name] = copy.copy_(tensor, non_blocking=True)
-                if tensor.is_cuda and self._arrival is None:
-                    self._arrival = torch.cuda.Event()
+                if tensor.is_cuda:
+                    device = tensor.device
             self._kept[file] = copies
-        if self._arrival is not None:
-            self._arrival.record()
+        if device is not None:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(device))
         return self._kept
 
     def wait(self) -> None:
