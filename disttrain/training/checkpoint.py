@@ -104,7 +104,8 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
         replicated = load_file(path / "compression.safetensors")
         flushed = {name: replicated.pop(name) for name in list(replicated) if name.startswith(_PENDING)}
         own = _read(path / _rank_file(comm.rank), _RESIDUAL) if as_many and not flushed else {}
-    like = state_dict(optimizer.reducer.buckets, comm, copy=False)["per_rank"]
+    present = state_dict(optimizer.reducer.buckets, comm, copy=False)
+    like = present["per_rank"]
     if flushed:
         whole = {name.removeprefix(_PENDING): tensor for name, tensor in flushed.items()}
         per_rank = pending.distribute(whole, like, comm)
@@ -115,6 +116,14 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
             ranks = range(comm.rank, manifest.world_size, comm.world_size)
             shards = {rank: _read(path / _rank_file(rank), _RESIDUAL) for rank in ranks}
         per_rank = pending.distribute(pending.merge(shards, comm), like, comm)
+    if any(bucket.compressor.hierarchical for bucket in optimizer.reducer.buckets):
+        if not per_rank and not replicated:  # it was one node, which exchanges dense and owes nothing
+            per_rank, replicated = like, present["replicated"]
+        elif per_rank and not like:
+            raise UserError(
+                f"checkpoint {str(path)!r} has residuals of several nodes, and a hierarchical exchange on one node "
+                "keeps none: resume on more nodes, or with compressor.hierarchical=false"
+            )
     with agreement(comm), damage(path):
         optimizer.load_state_dict(
             {

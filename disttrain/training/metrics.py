@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
 _MIB = 2**20
@@ -36,10 +40,11 @@ class Recorder:
         self._directory, self._console = directory, console
         self._of_all = f"/{num_steps}" if position is None else ""
         path = directory / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _lines(path) if (found := _step_of(line)) is not None and found <= step]
         path.write_text("".join(kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        self._is_incomplete = False
         self._last_line = time.monotonic()
         self._shown = {"train": "", "evaluation": ""}  # beside the bar: the newest of both
         self._progress: Progress | None = None
@@ -79,7 +84,8 @@ class Recorder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json and show the table."""
-        _write_json(self._directory / "summary.json", summary)
+        with self._going_on():
+            _write_json(self._directory / "summary.json", summary)
         self._stop()
         if summary["ended_by"] == "interrupted":
             self._console.print(_interruption(summary), soft_wrap=True, highlight=False, markup=False)
@@ -88,8 +94,10 @@ class Recorder:
 
     def close(self) -> None:
         self._stop()
-        self._file.close()
-        self._tensorboard.close()
+        with self._going_on():
+            self._file.close()
+        with self._going_on():
+            self._tensorboard.close()
 
     def _stop(self) -> None:
         if self._progress is not None:
@@ -98,12 +106,24 @@ class Recorder:
 
     def _note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         self._write(kind, step, record)
-        for name, value in record.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        with self._going_on():
+            for name, value in record.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def _write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
-        self._file.flush()
+        with self._going_on():
+            self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A disk that is full costs records, with a warning, but not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_incomplete:
+                logger.warning("records are lost, the run goes on: %s", error)
+            self._is_incomplete = True
 
     def _show(self, kind: str, text: str, step: int, epoch: float, is_line_due: bool) -> None:
         if self._progress is not None:
@@ -131,6 +151,14 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step_of(line: str) -> int | None:
+    """None for a line that is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _write_json(path: Path, value: Any) -> None:

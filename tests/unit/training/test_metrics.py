@@ -37,6 +37,23 @@ def record(directory: Path, console: Console, step: int = 0) -> str:
     return console.file.getvalue()
 
 
+def test_a_full_disk_costs_records_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder(tmp_path, 0, 4, Console(file=io.StringIO()))
+    recorder._file.close()
+    recorder._file = open("/dev/full", "a")  # noqa: SIM115
+    for step in (1, 2):
+        recorder.train(step, RECORD)
+    recorder.finish(SUMMARY)
+    recorder.close()
+    assert caplog.text.count("records are lost, the run goes on: [Errno 28] No space left on device") == 1
+
+
+def test_damaged_records_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n[]\n{"step": null}\n')
+    Recorder(tmp_path, 3, 4, Console(file=io.StringIO())).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     shown = record(tmp_path, Console(file=io.StringIO(), force_terminal=True, width=150))
     assert "4/4" in shown

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from disttrain import compression
 from disttrain.comm import Communicator, simulate
+from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.training import checkpoint, checkpoint_folder
 from tests.support import checkpoints
@@ -147,6 +148,28 @@ def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(tmp_path:
         assert {key for key in before if not key.endswith(("/q", "/p"))} <= after.keys()
         for key in after:
             torch.testing.assert_close(after[key], before[key], rtol=1e-6, atol=1e-6)
+
+
+def test_one_node_owes_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+    """A hierarchical exchange to and from a single node, which is dense."""
+
+    def run(comm: Communicator, hierarchical: bool, step: int | None) -> dict[str, torch.Tensor]:
+        model, optimizer = make(comm, {**spec_of("powersgd"), "hierarchical": hierarchical}, 3 if step else 0)
+        if step:
+            checkpoints.save(comm, tmp_path, model, optimizer, step)
+        else:
+            checkpoint.load(*checkpoint_folder.find(tmp_path), comm, model, optimizer)
+        return optimizer.state_dict()["compression"]["per_rank"]
+
+    assert simulate(2, lambda comm: run(comm, True, 1)) == [{}, {}]
+    fresh = pending(simulate(4, lambda comm: run(comm, True, None), local_size=2))
+    assert not any(value.any() for key, value in fresh.items() if key.endswith("/residual"))
+    before = pending(simulate(4, lambda comm: run(comm, True, 2), local_size=2))
+    with pytest.raises(UserError, match=r"resume on more nodes, or with compressor\.hierarchical=false"):
+        simulate(2, lambda comm: run(comm, True, None))
+    after = pending(simulate(2, lambda comm: run(comm, False, None)))
+    for key, value in after.items():
+        torch.testing.assert_close(value, before[key], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("compressor", ["topk", "powersgd"])
