@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -193,8 +194,9 @@ class Writer:
         """All ranks' entries; None if some rank has failed."""
         entries, missing, pause = dict(own), set(range(1, self._comm.world_size)), 0.002
         while missing or job.problem is not None:
+            names = _names_in(job.partial)
             for rank in sorted(missing):
-                found = _read_note(job.partial, rank)
+                found = _read_note(job.partial, rank) if _note(job.partial, rank).name in names else None
                 if found is None:
                     break
                 entries.update(found)
@@ -213,6 +215,14 @@ class Writer:
                     "set output to a folder that all hosts share"
                 )
         return entries
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Listed anew each time, where a network file system may remember for a minute that a name is not there."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 def _note(partial: Path, rank: int) -> Path:
