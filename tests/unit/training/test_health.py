@@ -157,6 +157,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path: Pat
     assert message.startswith("step 4 is the last of 4 in a row with an inf or NaN in a gradient, on rank ")
     assert "(metrics.jsonl has all): look at them, lower optimizer.lr, or set health.max_skipped" in message
     assert [event["in_a_row"] for event in events(config)] == [1, 2, 3, 4]
+    for event in events(config):  # of steps that end an epoch
+        assert [17 in samples for samples in event["samples"].values()] == [True]
 
 
 class Overflowing(Tiny):
