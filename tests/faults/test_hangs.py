@@ -100,7 +100,7 @@ class Job:
 
 def test_short_cuts_and_stops_are_ridden_out_a_straggler_is_named_and_a_long_cut_ends_all(tmp_path: Path) -> None:
     with ShapedNetwork(3, rate_mbit=None) as network:
-        job = Job(network, tmp_path, silence_seconds=7, grace_seconds=1)
+        job = Job(network, tmp_path, silence_seconds=12, grace_seconds=1)
         network.cut("w2")
         time.sleep(1)
         stands = job.steps(0)
@@ -120,7 +120,7 @@ def test_short_cuts_and_stops_are_ridden_out_a_straggler_is_named_and_a_long_cut
 
         network.cut("w2")
         results = job.ends()
-        lost = "was lost: no sign of life for 7 s; it was in step "
+        lost = "was lost: no sign of life for 12 s; it was in step "
         assert [code for code, _ in results] == [13, 13, 13]
         for rank in (0, 1):
             line = next(line for line in job.errors(rank).splitlines() if line.startswith("error"))
