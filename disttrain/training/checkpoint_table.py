@@ -78,11 +78,10 @@ def _row(path: Path, found: Manifest | UserError, is_best: bool, verify: bool) -
     if isinstance(found, UserError):
         problem = str(found).removeprefix(f"checkpoint {str(path)!r} ")
         return {"path": str(path), "step": None, "is_best": False, "problem": problem}
-    progress = found.progress
     return {
         "path": str(path),
         "step": found.step,
-        "epoch": progress.get("epoch"),
+        "epoch": _epochs(found.progress),
         "date": found.date,
         "bytes": found.num_bytes,
         "world_size": found.world_size,
@@ -93,6 +92,14 @@ def _row(path: Path, found: Manifest | UserError, is_best: bool, verify: bool) -
         "is_verified": verify,
         "problem": None,
     }
+
+
+def _epochs(progress: dict[str, Any]) -> float | None:
+    """With the part of the present one."""
+    epoch, offset, num_samples = (progress.get(key) for key in ("epoch", "offset", "num_samples"))
+    if not isinstance(epoch, int) or not isinstance(offset, int) or not isinstance(num_samples, int) or num_samples < 1:
+        return None
+    return round(epoch + offset / num_samples, 2)
 
 
 def _table(rows: list[dict[str, Any]], path: Path) -> Table:
@@ -110,5 +117,14 @@ def _table(rows: list[dict[str, Any]], path: Path) -> Table:
         state = "whole, every byte" if row["is_verified"] else "whole, by size"
         best = "best" if row["is_best"] else ""
         mib = f"{row['bytes'] / 2**20:.1f}"
-        table.add_row(str(row["step"]), str(row["epoch"]), date, mib, str(row["world_size"]), metrics, best, state)
+        table.add_row(
+            str(row["step"]),
+            "" if row["epoch"] is None else f"{row['epoch']:g}",
+            date,
+            mib,
+            str(row["world_size"]),
+            metrics,
+            best,
+            state,
+        )
     return table
