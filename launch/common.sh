@@ -139,9 +139,10 @@ ask() {
 # tell_workers SIGNAL LAUNCHER: send it to all workers that the launcher has on this host.
 tell_workers() {
     "$python" - "$@" <<'PYTHON' || true
-import signal, sys, psutil
+import contextlib, signal, sys, psutil
 for process in psutil.Process(int(sys.argv[2])).children(recursive=True):
-    if process.is_running() and process.cmdline()[1:4] == ["-m", "disttrain", "train"]:
-        process.send_signal(signal.Signals["SIG" + sys.argv[1]])
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if "python" in process.name() and " -m disttrain train " in " ".join(process.cmdline()):
+            process.send_signal(signal.Signals["SIG" + sys.argv[1]])
 PYTHON
 }

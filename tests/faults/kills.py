@@ -133,12 +133,11 @@ class Chain:
         return None
 
     def processes(self) -> list[psutil.Process]:
-        """Workers that run, by the folder in their command lines."""
+        """Workers and launchers that run, by the folder in their command lines."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                command = process.cmdline()
-                if f"output={self.folder}" in command and command[1:3] == ["-m", "disttrain"]:
+                if f"output={self.folder}" in process.cmdline():
                     found.append(process)
         return found
 
