@@ -102,7 +102,7 @@ need() {
 #   workers      it does not: signal its workers on this host. One of them is enough: the ranks agree on when to end
 supervise() {
     local how=$1 code=0
-    asked=''
+    asked='' hurried=''
     shift
     set -m # a process group of its own: what a terminal sends goes through here
     "$@" </dev/null &
@@ -117,13 +117,14 @@ supervise() {
     done
     trap - INT TERM HUP USR1
     # torchrun and horovodrun make 1 of whatever code their workers end with.
-    if [ -n "$asked" ] && [ "$code" = 1 ]; then code=75; fi
+    if [ -n "$asked" ] && [ -z "$hurried" ] && [ "$code" = 1 ]; then code=75; fi
     return "$code"
 }
 
 ask() {
     if [ -n "$asked" ]; then
         if [ $((SECONDS - asked)) -ge 2 ]; then
+            hurried=yes
             tell_workers TERM "$2"
             kill -TERM -- "-$2" 2>/dev/null || true
         fi

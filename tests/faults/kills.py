@@ -278,7 +278,7 @@ def table(report: Report, seed: int) -> str:
         "",
         "| engine | kills | "
         + " | ".join(f"in {place}" for place in places)
-        + " | of rank 0 | resumed from a checkpoint | seconds a launch |",
+        + " | of rank 0 | launches from a checkpoint | seconds a launch |",
         "|---|" + "---|" * 8,
     ]
     for engine in dict.fromkeys(kill.engine for kill in report.kills):
@@ -286,7 +286,8 @@ def table(report: Report, seed: int) -> str:
         counts = Counter(kill.where for kill in own)
         seconds = sorted(kill.seconds for kill in report.kills if kill.engine == engine)
         cells = [len(own), *(counts[place] for place in places), sum(kill.rank == 0 for kill in own)]
-        cells += [sum(kill.resumed_from > 0 for kill in own), f"{seconds[len(seconds) // 2]:.1f}"]
+        resumed = sum(kill.resumed_from > 0 for kill in report.kills if kill.engine == engine)
+        cells += [resumed, f"{seconds[len(seconds) // 2]:.1f}"]
         lines.append(f"| {engine} | " + " | ".join(map(str, cells)) + " |")
     lines += ["", *(f"- WRONG: {wrong.engine}, {wrong.run}: {wrong.what}" for wrong in report.wrong)]
     return "\n".join(lines).rstrip() + "\n"
