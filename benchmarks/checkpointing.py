@@ -1,6 +1,6 @@
 """What saving costs a training step: none, in the background, and written while training waits, by turns in one run.
 
-    python benchmarks/checkpointing.py
+    python benchmarks/checkpointing.py --rate 1gbit --workers 4 --compressor dense
     torchrun --nproc-per-node 2 benchmarks/checkpointing.py --compressor topk:ratio=0.01 --folder /some/disk
 
 The model is the MLP of the step-time bench, 10.5 M parameters, trained by SGD with momentum. A turn is some steps, with
@@ -31,7 +31,8 @@ if str(ROOT) not in sys.path:
 import disttrain  # noqa: E402
 from benchmarks.contenders import make_batch, mlp, sgd  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from benchmarks.step_time import interval_of_median, parse_compressor  # noqa: E402
+from benchmarks.network import ShapedNetwork  # noqa: E402
+from benchmarks.step_time import interval_of_median, parse_compressor, parse_rate  # noqa: E402
 from disttrain.comm import Communicator  # noqa: E402
 from disttrain.training.checkpoint import Contents  # noqa: E402
 from disttrain.training.checkpoint_folder import prune  # noqa: E402
@@ -90,10 +91,15 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where to write, seen by all workers.")] = None,
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
     label: Annotated[str, typer.Option(help="Goes into the result files' names.")] = "",
+    rate: Annotated[str | None, typer.Option(help="Start workers on a network of such links: 1gbit, none, ...")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="With --rate: one on each host.")] = 4,
 ) -> None:
     """Time training steps with and without checkpoints."""
+    if rate is not None and "RANK" not in os.environ:
+        raise typer.Exit(start_on_hosts(parse_rate(rate), workers))
     with disttrain.init() as comm:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+        on_this_machine = comm.local_size if rate is None else comm.world_size
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
         machine = describe_machine()
         made = comm.broadcast_object(tempfile.mkdtemp(prefix="disttrain-", dir=folder) if comm.rank == 0 else None)
         training = Training(comm, parse_compressor(compressor), Path(made))
@@ -109,15 +115,29 @@ def main(
             if comm.rank == 0:
                 shutil.rmtree(made)
         if comm.rank == 0:
-            settings = {"every": every, "compressor": compressor, "workers": comm.world_size}
+            settings = {"every": every, "compressor": compressor, "workers": comm.world_size, "rate": rate or "own"}
             settings |= {"checkpoints": checkpoints, "megabytes": training.num_bytes / 1e6}
             report(seconds, settings, machine, output, label)
+
+
+def start_on_hosts(rate_mbit: float | None, workers: int) -> int:
+    """Run this very program as a worker on every host of a shaped network; 1 if one of them fails."""
+    with ShapedNetwork(workers, rate_mbit, time_limit=1800) as network:
+        common = {
+            "WORLD_SIZE": str(workers), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": network.hosts[0],
+            "MASTER_PORT": "29400", "GLOO_SOCKET_IFNAME": network.interface,
+        }  # fmt: skip
+        processes = [
+            network.run(host, [sys.executable, *sys.argv], {**common, "RANK": str(rank)})
+            for rank, host in enumerate(network.hosts)
+        ]
+        return int(any(process.wait() for process in processes))
 
 
 def report(
     seconds: dict[str, list[float]], settings: dict[str, Any], machine: dict[str, Any], output: Path, label: str
 ) -> None:
-    title = "A checkpoint of {megabytes:.0f} MB (rank 0's part) every {every} steps; {workers} workers, {compressor}"
+    title = "{megabytes:.0f} MB (rank 0's part) every {every} steps; {workers} workers, {rate} links, {compressor}"
     table = Table(title=title.format(**settings))
     for column in ("checkpoints", "ms a step", "ratio to none", "95 % interval"):
         table.add_column(column, justify="left" if column == "checkpoints" else "right")

@@ -128,7 +128,11 @@ class WeightAverage:
 
     def synchronize_buffers(self) -> None:
         """Take the mean over ranks of the averaged buffers: before evaluation and before saving, on all ranks."""
-        average_tensors([self.tensors[name] for name in self._buffers if name in self.tensors], self._optimizer.comm)
+        average_tensors(self.buffers().values(), self._optimizer.comm)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The averaged buffers; those of another rank may be others."""
+        return {name: self.tensors[name] for name in self._buffers if name in self.tensors}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by the names of the model's own; ``num_steps`` is to be saved beside them."""
@@ -165,6 +169,9 @@ class NoAverage:
     def synchronize_buffers(self) -> None: ...
     def applied(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {}

@@ -7,7 +7,7 @@ step-00000100/
     compression.safetensors     the compressor's state that is equal on all ranks
     average.safetensors         the moving average of the weights, if there is one
     best.safetensors            the weights that early stopping would put back, if any
-    rank-00000.safetensors      one a rank: its residuals, and the states of its random generators
+    rank-00000.safetensors      one a rank: its residuals, buffers and random generators
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from disttrain.training import random_state
 from disttrain.training.agreement import agreement
 from disttrain.training.checkpoint_manifest import Manifest
 
-_RESIDUAL, _RNG, _PENDING = "residual:", "rng:", "pending:"
+_RESIDUAL, _BUFFER, _RNG, _PENDING = "residual:", "buffer:", "rng:", "pending:"
 _BREAKS = (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 
 
@@ -52,17 +52,21 @@ class Contents:
         optimizer: DistributedOptimizer,
         parts: Mapping[str, Mapping[str, torch.Tensor]],
         *,
+        buffers: Mapping[str, torch.Tensor] | None = None,
         flush: bool = False,
     ) -> Contents:
-        """``parts`` are further tensors, equal on all ranks, each for a file of its own.
+        """``parts`` are further tensors, equal on all ranks, each for a file of its own; ``buffers`` this rank's own.
 
         ``flush``: every rank's residuals become the mean of all of them, which is then saved once. A collective.
         """
         flushed = pending.average(optimizer.reducer.buckets, comm) if flush else {}
         compression = state_dict(optimizer.reducer.buckets, comm, copy=False)
         generators, rest = random_state.get_state(comm.device)
-        own = {} if flush else {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
-        files = {_rank_file(comm.rank): own | {_RNG + name: tensor for name, tensor in generators.items()}}
+        own = {_RNG + name: tensor for name, tensor in generators.items()}
+        own |= {_BUFFER + name: tensor for name, tensor in (buffers or {}).items()}
+        if not flush:
+            own |= {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
+        files = {_rank_file(comm.rank): own}
         tensors, values = _optimizer_state(optimizer, model)
         if comm.rank == 0:
             files["model.safetensors"] = _model_state(model)
@@ -145,6 +149,11 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
                 rest = file.metadata()["rng"]
             random_state.set_state(_read(own_file, _RNG), rest, comm.device)
     return as_many
+
+
+def load_buffers(path: Path, rank: int) -> dict[str, torch.Tensor]:
+    """A rank's own buffers, as saved."""
+    return _read(path / _rank_file(rank), _BUFFER)
 
 
 def load_part(path: Path, manifest: Manifest, part: str) -> dict[str, torch.Tensor]:

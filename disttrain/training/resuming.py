@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import TypeAdapter
 
 from disttrain.errors import UserError
@@ -51,7 +52,7 @@ class Saving:
     def save(self, metrics: Mapping[str, float]) -> None:
         """Take a checkpoint of this very moment, to be written while training goes on. A collective.
 
-        The ranks' buffers must be alike. ``metrics`` are of an evaluation at this step; none if there was none.
+        ``metrics`` are of an evaluation at this step; none if there was none.
 
         Raises:
             UserError: an earlier one could not be written, on all ranks; unless the config says to go on.
@@ -59,10 +60,25 @@ class Saving:
         began = time.perf_counter()
         self.settle(self._section.in_flight - 1)
         settled = time.perf_counter()
+        with self._trainer.buffers.alike() as own:
+            self._take(metrics, own)
+        if not self._section.background:
+            self.settle()
+        self._note("checkpoint_wait_seconds", settled - began)
+        self._note("checkpoint_seconds", time.perf_counter() - began)
+
+    def _take(self, metrics: Mapping[str, float], buffers: Mapping[str, torch.Tensor]) -> None:
+        """Copy all there is, the ranks' buffers being alike; ``buffers`` are this rank's own."""
         trainer = self._trainer
         parts = {"average": trainer.average.state_dict(), "best": trainer.stopper.best_weights}
-        flush = self._section.residuals == "flush"
-        contents = checkpoint.Contents.of(self._comm, trainer.model, trainer.optimizer, parts, flush=flush)
+        contents = checkpoint.Contents.of(
+            self._comm,
+            trainer.model,
+            trainer.optimizer,
+            parts,
+            buffers=buffers,
+            flush=self._section.residuals == "flush",
+        )
         facts = {
             "run": self._run,
             "step": trainer.progress.step,
@@ -79,10 +95,6 @@ class Saving:
             "metrics": dict(metrics),
         }
         self._writer.take(self._folder, self._attempt, contents, facts, keep=self._prune)
-        if not self._section.background:
-            self.settle()
-        self._note("checkpoint_wait_seconds", settled - began)
-        self._note("checkpoint_seconds", time.perf_counter() - began)
 
     def settle(self, leave: int = 0, *, is_end: bool = False) -> None:
         """Wait until all but ``leave`` checkpoints are on the disk, or have failed. A collective.
@@ -160,6 +172,8 @@ class Saving:
         with agreement(comm), checkpoint.damage(path):
             trainer.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])
             trainer.stopper.load_state_dict(parts["best"], checkpoint.load_part(path, manifest, "best"))
+            if restored:
+                trainer.buffers.load(checkpoint.load_buffers(path, comm.rank))
             self._take_over(saved, manifest)
         logger.info("going on from %s: step %d, %.2f epochs", path, saved.step, trainer.epochs)
         if not restored:

@@ -19,6 +19,7 @@ from disttrain.optim.layerwise import trust_ratios
 from disttrain.optim.learning_rate import LearningRate
 from disttrain.optim.thawing import Thawing
 from disttrain.training.agreement import agreement
+from disttrain.training.buffers import Buffers
 from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import (
     ShardedSampler,
@@ -97,6 +98,7 @@ class Trainer:
             self.health = Monitor(config.health, self.optimizer)
             self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
+            self.buffers = Buffers(self.optimizer, self.average)
             self.learning_rate = LearningRate(
                 self.optimizer,
                 config.schedule,
@@ -200,7 +202,7 @@ class Trainer:
         if self.eval_data is None:
             return
         self.comm.activity.enter("evaluation", self.progress.step)
-        self._synchronize_buffers()
+        self.buffers.synchronize()
         with self.average.applied():
             self._metrics = self._measure()
             self.stopper.see(self.progress.step, self._metrics, self.model)
@@ -223,7 +225,6 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint of this very moment; it is written while training goes on."""
         self.comm.activity.enter("saving", self.progress.step)
-        self._synchronize_buffers()
         self.saving.save(self._metrics if self._evaluated_at == self.progress.step else {})
 
     def summary(self) -> dict[str, Any]:
@@ -345,10 +346,6 @@ class Trainer:
         record.update(trust_ratios(self.optimizer.inner, self.model))
         self.recorder.train(progress.step, record)
         self.health.loss(progress.step, loss, self.recorder)
-
-    def _synchronize_buffers(self) -> None:
-        self.optimizer.synchronize_buffers()
-        self.average.synchronize_buffers()
 
     def _stopper(self) -> Stopper | NoStopper:
         """Also sees to it that the metric exists, before hours have been spent."""

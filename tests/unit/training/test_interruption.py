@@ -51,6 +51,7 @@ def asked(config: Config, comm: Communicator, *, rank: int, step: int) -> Any:
             "dtype": "float32",
         },
         {"early_stopping": {"metric": "error", "mode": "min", "patience": 1}, "average": {"decay": 0.9}},
+        {"task": {"batch_norm": True, "num_samples": 52}, "drop_last": True, "average": {"decay": 0.9}},
     ],
 )
 def test_all_ranks_stop_after_the_same_step_and_the_run_goes_on_exactly(tmp_path: Path, changes: Any) -> None:
