@@ -16,7 +16,14 @@ from tests.support.workers import ROOT
 SPECS: dict[str, dict[str, Any]] = {
     "digits": {"name": "digits", "width": 4},
     "digits with batch norm": {"name": "digits", "width": 4, "batch_norm": True},
-    "text": {"name": "text", "path": str(ROOT / "disttrain"), "held_out": 0.3, "width": 8, "heads": 2, "context": 16},
+    "text": {
+        "name": "text",
+        "path": f"{ROOT}/disttrain/*/*.py",
+        "held_out": 0.3,
+        "width": 8,
+        "heads": 2,
+        "context": 16,
+    },
     "example": {"name": "docs.examples.wine:Wine"},
 }
 

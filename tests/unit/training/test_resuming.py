@@ -180,7 +180,14 @@ def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
     caplog.set_level("INFO", "disttrain")
     options = {"topk": {"ratio": 0.05, "exchange": "two_stage"}, "powersgd": {"rank": 2}}[compressor]
     changes: dict[str, Any] = {
-        "task": {"name": "text", "path": str(ROOT / "disttrain"), "context": 32, "width": 32, "layers": 1, "heads": 2},
+        "task": {
+            "name": "text",
+            "path": f"{ROOT}/disttrain/*/*.py",
+            "context": 32,
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+        },
         "compressor": {"name": compressor, **options},
         "dtype": "float32",
         "batch_size": 24,
