@@ -28,7 +28,7 @@ train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); AR
 
 test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
 	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto --dist loadgroup $(ARGS) || $(NONE_CHOSEN)
-	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile $(ARGS) || $(NONE_CHOSEN)
+	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || $(NONE_CHOSEN)
 
 fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others
 	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/test_any_config.py --numprocesses auto $(ARGS)

@@ -10,7 +10,10 @@ import pytest
 
 from tests.support.workers import worker_environment
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+pytestmark = [
+    pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told"),
+    pytest.mark.xdist_group("memory"),  # the fixture costs a process
+]
 
 # 48 MiB: more than glibc ever keeps by itself.
 FAULTS = """
