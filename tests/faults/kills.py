@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import random
@@ -239,17 +240,24 @@ def uninterrupted(folder: Path, run: str) -> Path:
 
 
 def kill_runs(
-    folder: Path, engines: list[str], runs: list[str], kills: int, seed: int, jobs: int, chain: int
+    folder: Path,
+    engines: list[str],
+    runs: list[str],
+    kills: int,
+    seed: int,
+    jobs: int,
+    chain: int,
+    minutes: float = math.inf,
 ) -> Report:
-    """Chains of at most ``chain`` kills each, ``jobs`` at a time, until there were ``kills`` of them."""
-    report, rng = Report(), random.Random(seed)
+    """Chains of at most ``chain`` kills each, ``jobs`` at a time, until there were ``kills``; none begins too late."""
+    report, rng, deadline = Report(), random.Random(seed), time.monotonic() + 60 * minutes
     with ThreadPoolExecutor(jobs) as pool:
         whole = dict(zip(runs, pool.map(lambda run: uninterrupted(folder / f"whole-{run}", run), runs), strict=True))
 
         def go(number: int) -> None:
             engine, run = engines[number % len(engines)], runs[number // len(engines) % len(runs)]
             left = kills - sum(kill.where != "end" for kill in report.kills)
-            if left > 0:
+            if left > 0 and time.monotonic() < deadline:
                 place = folder / f"chain-{number}"
                 Chain(place, engine, run, whole[run], random.Random(seeds[number])).go(min(chain, left), report)
                 print(
@@ -299,12 +307,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--chain", type=int, default=8, help="kills of one run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other run is begun")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     engines = [engine for engine in ENGINES if unavailable(engine) is None]
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         report = kill_runs(
-            Path(folder), engines, [*RUNS], arguments.kills, arguments.seed, arguments.jobs, arguments.chain
+            Path(folder),
+            engines,
+            [*RUNS],
+            arguments.kills,
+            arguments.seed,
+            arguments.jobs,
+            arguments.chain,
+            arguments.minutes,
         )
     text = table(report, arguments.seed)
     arguments.output.mkdir(exist_ok=True)
