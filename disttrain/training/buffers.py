@@ -28,7 +28,7 @@ class Buffers:
 
         So a checkpoint more or less, because a run was interrupted, changes nothing.
         """
-        own = {name: tensor.detach().clone() for name, tensor in self._live().items()}
+        own = {name: tensor.detach().clone() for name, tensor in self.own().items()}
         self.synchronize()
         try:
             yield own
@@ -42,10 +42,11 @@ class Buffers:
         Raises:
             KeyError, RuntimeError: they are of another model.
         """
-        live = self._live()
+        live = self.own()
         for name, tensor in own.items():
             live[name].copy_(tensor)
 
-    def _live(self) -> dict[str, torch.Tensor]:
+    def own(self) -> dict[str, torch.Tensor]:
+        """This rank's, live."""
         model = {f"model/{name}": tensor for name, tensor in self._optimizer.model.named_buffers()}
         return model | {f"average/{name}": tensor for name, tensor in self._average.buffers().items()}

@@ -14,6 +14,7 @@ from disttrain.comm import Communicator, simulate
 from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.training import checkpoint, checkpoint_folder
+from disttrain.training.config import Config
 from tests.support import checkpoints
 from tests.support.runs import make_config, records, stop_run, train, untimed_records
 from tests.support.workers import ROOT
@@ -210,3 +211,35 @@ def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
     first, last = curves[0][:6].mean(), curves[0][-6:].mean()
     assert last < 0.9 * first, "it learns"
     assert (curves[0] - curves[1]).abs().max() < 0.1 * (first - last)
+
+
+def test_saving_and_resuming_change_no_bit_of_what_each_rank_has_of_its_own(tmp_path: Path) -> None:
+    """BatchNorm statistics and their average, after each step: never saved, always saved, and gone on with."""
+
+    def config(folder: str, every_steps: int | None, **more: Any) -> Config:
+        return make_config(
+            tmp_path / folder,
+            task={"batch_norm": True, "num_samples": 52},
+            drop_last=True,
+            average={"decay": 0.9},
+            evaluation={"every_epochs": None},
+            max_steps=7,
+            checkpoint={"every_epochs": None, "every_steps": every_steps},
+            **more,
+        )
+
+    def buffers(comm: Communicator, config: Config) -> list[dict[str, torch.Tensor]]:
+        seen: list[dict[str, torch.Tensor]] = []
+        train(config, comm, lambda trainer: seen.append({k: v.clone() for k, v in trainer.buffers.own().items()}))
+        return seen
+
+    never = simulate(3, lambda comm: buffers(comm, config("never", None)))
+    always = simulate(3, lambda comm: buffers(comm, config("always", 1)))
+    stop_run(config("stopped", 4), 3, 4)
+    resumed = simulate(3, lambda comm: buffers(comm, config("stopped", 4, resume="auto")))
+    assert any(not value.equal(never[1][5][name]) for name, value in never[0][5].items()), "ranks differ"
+    for rank in range(3):
+        for found in (always[rank], resumed[rank]):
+            for before, after in zip(reversed(never[rank]), reversed(found), strict=False):
+                assert all(value.equal(after[name]) for name, value in before.items())
+    assert len(resumed[0]) == 2
