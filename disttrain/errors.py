@@ -1,4 +1,6 @@
-"""The failures a user is told about in one line, without a traceback, and the exit codes."""
+"""The failures a user is told about in one line, without a traceback; exit codes; the signals that end a run."""
+
+import signal
 
 
 class UserError(ValueError):
@@ -28,3 +30,4 @@ PEER_LOST_EXIT_CODE = 13
 UNHEALTHY_EXIT_CODE = 14
 INTERRUPTED_EXIT_CODE = 75
 """A signal ended the run, and its state is saved: start it again with resume=auto (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

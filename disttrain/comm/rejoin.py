@@ -12,16 +12,18 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from typing import NoReturn
-from urllib.request import urlopen
+
+from disttrain.errors import INTERRUPTING_SIGNALS
 
 _REJOINS = "DISTTRAIN_REJOINS"
 _VARIABLES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 
 
-def can_rejoin() -> bool:
+def can_rejoin(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this is a worker of Horovod elastic."""
-    return os.environ.get("HOROVOD_ELASTIC") == "1"
+    return environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def leave(code: int) -> NoReturn:
@@ -37,7 +39,7 @@ def leave(code: int) -> NoReturn:
 def begin_anew() -> NoReturn:
     """Replace this process by the program that it runs."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # ignored ones would stay so
+        for number in INTERRUPTING_SIGNALS:  # ignored ones would stay so
             signal.signal(number, signal.SIG_DFL)
     for name in os.listdir("/proc/self/fd"):  # the engine's connections among them
         with contextlib.suppress(OSError):
@@ -53,6 +55,8 @@ def ask_for_rank() -> None:
     """
     if os.environ.pop(_REJOINS, None) is None:
         return
+    from urllib.request import urlopen  # here: it takes a while, and most programs never come here
+
     address, port = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]
     place = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
     timeout = float(os.environ.get("HOROVOD_ELASTIC_TIMEOUT", "600"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from disttrain.comm import Communicator
+from disttrain.comm.rejoin import can_rejoin
 
 _FILE = ".launch"
 
@@ -16,7 +17,7 @@ def launch(environ: Mapping[str, str] = os.environ) -> str | None:
 
     None if the launcher does no such thing. (torchrun does not count it as a restart when a host joins.)
     """
-    if "TORCHELASTIC_RUN_ID" not in environ and environ.get("HOROVOD_ELASTIC") != "1":
+    if "TORCHELASTIC_RUN_ID" not in environ and not can_rejoin(environ):
         return None
     launcher = os.getppid()
     try:

@@ -10,12 +10,12 @@ import time
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from disttrain.errors import INTERRUPTING_SIGNALS
 from disttrain.optim.distributed import DistributedOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _END, _BEGIN_ANEW = 1, 2  # votes
 # A terminal signals the launcher and its workers, and the launcher then signals the workers: one wish, two signals.
 _ECHO_SECONDS = 1.0
@@ -70,7 +70,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            wanted = [number for number in INTERRUPTING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
         self._optimizer.comm.on_hosts_changed(lambda: self.request("new or lost hosts", begin_anew=True))
         return self
@@ -93,5 +93,5 @@ class Interruption:
 
 def ignore_signals(worker: int) -> None:
     """To be a DataLoader's ``worker_init_fn``: who signals a process group means the rank, which needs its batches."""
-    for number in SIGNALS:
+    for number in INTERRUPTING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 import disttrain
 from disttrain.comm import Communicator, SingleProcess, simulate
+from disttrain.errors import INTERRUPTING_SIGNALS
 from disttrain.training import interruption
 from disttrain.training.config import Config
-from disttrain.training.interruption import SIGNALS, Interruption, ignore_signals
+from disttrain.training.interruption import Interruption, ignore_signals
 from disttrain.training.trainer import Trainer
 from tests.support.runs import make_config, train, untimed_records
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "handlers")
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in INTERRUPTING_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -90,7 +91,7 @@ def test_a_run_asked_in_its_last_step_has_ended_as_it_should(tmp_path: Path) -> 
         assert "error" in summary["metrics"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", INTERRUPTING_SIGNALS)
 def test_a_signal_stops_the_run_and_later_ones_are_ignored(tmp_path: Path, number: signal.Signals) -> None:
     def send(trainer: Trainer) -> None:
         if trainer.progress.step == 2:
@@ -99,16 +100,16 @@ def test_a_signal_stops_the_run_and_later_ones_are_ignored(tmp_path: Path, numbe
 
     summary, _ = train(make_config(tmp_path), SingleProcess(), send)
     assert (summary["steps"], summary["interrupted_by"].split(" (")[0]) == (3, f"{number.name} on rank 0")
-    assert [signal.getsignal(each) for each in SIGNALS] == [signal.SIG_IGN] * 3
+    assert [signal.getsignal(each) for each in INTERRUPTING_SIGNALS] == [signal.SIG_IGN] * 3
 
 
 def test_handlers_are_put_back_and_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in INTERRUPTING_SIGNALS}
     seen = []
     train(make_config(tmp_path, max_steps=2), SingleProcess(), lambda _: seen.append(signal.getsignal(signal.SIGINT)))
     assert seen == [signal.SIG_IGN] * 2
-    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    assert {number: signal.getsignal(number) for number in INTERRUPTING_SIGNALS} == before
 
 
 def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +131,7 @@ class _Handlers(torch.utils.data.Dataset[Any]):
         return 2
 
     def __getitem__(self, index: int) -> bool:
-        return all(signal.getsignal(number) is signal.SIG_IGN for number in SIGNALS)
+        return all(signal.getsignal(number) is signal.SIG_IGN for number in INTERRUPTING_SIGNALS)
 
 
 def test_processes_that_load_data_are_left_alone_by_signals() -> None:
