@@ -30,7 +30,7 @@ from disttrain.reduction import pending
 from disttrain.reduction.state import state_dict
 from disttrain.training import random_state
 from disttrain.training.agreement import agreement
-from disttrain.training.checkpoint_manifest import Manifest
+from disttrain.training.checkpoint_manifest import Manifest, rank_file
 
 _RESIDUAL, _BUFFER, _RNG, _PENDING = "residual:", "buffer:", "rng:", "pending:"
 _BREAKS = (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
@@ -66,7 +66,7 @@ class Contents:
         own |= {_BUFFER + name: tensor for name, tensor in (buffers or {}).items()}
         if not flush:
             own |= {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
-        files = {_rank_file(comm.rank): own}
+        files = {rank_file(comm.rank): own}
         tensors, values = _optimizer_state(optimizer, model)
         if comm.rank == 0:
             files["model.safetensors"] = _model_state(model)
@@ -84,7 +84,7 @@ class Contents:
 
     def metadata(self, identity: dict[str, str]) -> dict[str, dict[str, str]]:
         """What goes into the header of each file."""
-        return {name: identity | ({"rng": self.generators} if _is_rank_file(name) else {}) for name in self.files}
+        return {name: identity | ({"rng": self.generators} if name.startswith("rank-") else {}) for name in self.files}
 
 
 def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, optimizer: DistributedOptimizer) -> bool:
@@ -107,7 +107,7 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
         _load_model(path, model)
         replicated = load_file(path / "compression.safetensors")
         flushed = {name: replicated.pop(name) for name in list(replicated) if name.startswith(_PENDING)}
-        own = _read(path / _rank_file(comm.rank), _RESIDUAL) if as_many and not flushed else {}
+        own = _read(path / rank_file(comm.rank), _RESIDUAL) if as_many and not flushed else {}
     present = state_dict(optimizer.reducer.buckets, comm, copy=False)
     like = present["per_rank"]
     if flushed:
@@ -118,7 +118,7 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
     else:
         with agreement(comm), damage(path):
             ranks = range(comm.rank, manifest.world_size, comm.world_size)
-            shards = {rank: _read(path / _rank_file(rank), _RESIDUAL) for rank in ranks}
+            shards = {rank: _read(path / rank_file(rank), _RESIDUAL) for rank in ranks}
         per_rank = pending.distribute(pending.merge(shards, comm), like, comm)
     if any(bucket.compressor.hierarchical for bucket in optimizer.reducer.buckets):
         if not per_rank and not replicated:  # it was one node, which exchanges dense and owes nothing
@@ -144,7 +144,7 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
             }
         )
         if as_many:
-            own_file = path / _rank_file(comm.rank)
+            own_file = path / rank_file(comm.rank)
             with safe_open(own_file, framework="pt") as file:
                 rest = file.metadata()["rng"]
             random_state.set_state(_read(own_file, _RNG), rest, comm.device)
@@ -153,7 +153,7 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
 
 def load_buffers(path: Path, rank: int) -> dict[str, torch.Tensor]:
     """A rank's own buffers, as saved."""
-    return _read(path / _rank_file(rank), _BUFFER)
+    return _read(path / rank_file(rank), _BUFFER)
 
 
 def load_part(path: Path, manifest: Manifest, part: str) -> dict[str, torch.Tensor]:
@@ -175,14 +175,6 @@ def damage(path: Path) -> Iterator[None]:
     except _BREAKS as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"checkpoint {str(path)!r} does not hold what this run needs: {what}") from error
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _is_rank_file(name: str) -> bool:
-    return name.startswith("rank-")
 
 
 def _read(path: Path, prefix: str) -> dict[str, torch.Tensor]:

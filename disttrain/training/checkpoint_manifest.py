@@ -31,6 +31,16 @@ _MAX_DEPTH = 32
 _FILES = re.compile(r"(model|optimizer|compression|average|best|rank-\d{5,9})\.safetensors", re.ASCII)
 
 
+def rank_file(rank: int) -> str:
+    """What a rank's own file is called."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def identity(run: str, step: int) -> dict[str, str]:
+    """What every file of a checkpoint has in its header."""
+    return {"run": run, "step": str(step)}
+
+
 class FileEntry(BaseModel):
     """One file's size, and its hash in hex."""
 
@@ -79,11 +89,6 @@ class Manifest(BaseModel):
     def num_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What every file of the checkpoint has in its header."""
-        return {"run": self.run, "step": str(self.step)}
-
     def dump(self) -> bytes:
         """The file's content: JSON, with the hash of all the rest under ``checksum``."""
         body = self.model_dump()
@@ -120,12 +125,13 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: some file is not what was written.
     """
+    expected = identity(manifest.run, manifest.step)
     for name, entry in manifest.files.items():
         path = folder / name
         try:
             with safe_open(path, framework="pt") as file:
-                found = {key: value for key, value in (file.metadata() or {}).items() if key in manifest.identity}
-            problem = "" if found == manifest.identity else f"is of run {found.get('run')}, step {found.get('step')}"
+                found = {key: value for key, value in (file.metadata() or {}).items() if key in expected}
+            problem = "" if found == expected else f"is of run {found.get('run')}, step {found.get('step')}"
             if not problem and sha256(path) != entry.sha256:
                 problem = "is not what was written"
         except (OSError, SafetensorError) as error:
@@ -191,7 +197,7 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 def _check_names(manifest: Manifest) -> None:
-    ranks = {f"rank-{rank:05d}.safetensors" for rank in range(min(manifest.world_size, len(manifest.files) + 1))}
+    ranks = {rank_file(rank) for rank in range(min(manifest.world_size, len(manifest.files) + 1))}
     needed = {"model.safetensors", "optimizer.safetensors", "compression.safetensors", *ranks}
     if missing := sorted(needed - manifest.files.keys()):
         raise UserError(f"is damaged: {NAME} does not list {missing[0]}")

@@ -32,7 +32,7 @@ from disttrain.training.agreement import agreement
 from disttrain.training.checkpoint import Contents
 from disttrain.training.checkpoint_copies import Copies, Files
 from disttrain.training.checkpoint_folder import partial_of
-from disttrain.training.checkpoint_manifest import FileEntry, Manifest, entry_of, parse_json
+from disttrain.training.checkpoint_manifest import FileEntry, Manifest, entry_of, identity, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Writer:
     def take(
         self, folder: Path, attempt: str, contents: Contents, facts: Mapping[str, Any], keep: Callable[[], object]
     ) -> Path:
-        """Copy the contents, and begin to write them as ``folder/step-<step>``.
+        """Copy the contents, and begin to write them as ``folder/step-<step>``, which is returned.
 
         Args:
             attempt: part of the name until it is whole, so that what another attempt at the run has left is not met.
@@ -105,7 +105,7 @@ class Writer:
             partial=partial_of(final, attempt),
             final=final,
             files=copies.take(contents.files),
-            metadata=contents.metadata({"run": facts["run"], "step": str(facts["step"])}),
+            metadata=contents.metadata(identity(facts["run"], facts["step"])),
             copies=copies,
             manifest=lambda files: Manifest(**facts, files=files),
             keep=keep,

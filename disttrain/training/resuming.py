@@ -34,6 +34,7 @@ class Saving:
 
     Attributes:
         skipped_before: steps skipped before the run was resumed.
+        latest: the checkpoint that was taken last, or None.
 
     Raises:
         UserError: the config does not fit the checkpoint; the same on all ranks.
@@ -48,6 +49,7 @@ class Saving:
         self.skipped_before, self._wire_before = trainer.progress.skipped_steps, trainer.progress.wire
         self._writer = Writer(self._comm, self._section.in_flight)
         self._seconds: dict[str, float] = {}
+        self.latest: Path | None = None
 
     def save(self, metrics: Mapping[str, float]) -> None:
         """Take a checkpoint of this very moment, to be written while training goes on. A collective.
@@ -94,7 +96,7 @@ class Saving:
             "config": self._config.to_dict(),
             "metrics": dict(metrics),
         }
-        self._writer.take(self._folder, self._attempt, contents, facts, keep=self._prune)
+        self.latest = self._writer.take(self._folder, self._attempt, contents, facts, keep=self._prune)
 
     def settle(self, leave: int = 0, *, is_end: bool = False) -> None:
         """Wait until all but ``leave`` checkpoints are on the disk, or have failed. A collective.

@@ -246,8 +246,7 @@ class Trainer:
 
     def _ended_by(self) -> dict[str, Any]:
         if self._is_interrupted:
-            path = self.config.directory / "checkpoints" / f"step-{self.progress.step:08d}"
-            saved = str(path) if self.config.checkpoint.enabled else None
+            saved = None if self.saving.latest is None else str(self.saving.latest)
             return {"ended_by": "interrupted", "interrupted_by": self.interruption.asked_by(), "checkpoint": saved}
         return {"ended_by": "last_step" if self._is_over else "early_stopping"}
 
