@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
 from disttrain.collectives import AllReduce, Broadcast
 from disttrain.comm.base import Communicator
+from disttrain.comm.together import carry
 from disttrain.errors import UserError
-
-_CHUNK_BYTES = 64 * 2**20  # tensors are joined up to this size, so that a model is a few messages
 
 
 def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
@@ -43,44 +41,16 @@ def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
 
 def broadcast_model(model: torch.nn.Module, comm: Communicator) -> None:
     """Copy rank 0's parameters and buffers to all ranks."""
-    _broadcast([*model.parameters(), *model.buffers()], comm)
+    carry([*model.parameters(), *model.buffers()], comm, Broadcast)
 
 
 def average_buffers(model: torch.nn.Module, comm: Communicator) -> None:
     """Average floating-point buffers over ranks; copy the others (counters, masks) from rank 0."""
     buffers = list(model.buffers())
     average_tensors((buffer for buffer in buffers if buffer.is_floating_point()), comm)
-    _broadcast([buffer for buffer in buffers if not buffer.is_floating_point()], comm)
+    carry([buffer for buffer in buffers if not buffer.is_floating_point()], comm, Broadcast)
 
 
 def average_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
     """Replace floating-point tensors by their means over ranks."""
-    for chunk in _chunks(tensors):
-        _scatter(comm.start(AllReduce(_join(chunk), "mean")).wait(), chunk)
-
-
-def _broadcast(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
-    for chunk in _chunks(tensors):
-        _scatter(comm.start(Broadcast(_join(chunk))).wait(), chunk)
-
-
-def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Lists of tensors of one dtype and device, of limited size, in an order that is alike on all ranks."""
-    chunks: defaultdict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        chunk = chunks[tensor.dtype, tensor.device]
-        chunk.append(tensor)
-        if sum(member.nbytes for member in chunk) >= _CHUNK_BYTES:
-            yield chunk
-            del chunks[tensor.dtype, tensor.device]
-    yield from chunks.values()
-
-
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-@torch.no_grad()
-def _scatter(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    carry(tensors, comm, lambda flat: AllReduce(flat, "mean"))

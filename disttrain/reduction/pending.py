@@ -8,17 +8,18 @@ ranks these make up the whole parameter, and it is added to the mean of the resi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
+from disttrain.comm.together import carry
 from disttrain.errors import UserError
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.state import state_dict
 
 _OF_SERVER, _OF_RANK = "/server_residual", "/residual"
-_CHUNK_BYTES = 64 * 2**20
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -34,22 +35,19 @@ def merge(shards: Mapping[int, Tensors], comm: Communicator) -> dict[str, torch.
     """
     sizes = _sizes_by_rank(shards, comm)
     plans = {name: _plan(name, sizes) for name in sorted({name for of_rank in sizes.values() for name in of_rank})}
-    merged: dict[str, torch.Tensor] = {}
-    for names in _chunks({name: total for name, (total, _) in plans.items()}):
-        flat = torch.zeros(sum(plans[name][0] for name in names), dtype=torch.float64, device=comm.device)
-        parts = dict(zip(names, flat.split([plans[name][0] for name in names]), strict=True))
-        for name, part in parts.items():
-            for rank, (start, weight) in plans[name][1].items():
-                if rank in shards:
-                    own = shards[rank][name].reshape(-1).to(part.device, torch.float64)
-                    part[start : start + own.numel()] += own / weight
-        merged |= zip(names, comm.all_reduce(flat).split([plans[name][0] for name in names]), strict=True)
+    merged = {name: torch.zeros(total, dtype=torch.float64, device=comm.device) for name, (total, _) in plans.items()}
+    for name, whole in merged.items():
+        for rank, (start, weight) in plans[name][1].items():
+            if rank in shards:
+                own = shards[rank][name].reshape(-1).to(whole.device, torch.float64)
+                whole[start : start + own.numel()] += own / weight
+    carry(merged.values(), comm, lambda flat: AllReduce(flat, "sum"))
     for name in [name for name in merged if name.endswith(_OF_SERVER)]:
         merged[_residual_beside(name)] += merged.pop(name)
     return merged
 
 
-def distribute(merged: Tensors, like: Tensors, comm: Communicator) -> dict[str, torch.Tensor]:
+def distribute(merged: Tensors, like: Tensors) -> dict[str, torch.Tensor]:
     """This rank's own tensors out of ``merge``'s: whole, or empty where in ``like``, its present state, they are.
 
     Its ``server_residual`` is zero, as what servers owed is in the residuals now.
@@ -73,10 +71,9 @@ def average(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[str, 
     """
     own = state_dict(buckets, comm, copy=False)["per_rank"]
     merged = merge({comm.rank: own}, comm)
-    for name, tensor in distribute(merged, own, comm).items():
+    for name, tensor in distribute(merged, own).items():
         own[name].copy_(tensor)
-    dtypes = {name: tensor.dtype for name, tensor in own.items()}
-    return {name: tensor.to(dtypes[name]) for name, tensor in merged.items()}
+    return {name: tensor.to(own[name].dtype) for name, tensor in merged.items()}
 
 
 def _plan(name: str, sizes: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[int, tuple[int, int]]]:
@@ -99,18 +96,6 @@ def _plan(name: str, sizes: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[
 def _sizes_by_rank(shards: Mapping[int, Tensors], comm: Communicator) -> dict[int, dict[str, int]]:
     own = [[rank, {name: tensor.numel() for name, tensor in shard.items()}] for rank, shard in shards.items()]
     return {rank: numels for some in comm.all_gather_object(own) for rank, numels in some}
-
-
-def _chunks(numels: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names whose tensors together are of limited size, so that a model is a few messages."""
-    chunk: list[str] = []
-    for name in numels:
-        chunk.append(name)
-        if 8 * sum(numels[one] for one in chunk) >= _CHUNK_BYTES:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _residual_beside(name: str) -> str:

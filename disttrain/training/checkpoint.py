@@ -112,14 +112,14 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
     like = present["per_rank"]
     if flushed:
         whole = {name.removeprefix(_PENDING): tensor for name, tensor in flushed.items()}
-        per_rank = pending.distribute(whole, like, comm)
+        per_rank = pending.distribute(whole, like)
     elif all(comm.all_gather_object(as_many and _sizes(own) == _sizes(like))):
         per_rank = own
     else:
         with agreement(comm), damage(path):
             ranks = range(comm.rank, manifest.world_size, comm.world_size)
             shards = {rank: _read(path / rank_file(rank), _RESIDUAL) for rank in ranks}
-        per_rank = pending.distribute(pending.merge(shards, comm), like, comm)
+        per_rank = pending.distribute(pending.merge(shards, comm), like)
     if any(bucket.compressor.hierarchical for bucket in optimizer.reducer.buckets):
         if not per_rank and not replicated:  # it was one node, which exchanges dense and owes nothing
             per_rank, replicated = like, present["replicated"]
