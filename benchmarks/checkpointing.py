@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:
 import disttrain  # noqa: E402
 from benchmarks.contenders import make_batch, mlp, sgd  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from benchmarks.network import ShapedNetwork  # noqa: E402
+from benchmarks.network import ShapedNetwork, rank_environment  # noqa: E402
 from benchmarks.step_time import interval_of_median, parse_compressor, parse_rate  # noqa: E402
 from disttrain.comm import Communicator  # noqa: E402
 from disttrain.training.checkpoint import Contents  # noqa: E402
@@ -123,12 +123,9 @@ def main(
 def start_on_hosts(rate_mbit: float | None, workers: int) -> int:
     """Run this very program as a worker on every host of a shaped network; 1 if one of them fails."""
     with ShapedNetwork(workers, rate_mbit, time_limit=1800) as network:
-        common = {
-            "WORLD_SIZE": str(workers), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": network.hosts[0],
-            "MASTER_PORT": "29400", "GLOO_SOCKET_IFNAME": network.interface,
-        }  # fmt: skip
+        meeting: dict[str, Any] = {"master": network.hosts[0], "port": 29400, "interface": network.interface}
         processes = [
-            network.run(host, [sys.executable, *sys.argv], {**common, "RANK": str(rank)})
+            network.run(host, [sys.executable, *sys.argv], rank_environment(rank, workers, **meeting))
             for rank, host in enumerate(network.hosts)
         ]
         return int(any(process.wait() for process in processes))

@@ -199,6 +199,21 @@ class ShapedNetwork:
             self._previous_handler = None
 
 
+def rank_environment(
+    rank: int, world_size: int, *, master: str, port: int, interface: str, slots: int = 1
+) -> dict[str, str]:
+    """What torch.distributed finds its place by, with ``slots`` ranks on each host."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank % slots),
+        "LOCAL_WORLD_SIZE": str(slots),
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": interface,
+    }
+
+
 def remove_leftovers() -> None:
     """Removes the networks of processes that died without cleaning up (SIGKILL)."""
     names = {"-".join(path.name.split("-")[:3]) for path in NAMESPACE_FILES.glob(f"{PREFIX}-*-*-*")}

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.network import ShapedNetwork
+from benchmarks.network import ShapedNetwork, rank_environment
 
 WORKER = Path(__file__).with_name("contenders.py")
 START_SECONDS = 120.0
@@ -140,15 +140,10 @@ class Team:
             self._run(hosts[0], ["mpirun", *with_hosts, *command], {**environment, **as_root}, log)
         else:
             for rank in range(self.num_workers):
-                ranks = {
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(self.num_workers),
-                    "LOCAL_RANK": str(rank % slots),
-                    "LOCAL_WORLD_SIZE": str(slots),
-                    "MASTER_ADDR": hosts[0],
-                    "MASTER_PORT": str(self.port),
-                    "GLOO_SOCKET_IFNAME": self.network.interface if self.network is not None else "lo",
-                }
+                interface = self.network.interface if self.network is not None else "lo"
+                ranks = rank_environment(
+                    rank, self.num_workers, master=hosts[0], port=self.port, interface=interface, slots=slots
+                )
                 self._run(hosts[rank // slots], command, {**environment, **ranks}, log)
 
     def _run(self, host: str, command: Sequence[str], environment: dict[str, str], log: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,16 @@ import pytest
 from disttrain.errors import INTERRUPTED_EXIT_CODE
 from disttrain.training import checkpoint_folder
 from tests.lab.hosts import Hosts, hosts, why_not
-from tests.support.workers import BIN, ROOT, kill_tree, run, worker_environment
+from tests.support.workers import (
+    BIN,
+    ROOT,
+    kill_tree,
+    processes_of,
+    rank_of,
+    run,
+    train_records,
+    worker_environment,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -73,10 +81,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def losses(directory: Path) -> list[float]:
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record["loss"] for record in records if record["kind"] == "train"]
+    return [record["loss"] for record in train_records(directory)]
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +117,11 @@ class Running:
         return self.output.read_text()
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if f"output={self.directory}" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return processes_of(self.directory)
 
     def worker(self, rank: int) -> psutil.Process:
-        names = ("HOROVOD_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
         for process in self.processes():
-            environ = process.environ()
-            if [environ[name] for name in names if name in environ][:1] == [str(rank)]:
+            if rank_of(process) == rank:
                 return process
         raise AssertionError(f"no worker of rank {rank}\n{self.text}")
 

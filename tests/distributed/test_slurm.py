@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.lab.slurm import Cluster, cluster, why_not
-from tests.support.workers import BIN, LAUNCHERS, ROOT, run
+from tests.support.workers import BIN, LAUNCHERS, ROOT, run, train_records
 
 reason = why_not()
 pytestmark = [
@@ -70,10 +70,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def records(self) -> list[dict[str, float]]:
-        path = self.directory / "run" / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record for record in records if record["kind"] == "train"]
+        return train_records(self.directory / "run")
 
     def wait(self, timeout: float = 300) -> str:
         return self.lab.wait(self.id, timeout)

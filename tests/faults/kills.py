@@ -37,10 +37,9 @@ from safetensors.torch import load_file
 from disttrain.errors import UserError
 from disttrain.training import checkpoint_folder
 from tests.faults.bombed import BOMB
-from tests.support.workers import LAUNCHERS, kill_tree, unavailable, worker_environment
+from tests.support.workers import LAUNCHERS, kill_tree, processes_of, rank_of, unavailable, worker_environment
 
 ENGINES = ("torch", "horovod-gloo", "mpi")
-RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 NUM_WORKERS = 2
 STEPS, SAVE_EVERY = 24, 2
 COMMON: dict[str, Any] = {
@@ -105,8 +104,8 @@ class Chain:
         write_config(folder, run)
         self.output = folder / "output"
 
-    def launch(self, bomb: dict[str, Any] | None) -> tuple[int, int | None]:
-        """Start the run, killing a rank from outside if the bomb is for the start; exit code, and the pid killed so."""
+    def launch(self, bomb: dict[str, Any] | None) -> int:
+        """Start the run, killing a rank from outside if the bomb is for the start; its exit code."""
         start, engine, *_ = LAUNCHERS[self.engine]
         command = [*start(NUM_WORKERS), "-m", "disttrain", "train", str(self.folder / "config.yaml")]
         starts = bomb is not None and bomb["where"] == "start"
@@ -116,31 +115,25 @@ class Chain:
             arguments = [*command, f"engine={engine}", f"output={self.folder}"]
             launcher = subprocess.Popen(arguments, env=env, cwd=self.folder, start_new_session=True, **streams)  # type: ignore[call-overload]
         try:
-            killed = self._kill_while_starting(launcher, bomb) if starts and bomb else None
-            return launcher.wait(120), killed
+            if starts and bomb:
+                self._kill_while_starting(launcher, bomb)
+            return launcher.wait(120)
         finally:
             kill_tree(launcher.pid)
 
-    def _kill_while_starting(self, launcher: subprocess.Popen[bytes], bomb: dict[str, Any]) -> int | None:
+    def _kill_while_starting(self, launcher: subprocess.Popen[bytes], bomb: dict[str, Any]) -> None:
         while launcher.poll() is None:
             for process in self.processes():
                 with contextlib.suppress(psutil.Error):
-                    environ = process.environ()
-                    if [environ[name] for name in RANKS if name in environ][:1] == [str(bomb["rank"])]:
+                    is_shell = f"output={self.folder}" not in process.cmdline()  # one string with all of the command
+                    if rank_of(process) == bomb["rank"] and not is_shell:
                         time.sleep(bomb["delay"])
                         process.kill()
-                        return process.pid
+                        return
             time.sleep(0.02)
-        return None
 
     def processes(self) -> list[psutil.Process]:
-        """Workers and launchers that run, by the folder in their command lines."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if f"output={self.folder}" in process.cmdline():
-                    found.append(process)
-        return found
+        return processes_of(self.folder)
 
     def newest(self) -> int:
         """The step of the newest checkpoint that is whole, 0 if there is none."""
@@ -184,7 +177,7 @@ class Chain:
             bomb = self.bomb() if killed < max_kills else None
             resumed_from, began = self.newest(), time.monotonic()
             try:
-                code, _ = self.launch(bomb)
+                code = self.launch(bomb)
             except subprocess.TimeoutExpired:
                 report.wrong.append(Wrong(self.engine, self.run, f"hangs after {bomb}: {self.text()}"))
                 return

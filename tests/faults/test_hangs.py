@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.network import ShapedNetwork
+from benchmarks.network import ShapedNetwork, rank_environment
 from tests.support.workers import ROOT, worker_environment
 
 reason = ShapedNetwork.unavailable()
@@ -55,12 +55,8 @@ class Job:
         self.network, self._path = network, path
         self._workers = []
         for rank, host in enumerate(network.hosts):
-            variables = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29555}
-            env = worker_environment(
-                MASTER_ADDR="w0",
-                GLOO_SOCKET_IFNAME=network.interface,
-                **{name: str(value) for name, value in variables.items()},
-            )
+            place = rank_environment(rank, 3, master=network.hosts[0], port=29555, interface=network.interface)
+            env = worker_environment(**place)
             with (path / f"stderr-{rank}").open("w") as stderr:
                 command = [sys.executable, "-c", WORKER, str(path), json.dumps(watch)]
                 self._workers.append(network.run(host, command, env, cwd=ROOT, stderr=stderr))

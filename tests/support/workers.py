@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -98,6 +101,33 @@ def kill_tree(pid: int) -> None:
         for process in [*root.children(recursive=True), root]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+_RANKS = ("HOROVOD_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
+
+
+def rank_of(process: psutil.Process) -> int | None:
+    """The rank that its launcher gave it; None for what is no worker."""
+    environ = process.environ()
+    return next((int(environ[name]) for name in _RANKS if name in environ), None)
+
+
+def processes_of(output: Path) -> list[psutil.Process]:
+    """Workers, launchers and shells that run for this output directory, by their command lines."""
+    mark, found = re.compile(rf"output={re.escape(str(output))}(?![\w/.-])"), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark.search(" ".join(process.cmdline())):
+                found.append(process)
+    return found
+
+
+def train_records(directory: Path) -> list[dict[str, Any]]:
+    """Of the steps that a run, perhaps one under way, has logged so far."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["kind"] == "train"]
 
 
 def run_workers(
