@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -45,10 +45,13 @@ class BatchPolicy(Section, ABC):
     needs_losses: ClassVar[bool] = False
     """Whether ``target`` looks at ``epoch_losses``."""
 
-    max_micro_batch: int | None = Field(
+    max_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         default=None,
-        ge=1,
-        description="samples that fit a backward pass of one worker: beyond, a step takes more passes; null: no limit",
+        description="samples that fit a backward pass of one worker: beyond, a step takes more passes; null: no limit; "
+        "auto: as many as fit its memory, by what a pass took",
+    )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="with max_micro_batch=auto: GiB a pass may take; null: most of what is free"
     )
     lr_scaling: Literal["none", "linear", "sqrt", "adascale"] = Field(
         default="none",
@@ -88,6 +91,8 @@ class BatchPolicy(Section, ABC):
 
     def check(self, batch_size: int, epochs: int | None, max_steps: int | None) -> None:
         """Raise UserError if the policy does not fit a run."""
+        if self.memory_gib is not None and self.max_micro_batch != "auto":
+            raise UserError("batch.memory_gib is for batch.max_micro_batch=auto: set that as well, or remove it")
         if self.limit is not None and self.limit < batch_size:
             raise UserError(
                 f"batch.max_batch_size={self.limit} is below batch_size={batch_size}, with which the run begins: "

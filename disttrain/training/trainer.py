@@ -182,7 +182,10 @@ class Trainer:
             activity.enter("data loading")
             batch = to_device(next(batches), self.comm.device, self.dtype)
             activity.enter("forward and backward")
-            with self.optimizer.no_sync() if index < last else contextlib.nullcontext():
+            with (
+                self.batch.watch_memory(self.model, stop - start),
+                self.optimizer.no_sync() if index < last else contextlib.nullcontext(),
+            ):
                 with autocast(self.config.precision, self.comm.device):
                     loss = self.task.loss(self.model, batch)
                 # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.

@@ -166,6 +166,8 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
         ({"name": "norm_test", "max_batch_size": 64, "theta": 1.5}, "batch.theta"),
         ({"name": "adascale", "base_batch_size": 4, "lr_scaling": "sqrt"}, "batch.lr_scaling"),
         ({"name": "fixed", "max_micro_batch": 0}, "batch.max_micro_batch"),
+        ({"name": "fixed", "max_micro_batch": "car"}, "batch.max_micro_batch"),
+        ({"name": "fixed", "memory_gib": 2}, "batch.max_micro_batch=auto"),
     ],
 )
 def test_what_does_not_fit_is_refused(spec: dict[str, Any], message: str) -> None:

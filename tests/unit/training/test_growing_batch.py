@@ -24,7 +24,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "schedule": {"name": "schedule", "milestones": [0.5, 1, 2.2], "max_batch_size": 23, "lr_scaling": "sqrt"},
     "plateau": {"name": "plateau", "factor": 0.3, "max_batch_size": 40, "max_micro_batch": 3, "lr_scaling": "linear"},
     "noise_scale": {"name": "noise_scale", **NOISE, "lr_scaling": "adascale", "growth": 1.5},
-    "norm_test": {"name": "norm_test", **NOISE, "theta": 0.5},
+    "norm_test": {"name": "norm_test", **NOISE, "theta": 0.5, "max_micro_batch": "auto", "memory_gib": 7e-7},
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
