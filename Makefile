@@ -6,7 +6,8 @@ KILLS ?= 200
 SEED ?= 0
 
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Python compiles what it imports: of thousands of files that pip would compile, most never are.
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --no-compile
 # As after `. .venv/bin/activate`: another active environment must not be taken for this one.
 ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Tests that start workers of their own wait a good deal: two files at a time, on any number of cores. The others have
@@ -64,11 +65,11 @@ $(VENV)/bin/pip:
 
 # An empty file stands for each thing installed, so that a second make starts at once.
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(PIP) install --constraint constraints.txt --editable .
+	$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(PIP) install --constraint constraints.txt --editable '.[mpi,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[mpi,dev]'
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.horovod: launch/install-horovod.sh $(VENV)/.test
