@@ -317,7 +317,8 @@ def main() -> None:
         )
     text = table(report, arguments.seed)
     arguments.output.mkdir(exist_ok=True)
-    (arguments.output / f"{date.today().isoformat()}-kills.md").write_text(text)
+    num_kills = sum(kill.where != "end" for kill in report.kills)
+    (arguments.output / f"{date.today().isoformat()}-{num_kills}-kills-seed-{arguments.seed}.md").write_text(text)
     print(text)
     sys.exit(bool(report.wrong))
 
