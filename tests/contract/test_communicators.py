@@ -47,10 +47,13 @@ def outcomes(launcher: str, world_size: int) -> dict[str, str]:
     return {**dict(json.loads(line) for line in lines), "exit code": str(done.returncode), "log": done.stderr[-4000:]}
 
 
+# Horovod's engine is the same over gloo and MPI but for who carries it: of the latter, four ranks will do.
+LAUNCHES = [(launcher, size) for launcher in LAUNCHERS for size in (2, 3, 4) if launcher != "horovod-mpi" or size == 4]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("check", [*CHECKS, "exit code"])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "world_size"), LAUNCHES)
 def test_real_processes(launcher: str, world_size: int, check: str) -> None:
     reason = unavailable(launcher)
     if reason is not None:

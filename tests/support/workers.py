@@ -63,7 +63,8 @@ def worker_environment(**extra: str) -> dict[str, str]:
     outer = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "HOROVOD_", "OMPI_", "PMI", "SLURM_", "TORCHELASTIC", "GLOO_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
-    env.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
+    paths = (ROOT, ROOT / "tests/support/quick_start")
+    env.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, paths)), PYTHONUNBUFFERED="1")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return {**env, **extra}
