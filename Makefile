@@ -6,8 +6,9 @@ KILLS ?= 200
 SEED ?= 0
 
 VENV := .venv
-# Python compiles what it imports: of thousands of files that pip would compile, most never are.
+# pip compiles on one core. (The files of some packages are for other Pythons and do not compile.)
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --no-compile
+COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 # As after `. .venv/bin/activate`: another active environment must not be taken for this one.
 ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # Tests that start workers of their own wait a good deal: two files at a time, on any number of cores. The others have
@@ -27,7 +28,8 @@ help: ## list the targets
 train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); ARGS="optimizer.lr=0.1 ..." overrides settings
 	$(ACTIVE) launch/local.sh $(CONFIG) -n $(WORKERS) $(ARGS)
 
-test: lint types shellcheck $(VENV)/.horovod ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
+test: ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
+	@$(MAKE) --jobs=2 $(VENV)/.horovod lint types shellcheck
 	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto --dist loadgroup $(ARGS) || $(NONE_CHOSEN)
 	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || $(NONE_CHOSEN)
 
@@ -66,10 +68,12 @@ $(VENV)/bin/pip:
 # An empty file stands for each thing installed, so that a second make starts at once.
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --constraint constraints.txt --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --constraint constraints.txt --editable '.[mpi,dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.train
 
 $(VENV)/.horovod: launch/install-horovod.sh $(VENV)/.test

@@ -20,10 +20,10 @@ import disttrain
 def use():
     torch.empty(12 * 2**20).fill_(1.0)
 def count():
-    for _ in range(30):  # at first the heap grows, as blocks do not fit where others were
+    for _ in range(8):  # at first the heap grows, as blocks do not fit where others were
         use()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
+    for _ in range(4):
         use()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = count()
@@ -34,7 +34,7 @@ PAGES = 48 * 2**20 // 4096
 
 
 def page_faults(**env: str) -> int:
-    """Of ten uses after ``disttrain.init``; before it, each must have cost some."""
+    """Of four uses after ``disttrain.init``; before it, each must have cost some."""
     plain = {name: value for name, value in worker_environment().items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, env={**plain, **env}, capture_output=True, text=True, timeout=100, check=True)
