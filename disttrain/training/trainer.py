@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,6 +44,8 @@ from disttrain.training.random_state import seed_everything
 from disttrain.training.resuming import Saving
 from disttrain.training.setup import set_up_torch
 
+_BUILDING = threading.Lock()  # virtual ranks are threads, which share the random generators
+
 
 class Trainer:
     """One rank's part of a run. All ranks construct it, call ``run``, and ``close`` it.
@@ -57,8 +60,9 @@ class Trainer:
         with agreement(comm):
             config.check_world_size(comm.world_size)
             set_up_torch(comm, config.num_threads, config.deterministic)
-            seed_everything(config.seed)  # alike on all ranks, so that models are
-            self.model = self.task.build_model().to(comm.device, self.dtype)
+            with _BUILDING:
+                seed_everything(config.seed)  # alike on all ranks, so that models are
+                self.model = self.task.build_model().to(comm.device, self.dtype)
             self.train_data, self.eval_data = self.task.train_data(), self.task.eval_data()
             num_samples = num_samples_of(self.train_data)
             num_held_out = num_samples_of(self.eval_data) if self.eval_data is not None else 0
