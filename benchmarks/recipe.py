@@ -82,11 +82,14 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, sgd, lr 0.1": ["optimizer.lr=0.1"],
             "batch 1024, sgd, lr 0.2": ["optimizer.lr=0.2"],
             "batch 1024, sgd, lr 0.8 (linear)": ["optimizer.lr=0.8"],
-            "batch 1024, lars, lr 0.4": [
-                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.03",
-                "schedule.name=polynomial",
+            "batch 1024, lars, polynomial": [
+                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
+                "optimizer.weight_decay=1e-4", "schedule.name=polynomial", "schedule.warmup_steps=20",
             ],
-            "batch 1024, lars, lr 10": ["optimizer.name=lars", "optimizer.lr=10", "schedule.warmup_steps=20"],
+            "batch 1024, lars, linear": [
+                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
+                "optimizer.weight_decay=1e-4", "schedule.name=linear", "schedule.warmup_steps=5",
+            ],
             "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
         },
     ),
@@ -125,6 +128,7 @@ def main(
 def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     """One run: its metrics on held-out data, optimizer steps, samples and last batch size."""
     quiet = [*training.NO_CHECKPOINTS, "evaluation.every_epochs=null", "evaluation.every_steps=null"]
+    quiet.append("health.max_skipped=null")  # what diverges is a result too
     with tempfile.TemporaryDirectory() as directory:
         config = training.load(task, directory, [*quiet, "compressor.name=dense", *settings])
         summary, trainer = training.train(config, WORLD_SIZE)
