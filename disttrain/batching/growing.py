@@ -11,7 +11,7 @@ import torch
 
 from disttrain.batching.base import BatchPolicy, Situation
 from disttrain.batching.fixed import Fixed
-from disttrain.batching.memory import PassMemory
+from disttrain.batching.memory import GivenLimit, PassMemory
 from disttrain.batching.noise import GradientNoise
 from disttrain.batching.registry import registry
 from disttrain.comm import Communicator
@@ -71,10 +71,12 @@ class GrowingBatch:
         self._loss = torch.zeros((), dtype=torch.float64, device=comm.device)  # this rank's part, of the epoch so far
         self._num_losses = 0
         self._last_loss: float | None = None
-        self._memory: PassMemory | None = None
+        self._memory: PassMemory | GivenLimit
         if policy.max_micro_batch == "auto":
             begun_with = math.ceil(batch_size / (comm.world_size * accumulation))
             self._memory = PassMemory(comm, begun_with, policy.memory_gib)
+        else:
+            self._memory = GivenLimit(policy.max_micro_batch)
         self.resize(batch_size)
         if policy.measures_noise and comm.world_size * self.accumulation == 1:
             raise UserError(
@@ -89,20 +91,11 @@ class GrowingBatch:
 
     def watch_memory(self, model: torch.nn.Module, num_samples: int) -> contextlib.AbstractContextManager[None]:
         """For ``max_micro_batch: auto``: forward and backward of a pass of so many samples of this rank go within."""
-        return contextlib.nullcontext() if self._memory is None else self._memory.watch(model, num_samples)
-
-    @property
-    def _max_micro_batch(self) -> int | None:
-        if self.policy.max_micro_batch == "auto":
-            assert self._memory is not None
-            return self._memory.fitting
-        return self.policy.max_micro_batch
+        return self._memory.watch(model, num_samples)
 
     def resize(self, batch_size: int) -> None:
         """Go on with another batch: the fewest passes that keep within ``max_micro_batch`` and split it evenly."""
-        self.batch_size, largest = batch_size, self._max_micro_batch
-        if self._memory is not None:
-            self._memory.num_steps = 0
+        self.batch_size, largest = batch_size, self._memory.fitting
         of_a_rank = math.ceil(batch_size / self._comm.world_size)
         fewest = max(self._fewest_passes, math.ceil(of_a_rank / largest) if largest else 1)
         even = (passes for passes in range(fewest, 2 * fewest) if batch_size % (passes * self._comm.world_size) == 0)
@@ -138,8 +131,7 @@ class GrowingBatch:
         self.metrics = {"batch_size": self.batch_size}
         if not isinstance(self.policy, Fixed) or self.policy.lr_scaling != "none":
             self.metrics["gain"] = self.gain
-        if self._memory is not None:
-            self._memory.end_step()
+        self._memory.end_step()
         is_measured = False
         if is_sound:
             self.scale_invariant_steps += self.gain
@@ -162,6 +154,7 @@ class GrowingBatch:
         wanted = max(1, min(self._limit, math.floor(target) if math.isfinite(target) else self._limit))
         if wanted != before:
             self.resize(wanted)
+            self._memory.begin()
         self.gain = self._scaling() * self.policy.cut(target, self.batch_size)
         return self.batch_size != before
 
@@ -206,7 +199,7 @@ class GrowingBatch:
             "losses": self._losses() if self.policy.needs_losses else [],
             "num_losses": self._num_losses,
             "last_loss": self._last_loss,
-            "memory": None if self._memory is None else [self._memory.fitting, self._memory.num_steps],
+            "memory": self._memory.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -214,13 +207,9 @@ class GrowingBatch:
 
         Its batch size counts if the run began with the same; if not, that of the beginning.
         """
-        memory = state.get("memory")  # absent from older checkpoints
-        if self._memory is not None and memory:
-            self._memory.fitting = memory[0]
+        self._memory.load_state_dict(state.get("memory"))  # absent from older checkpoints
         if state["initial"] == self._initial:
             self.resize(min(state["batch_size"], self._limit))
-        if self._memory is not None and memory:
-            self._memory.num_steps = memory[1]
         self.gain, self.scale_invariant_steps = state["gain"], state["scale_invariant_steps"]
         self.noise.load_state_dict(state["noise"])
         losses = state["losses"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
@@ -12,6 +12,29 @@ from disttrain.comm import Communicator
 
 SHARE = 0.8
 """Of what is free: samples differ, and allocators lose some of it."""
+
+
+class GivenLimit:
+    """``max_micro_batch`` as a number, or none: nothing is watched.
+
+    Attributes:
+        fitting: samples that a pass of any rank may have; None: any number.
+    """
+
+    def __init__(self, fitting: int | None) -> None:
+        self.fitting = fitting
+
+    def watch(self, model: torch.nn.Module, num_samples: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def end_step(self) -> None: ...
+
+    def begin(self) -> None: ...
+
+    def state_dict(self) -> list[int] | None:
+        return None
+
+    def load_state_dict(self, state: Sequence[int] | None) -> None: ...
 
 
 class PassMemory:
@@ -86,3 +109,16 @@ class PassMemory:
             self.fitting = min(found, default=self.fitting)
             self._found = []
         self.num_steps += 1
+
+    def begin(self) -> None:
+        """The batch has changed: the second step from here on is watched."""
+        self.num_steps = 0
+
+    def state_dict(self) -> list[int]:
+        """What has been found, equal on all ranks, as JSON values."""
+        return [self.fitting, self.num_steps]
+
+    def load_state_dict(self, state: Sequence[int] | None) -> None:
+        """Take over what ``state_dict`` gave; nothing of a run that did not measure."""
+        if state is not None:
+            self.fitting, self.num_steps = state

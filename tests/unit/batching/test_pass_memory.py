@@ -12,7 +12,7 @@ from disttrain.batching import memory
 from disttrain.batching.memory import PassMemory
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.training.trainer import Trainer
-from tests.support.runs import make_config
+from tests.support.runs import make_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,20 +96,14 @@ def test_a_growing_batch_takes_passes_as_large_as_fit(tmp_path: Path, world_size
     )  # fmt: skip
 
     def run(comm: Communicator) -> dict[int, int]:
-        trainer = Trainer(config, comm)
         largest: dict[int, int] = {}
-        try:
-            step = trainer.train_step
 
-            def noted(share, batches):  # type: ignore[no-untyped-def]
-                taken = max(stop - start for start, stop in share.micro_batches)
-                largest[trainer.sampler.batch_size] = max(largest.get(trainer.sampler.batch_size, 0), taken)
-                return step(share, batches)
+        def note(trainer: Trainer) -> None:
+            share = next(trainer.sampler.shares())
+            taken = max(stop - start for start, stop in share.micro_batches)
+            largest[trainer.sampler.batch_size] = max(largest.get(trainer.sampler.batch_size, 0), taken)
 
-            trainer.train_step = noted  # type: ignore[method-assign]
-            trainer.run()
-        finally:
-            trainer.close()
+        train(config, comm, note)
         return largest
 
     expected = {1: {4: 4, 8: 8, 16: 8, 32: 8}, 2: {4: 2, 8: 4, 16: 8, 32: 8}}[world_size]
