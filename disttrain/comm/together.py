@@ -28,12 +28,14 @@ def carry(
 def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Lists of tensors of one dtype and device, of limited size, in an order that is alike on all ranks."""
     chunks: defaultdict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
+    sizes: defaultdict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
     for tensor in tensors:
-        chunk = chunks[tensor.dtype, tensor.device]
-        chunk.append(tensor)
-        if sum(member.nbytes for member in chunk) >= _CHUNK_BYTES:
-            yield chunk
-            del chunks[tensor.dtype, tensor.device]
+        kind = tensor.dtype, tensor.device
+        chunks[kind].append(tensor)
+        sizes[kind] += tensor.nbytes
+        if sizes[kind] >= _CHUNK_BYTES:
+            yield chunks.pop(kind)
+            del sizes[kind]
     yield from chunks.values()
 
 
