@@ -30,7 +30,7 @@ train: $(VENV)/.train ## train CONFIG (configs/digits.yaml) with WORKERS (2); AR
 
 test: ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes to pytest
 	@$(MAKE) --jobs=2 $(VENV)/.horovod lint types shellcheck
-	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto --dist loadgroup $(ARGS) || $(NONE_CHOSEN)
+	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto $(ARGS) || $(NONE_CHOSEN)
 	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || $(NONE_CHOSEN)
 
 fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others

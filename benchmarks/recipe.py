@@ -44,6 +44,10 @@ class Task(str, Enum):
     TEXT = "text"
 
 
+LARS = [
+    "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
+    "optimizer.weight_decay=1e-4",
+]  # fmt: skip
 METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 
 # What all runs of an experiment share, and the settings that are compared: the first is what the others are to reach.
@@ -82,14 +86,8 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, sgd, lr 0.1": ["optimizer.lr=0.1"],
             "batch 1024, sgd, lr 0.2": ["optimizer.lr=0.2"],
             "batch 1024, sgd, lr 0.8 (linear)": ["optimizer.lr=0.8"],
-            "batch 1024, lars, polynomial": [
-                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
-                "optimizer.weight_decay=1e-4", "schedule.name=polynomial", "schedule.warmup_steps=20",
-            ],
-            "batch 1024, lars, linear": [
-                "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
-                "optimizer.weight_decay=1e-4", "schedule.name=linear", "schedule.warmup_steps=5",
-            ],
+            "batch 1024, lars, polynomial": [*LARS, "schedule.name=polynomial", "schedule.warmup_steps=20"],
+            "batch 1024, lars, linear": [*LARS, "schedule.name=linear", "schedule.warmup_steps=5"],
             "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
         },
     ),
@@ -127,8 +125,10 @@ def main(
 
 def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     """One run: its metrics on held-out data, optimizer steps, samples and last batch size."""
-    quiet = [*training.NO_CHECKPOINTS, "evaluation.every_epochs=null", "evaluation.every_steps=null"]
-    quiet.append("health.max_skipped=null")  # what diverges is a result too
+    quiet = [
+        *training.NO_CHECKPOINTS, "evaluation.every_epochs=null", "evaluation.every_steps=null",
+        "health.max_skipped=null",  # what diverges is a result too
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         config = training.load(task, directory, [*quiet, "compressor.name=dense", *settings])
         summary, trainer = training.train(config, WORLD_SIZE)

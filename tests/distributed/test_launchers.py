@@ -22,6 +22,7 @@ from disttrain.training import checkpoint_folder
 from tests.lab.hosts import Hosts, hosts, why_not
 from tests.support.workers import (
     BIN,
+    CONFIG,
     ROOT,
     kill_tree,
     processes_of,
@@ -32,20 +33,6 @@ from tests.support.workers import (
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
-
-CONFIG = """
-# A model and data that import little: workers start sooner.
-task: {name: text, path: "package:sklearn/datasets/descr/*.rst", eval_windows: null, context: 32, width: 32, layers: 1}
-seed: 3
-batch_size: 64
-max_steps: 50
-optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
-schedule: {name: constant}
-compressor: {name: dense}
-evaluation: {every_epochs: null}
-checkpoint: {every_epochs: null}
-log_every: 1
-"""
 
 # Arguments that choose each launcher, what must be installed for it, and the engine it ends up on.
 LAUNCHERS: dict[str, tuple[list[str], list[str], str]] = {

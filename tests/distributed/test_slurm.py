@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.lab.slurm import Cluster, cluster, why_not
-from tests.support.workers import BIN, LAUNCHERS, ROOT, run, train_records, worker_environment
+from tests.support.workers import BIN, CONFIG, LAUNCHERS, ROOT, run, train_records, worker_environment
 
 reason = why_not()
 pytestmark = [
@@ -27,16 +27,6 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=reason or ""),
 ]
 
-CONFIG = """
-task: {name: text, path: "package:sklearn/datasets/descr/*.rst", eval_windows: null, context: 32, width: 32, layers: 1}
-batch_size: 64
-max_steps: 30
-optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
-compressor: {name: dense}
-evaluation: {every_epochs: null}
-checkpoint: {every_epochs: null}
-log_every: 1
-"""
 NUM_STEPS = 300
 SAVING = (f"max_steps={NUM_STEPS}", "compressor.name=topk", "compressor.ratio=0.1", "num_threads=1")
 ENGINES = {"torch": "torch", "mpi": "mpi4py", "horovod": "horovod"}

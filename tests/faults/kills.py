@@ -95,6 +95,10 @@ class Report:
     wrong: list[Wrong] = field(default_factory=list)
     num_ended: int = 0
 
+    @property
+    def num_kills(self) -> int:
+        return sum(kill.where != "end" for kill in self.kills)
+
 
 class Chain:
     """One run, killed and started again."""
@@ -249,7 +253,7 @@ def kill_runs(
 
         def go(number: int) -> None:
             engine, run = engines[number % len(engines)], runs[number // len(engines) % len(runs)]
-            left = kills - sum(kill.where != "end" for kill in report.kills)
+            left = kills - report.num_kills
             if left > 0 and time.monotonic() < deadline:
                 place = folder / f"chain-{number}"
                 Chain(place, engine, run, whole[run], random.Random(seeds[number])).go(min(chain, left), report)
@@ -271,7 +275,7 @@ def table(report: Report, seed: int) -> str:
     places = ("start", "step", "evaluation", "checkpoint")
     kills = [kill for kill in report.kills if kill.where != "end"]
     lines = [
-        f"# {len(kills)} kills, seed {seed}, {date.today().isoformat()}",
+        f"# {report.num_kills} kills, seed {seed}, {date.today().isoformat()}",
         "",
         f"`make faults KILLS={len(kills)} SEED={seed}` on {os.cpu_count()} cores ({platform.machine()}).",
         f"Runs of {STEPS} steps with {NUM_WORKERS} workers, a checkpoint every {SAVE_EVERY} steps.",
@@ -317,8 +321,9 @@ def main() -> None:
         )
     text = table(report, arguments.seed)
     arguments.output.mkdir(exist_ok=True)
-    num_kills = sum(kill.where != "end" for kill in report.kills)
-    (arguments.output / f"{date.today().isoformat()}-{num_kills}-kills-seed-{arguments.seed}.md").write_text(text)
+    (arguments.output / f"{date.today().isoformat()}-{report.num_kills}-kills-seed-{arguments.seed}.md").write_text(
+        text
+    )
     print(text)
     sys.exit(bool(report.wrong))
 

@@ -40,12 +40,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert f"| {engine} | 1 |" in table(report, seed)
 
 
-# The run goes on from its newest checkpoint though resume=never.
 TRAIN = ["-m", "disttrain", "train", "config.yaml"]
 
 
 def launch(folder: Path, command: list[str], bomb: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The launch, in which the bomb goes off in every worker of that rank that gets so far; and its summary."""
+    """The launch, in which the bomb goes off in every worker of that rank that gets so far; and its summary.
+
+    The run goes on from its newest checkpoint though resume=never.
+    """
     write_config(folder, "top-k", resume="never")
     env = worker_environment(**{BOMB: json.dumps(bomb)})
     done = run([*command, f"output={folder}"], timeout=300, env=env, cwd=folder)

@@ -20,6 +20,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
+# A short run of real training. Its model and data import little, so that workers start soon.
+CONFIG = """
+task: {name: text, path: "package:sklearn/datasets/descr/*.rst", eval_windows: null, context: 32, width: 32, layers: 1}
+seed: 3
+batch_size: 64
+max_steps: 50
+optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
+schedule: {name: constant}
+compressor: {name: dense}
+evaluation: {every_epochs: null}
+checkpoint: {every_epochs: null}
+log_every: 1
+"""
+
 
 def _torchrun(world_size: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
