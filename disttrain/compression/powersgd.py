@@ -12,6 +12,7 @@ from disttrain.compression.base import Bucket, Compressor, Program, State, matri
 from disttrain.compression.ramp import RankRamp
 from disttrain.errors import UserError
 from disttrain.kernels import for_device
+from disttrain.kernels.reference import Kernels, Sizes, join_factor, p_sizes, q_sizes, split_factor
 
 
 class PowerSGD(Compressor):
@@ -72,38 +73,27 @@ class PowerSGD(Compressor):
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
         kernels = for_device(grad.device)
         rank = self.rank if self.rank_ramp is None else self.rank_ramp.at(state.step, self.rank)
-        shapes = self._shapes(bucket, rank)
-        p_shapes = [(rank, rows) for rows, _, rank in shapes]
-        q_shapes = [(rank, columns) for _, columns, rank in shapes]
-        kept_shapes = self._shapes(bucket, self._largest_rank)
-        kept_qs = _split(state.q, [(rank, columns) for _, columns, rank in kept_shapes])
-        kept_ps = _split(state.p, [(rank, rows) for rows, _, rank in kept_shapes]) if self.alternating else []
-        sends_p = not self.alternating or state.step % 2 == 0
-        sends_q = not self.alternating or not sends_p
+        shapes, kept_shapes = self._shapes(bucket, rank), self._shapes(bucket, self._largest_rank)
         rest = state.scratch("residual")
         new = {"residual": rest}
-        matrices, residuals, totals = (bucket.matrices(flat) for flat in (grad, state.residual, rest))
-        owed = list(zip(matrices, residuals, totals, strict=True))
+        is_p_turn = state.step % 2 == 0
 
-        if sends_p:
-            old_qs = _first(kept_qs, q_shapes)
-            own_qs = mean_qs = [_orthogonal(q) if self.alternating else _scaled(q) for q in old_qs]
-            own_ps = [kernels.project(*each, q) for each, q in zip(owed, own_qs, strict=True)]
-            mean_ps = _split((yield AllReduce(_join(own_ps), op="mean")), p_shapes)
+        if not self.alternating or is_p_turn:
+            own_q = _first(state.q, q_sizes(kept_shapes), q_sizes(shapes))
+            own_q = (kernels.orthogonalize if self.alternating else kernels.scale_factor)(own_q, q_sizes(shapes))
+            own_p = kernels.project(grad, state.residual, own_q, shapes)  # from here on, grad is all that is owed
+            mean_p = yield AllReduce(own_p.clone() if self.alternating else own_p, op="mean")
+        if self.alternating and is_p_turn:
+            mean_q = own_q
+            new["p"] = _kept(kernels, mean_p, state.p, p_sizes(shapes), p_sizes(kept_shapes))
         else:
-            for each in owed:
-                kernels.add(*each)
-            mean_ps = _first(kept_ps, p_shapes)
-        if self.alternating and sends_p:
-            new["p"] = _kept(mean_ps, kept_ps)
-        if sends_q:
-            own_ps = mean_ps = [_orthogonal(p) for p in mean_ps]
-            own_qs = [kernels.project_back(total, p) for total, p in zip(totals, own_ps, strict=True)]
-            mean_qs = _split((yield AllReduce(_join(own_qs), op="mean")), q_shapes)
-            new["q"] = _kept(mean_qs, kept_qs)
+            last_p = _first(state.p, p_sizes(kept_shapes), p_sizes(shapes)) if self.alternating else mean_p
+            own_p = mean_p = kernels.orthogonalize(last_p, p_sizes(shapes))
+            own_q = kernels.project_back(grad, state.residual if self.alternating else None, own_p, shapes)
+            mean_q = yield AllReduce(own_q.clone(), op="mean")
+            new["q"] = _kept(kernels, mean_q, state.q, q_sizes(shapes), q_sizes(kept_shapes))
 
-        for total, out, *own, mean_p, mean_q in zip(totals, matrices, own_ps, own_qs, mean_ps, mean_qs, strict=True):
-            kernels.low_rank_rest(total, (own[0], own[1]), (mean_p, mean_q), out)
+        kernels.low_rank_rest(grad, (own_p, own_q), (mean_p, mean_q), rest, shapes)
         return grad, new
 
     @property
@@ -115,39 +105,17 @@ class PowerSGD(Compressor):
         return [(rows, columns, min(rank, rows, columns)) for rows, columns in bucket.matrix_shapes]
 
 
-# Factors lie as (rank, rows or columns): the kernels run along rows of the matrix.
-
-
-def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _split(flat: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    parts = flat.split([rank * size for rank, size in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _first(kept: Sequence[torch.Tensor], shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+def _first(kept: torch.Tensor, kept_sizes: Sizes, sizes: Sizes) -> torch.Tensor:
     """Of factors that are kept at their largest rank, what this step's rank uses."""
-    return [factor[:rank] for factor, (rank, _) in zip(kept, shapes, strict=True)]
+    if sizes == kept_sizes:
+        return kept
+    parts = zip(split_factor(kept, kept_sizes), sizes, strict=True)
+    return join_factor([factor[:rank] for factor, (rank, _) in parts])
 
 
-def _kept(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor]) -> torch.Tensor:
+def _kept(kernels: Kernels, new: torch.Tensor, old: torch.Tensor, sizes: Sizes, kept_sizes: Sizes) -> torch.Tensor:
     """A direction without any gradient would be zero for ever: it stays what it was. So do those not used now."""
-    parts = []
-    for factor, kept in zip(new, old, strict=True):
-        before, unused = kept[: len(factor)], kept[len(factor) :]
-        parts += [torch.where((factor == 0).all(1, keepdim=True), before, factor), unused]
-    return _join(parts)
-
-
-def _orthogonal(factor: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows that span those of ``factor`` (rank, size), also where these are zero or dependent."""
-    orthonormal: torch.Tensor = torch.linalg.qr(_scaled(factor).T).Q.T.contiguous()
-    return orthonormal
-
-
-def _scaled(matrix: torch.Tensor) -> torch.Tensor:
-    """The same directions at a size of one, so that products of huge or tiny gradients neither overflow nor vanish."""
-    largest = matrix.abs().amax()
-    return matrix / torch.where(largest > 0, largest, 1.0)
+    if sizes != kept_sizes:
+        pairs = zip(split_factor(new, sizes), split_factor(old, kept_sizes), strict=True)
+        new = join_factor([torch.cat([factor, kept[len(factor) :]]) for factor, kept in pairs])
+    return kernels.fill_zero_rows(new, old, kept_sizes)

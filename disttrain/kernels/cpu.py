@@ -13,7 +13,20 @@ import numpy as np
 import torch
 
 from disttrain.kernels import loops, loops_low_rank, loops_natural, loops_sign
-from disttrain.kernels.reference import RUN, Kernels, Tensor, num_blocks, sampled_rank, sampled_runs, widths
+from disttrain.kernels.reference import (
+    RUN,
+    Factors,
+    Kernels,
+    Shapes,
+    Sizes,
+    Tensor,
+    num_blocks,
+    p_sizes,
+    q_sizes,
+    sampled_rank,
+    sampled_runs,
+    widths,
+)
 
 _MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
 
@@ -135,27 +148,37 @@ class CpuKernels(Kernels):
     def add_two_means(self, bits: Tensor, block: int, start: int, means: Tensor, matrix: Tensor) -> None:
         loops_sign.add_two_means(bits.numpy(), block, start, means.numpy(), matrix.numpy())
 
-    def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
-        p = torch.empty(len(q), len(grad), dtype=q.dtype)
-        loops_low_rank.project(grad.numpy(), _array(residual), total.numpy(), q.numpy(), p.numpy())
+    def project(self, total: Tensor, residual: Tensor, q: Tensor, shapes: Shapes) -> Tensor:
+        p = q.new_empty(sum(rank * size for rank, size in p_sizes(shapes)))
+        loops_low_rank.project(total.numpy(), residual.numpy(), np.array(shapes), q.numpy(), p.numpy())
         return p
 
-    def project_back(self, total: Tensor, p: Tensor) -> Tensor:
-        q = torch.zeros(len(p), total.shape[1], dtype=p.dtype)
-        loops_low_rank.project_back(total.numpy(), p.numpy(), q.numpy())
+    def project_back(self, total: Tensor, residual: Tensor | None, p: Tensor, shapes: Shapes) -> Tensor:
+        q = p.new_empty(sum(rank * size for rank, size in q_sizes(shapes)))
+        loops_low_rank.project_back(total.numpy(), _array(residual), np.array(shapes), p.numpy(), q.numpy())
         return q
 
-    def low_rank_rest(
-        self, total: Tensor, own: tuple[Tensor, Tensor], mean: tuple[Tensor, Tensor], out: Tensor
-    ) -> None:
-        rank = len(own[0])
-        if rank > 4:  # a matrix product proper, at which torch is better
-            super().low_rank_rest(total, own, mean, out)
+    def low_rank_rest(self, total: Tensor, own: Factors, mean: Factors, rest: Tensor, shapes: Shapes) -> None:
+        if max(rank for _, _, rank in shapes) > 4:  # a matrix product proper, at which torch is better
+            super().low_rank_rest(total, own, mean, rest, shapes)
             return
-        p, q, mean_p, mean_q = (
-            torch.nn.functional.pad(factor, (0, 0, 0, 4 - rank)).numpy() for factor in (*own, *mean)
-        )
-        loops_low_rank.low_rank_rest(total.numpy(), p, q, mean_p, mean_q, out.numpy())
+        factors = [factor.numpy() for factor in (*own, *mean)]
+        loops_low_rank.low_rank_rest(total.numpy(), np.array(shapes), *factors, rest.numpy())
+
+    def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:
+        scaled = factor.clone()
+        loops_low_rank.scale(scaled.numpy(), np.array(sizes))
+        return scaled
+
+    def orthogonalize(self, factor: Tensor, sizes: Sizes) -> Tensor:
+        orthonormal = self.scale_factor(factor, sizes)
+        loops_low_rank.orthogonalize(orthonormal.numpy(), np.array(sizes))
+        return orthonormal
+
+    def fill_zero_rows(self, factor: Tensor, other: Tensor, sizes: Sizes) -> Tensor:
+        filled = factor.clone()
+        loops_low_rank.fill_zero_rows(filled.numpy(), other.numpy(), np.array(sizes))
+        return filled
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -1,8 +1,10 @@
-"""The compiled loops of PowerSGD, in the manner of those in ``loops``."""
+"""The compiled loops of PowerSGD, in the manner of those in ``loops``: all matrices of a bucket in one call."""
 
 from __future__ import annotations
 
-from disttrain.kernels.loops import _jit, _load, _reordered
+import numpy as np
+
+from disttrain.kernels.loops import _copy, _finite, _inline, _jit, _reordered
 
 
 @_reordered
@@ -13,12 +15,25 @@ def _dot(row, factor):
     return total
 
 
+@_inline
+def _add(owed, own):
+    for i in range(own.size):
+        own[i] += owed[i]
+
+
 @_jit
-def project(grad, residual, total, q, p):
-    for row in range(grad.shape[0]):
-        _load(grad[row], None if residual is None else residual[row], 0, total[row])
-        for k in range(q.shape[0]):
-            p[k, row] = _dot(total[row], q[k])
+def project(total, residual, shapes, q, p):
+    start = p_start = q_start = 0
+    for rows, columns, rank in shapes:
+        for row in range(rows):
+            own = total[start : start + columns]
+            if residual is not None:
+                _add(residual[start : start + columns], own)
+            for k in range(rank):
+                p[p_start + k * rows + row] = _dot(own, q[q_start + k * columns : q_start + (k + 1) * columns])
+            start += columns
+        p_start += rank * rows
+        q_start += rank * columns
 
 
 @_reordered
@@ -34,29 +49,154 @@ def _add_row(row, factor, out):
 
 
 @_jit
-def project_back(total, p, q):
-    rows = total.shape[0]
-    for row in range(0, rows - 3, 4):
-        r0, r1, r2, r3 = total[row], total[row + 1], total[row + 2], total[row + 3]
-        for k in range(q.shape[0]):
-            _add_rows(r0, r1, r2, r3, p[k, row], p[k, row + 1], p[k, row + 2], p[k, row + 3], q[k])
-    for row in range(rows // 4 * 4, rows):
-        for k in range(q.shape[0]):
-            _add_row(total[row], p[k, row], q[k])
+def project_back(total, residual, shapes, p, q):
+    start = p_start = q_start = 0
+    for rows, columns, rank in shapes:
+        matrix = total[start : start + rows * columns].reshape(rows, columns)
+        left = p[p_start : p_start + rank * rows].reshape(rank, rows)
+        right = q[q_start : q_start + rank * columns].reshape(rank, columns)
+        right[:] = 0
+        for row in range(0, rows, 4):
+            end = min(row + 4, rows)
+            if residual is not None:
+                _add(
+                    residual[start + row * columns : start + end * columns],
+                    total[start + row * columns : start + end * columns],
+                )
+            if end == row + 4:
+                r0, r1, r2, r3 = matrix[row], matrix[row + 1], matrix[row + 2], matrix[row + 3]
+                for k in range(rank):
+                    _add_rows(
+                        r0, r1, r2, r3, left[k, row], left[k, row + 1], left[k, row + 2], left[k, row + 3], right[k]
+                    )
+            else:
+                for last in range(row, end):
+                    for k in range(rank):
+                        _add_row(matrix[last], left[k, last], right[k])
+        start += rows * columns
+        p_start += rank * rows
+        q_start += rank * columns
 
 
 @_reordered
-def _low_rank_row(left, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3):
-    for i in range(left.size):
-        left[i] -= p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i]
+def _low_rank_row(work, rest, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3):
+    for i in range(work.size):
+        rest[i] = work[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
         out[i] = mp0 * mq0[i] + mp1 * mq1[i] + mp2 * mq2[i] + mp3 * mq3[i]
 
 
+@_inline
+def _four(factor, rank, size):
+    """A factor of up to four rows, filled up with zeros."""
+    rows = np.zeros((4, size), factor.dtype)
+    for k in range(rank):
+        rows[k] = factor[k * size : (k + 1) * size]
+    return rows
+
+
 @_jit
-def low_rank_rest(total, p, q, mean_p, mean_q, out):
-    """For factors of four rows; those of fewer come filled up with zeros."""
-    q0, q1, q2, q3, mq0, mq1, mq2, mq3 = q[0], q[1], q[2], q[3], mean_q[0], mean_q[1], mean_q[2], mean_q[3]
-    for row in range(total.shape[0]):
-        p0, p1, p2, p3 = p[0, row], p[1, row], p[2, row], p[3, row]
-        mp0, mp1, mp2, mp3 = mean_p[0, row], mean_p[1, row], mean_p[2, row], mean_p[3, row]
-        _low_rank_row(total[row], out[row], p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3)
+def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
+    """For factors of up to four rows. The mean takes the place of ``total``."""
+    start = p_start = q_start = 0
+    work = np.empty(shapes[:, 1].max(), total.dtype)
+    for rows, columns, rank in shapes:
+        p_end, q_end = p_start + rank * rows, q_start + rank * columns
+        left, mean_left = _four(p[p_start:p_end], rank, rows), _four(mean_p[p_start:p_end], rank, rows)
+        right, mean_right = _four(q[q_start:q_end], rank, columns), _four(mean_q[q_start:q_end], rank, columns)
+        q0, q1, q2, q3 = right[0], right[1], right[2], right[3]
+        mq0, mq1, mq2, mq3 = mean_right[0], mean_right[1], mean_right[2], mean_right[3]
+        for row in range(rows):
+            p0, p1, p2, p3 = left[0, row], left[1, row], left[2, row], left[3, row]
+            mp0, mp1, mp2, mp3 = mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row]
+            out = total[start : start + columns]
+            _copy(out, work)  # so that no two of the arrays below overlap, and they can be worked on in SIMD lanes
+            _low_rank_row(
+                work[:columns], rest[start : start + columns], out,
+                p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3,
+            )  # fmt: skip
+            start += columns
+        p_start, q_start = p_end, q_end
+
+
+_LANES = 16
+
+
+@_jit
+def _steady_dot(a, b):
+    """The same bits on every processor, whatever SIMD lanes it has: partial sums in an order that is written down."""
+    partial = np.zeros(_LANES, a.dtype)
+    whole = a.size // _LANES * _LANES
+    for start in range(0, whole, _LANES):
+        left, right = a[start : start + _LANES], b[start : start + _LANES]
+        for i in range(_LANES):
+            partial[i] += left[i] * right[i]
+    total = a.dtype.type(0)
+    for i in range(_LANES):
+        total += partial[i]
+    for i in range(whole, a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@_jit
+def _subtract(row, factor, out):
+    for i in range(out.size):
+        out[i] -= factor * row[i]
+
+
+@_finite
+def _scale(factor):
+    largest = factor.dtype.type(0)
+    for i in range(factor.size):
+        largest = max(largest, abs(factor[i]))
+    if largest > 0:
+        for i in range(factor.size):
+            factor[i] /= largest
+
+
+@_jit
+def scale(factor, sizes):
+    start = 0
+    for rank, size in sizes:
+        _scale(factor[start : start + rank * size])
+        start += rank * size
+
+
+@_jit
+def orthogonalize(factor, sizes):
+    """By Householder's reflections (Golub and Van Loan, 5.1 and 5.2), to which a row of zeros does no harm."""
+    real = factor.dtype.type
+    start = 0
+    for rank, size in sizes:
+        rows = factor[start : start + rank * size].reshape(rank, size)
+        start += rank * size
+        strengths = np.zeros(rank, factor.dtype)
+        for k in range(rank):
+            mirror = rows[k, k:]
+            _scale(mirror)
+            norm = np.sqrt(_steady_dot(mirror, mirror))
+            mirror[0] += norm if mirror[0] >= 0 else -norm
+            square = _steady_dot(mirror, mirror)
+            strengths[k] = real(2) / square if square > 0 else real(0)
+            for j in range(k + 1, rank):
+                _subtract(mirror, strengths[k] * _steady_dot(mirror, rows[j, k:]), rows[j, k:])
+        # The reflections, one after the other from the last, of the first unit vectors.
+        spanning = np.zeros((rank, size), factor.dtype)
+        for k in range(rank):
+            spanning[k, k] = 1
+        for k in range(rank - 1, -1, -1):
+            mirror = rows[k, k:]
+            for j in range(k, rank):
+                _subtract(mirror, strengths[k] * _steady_dot(mirror, spanning[j, k:]), spanning[j, k:])
+        rows[:] = spanning
+
+
+@_jit
+def fill_zero_rows(factor, other, sizes):
+    start = 0
+    for rank, size in sizes:
+        for _ in range(rank):
+            row = factor[start : start + size]
+            if not row.any():
+                row[:] = other[start : start + size]
+            start += size

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 import torch
 
 Tensor = torch.Tensor
+Shapes = Sequence[tuple[int, int, int]]  # (rows, columns, rank) of matrices
+Sizes = Sequence[tuple[int, int]]  # (rank, size) of their factors on one side
+Factors = tuple[Tensor, Tensor]  # p and q
 
 RUN = 16  # neighbours that are sampled together, one cache line
 _SAMPLES = 600  # sampled entries expected above an estimated threshold: an error of about 4 %
@@ -226,26 +229,76 @@ class Kernels:
         codes = _from_planes(bits.view(-1, block // 8), 1).view(-1)[start : start + matrix.numel()]
         matrix += torch.where(codes.view(matrix.shape).bool(), means[0].unsqueeze(1), means[1].unsqueeze(1))
 
-    # Low rank. Factors lie as (rank, size), so that their rows are as long as the matrix's.
+    # Low rank: all matrices of a bucket at once, one after the other in 1-d tensors; ``shapes`` has (rows, columns,
+    # rank) of each. Factors p (rank, rows) and q (rank, columns) lie so that their rows are as long as the matrix's.
 
-    def project(self, grad: Tensor, residual: Tensor | None, total: Tensor, q: Tensor) -> Tensor:
-        """``total = grad + residual`` (rows, columns); its product with q (rank, columns): (rank, rows)."""
-        self.add(grad, residual, total)
-        return q @ total.T
+    def project(self, total: Tensor, residual: Tensor, q: Tensor, shapes: Shapes) -> Tensor:
+        """``total += residual``; p, its products with q."""
+        total += residual
+        qs = split_factor(q, q_sizes(shapes))
+        return join_factor([q @ matrix.T for matrix, q in zip(_matrices(total, shapes), qs, strict=True)])
 
-    def project_back(self, total: Tensor, p: Tensor) -> Tensor:
-        """The product of p (rank, rows) with ``total`` (rows, columns): (rank, columns)."""
-        return p @ total
+    def project_back(self, total: Tensor, residual: Tensor | None, p: Tensor, shapes: Shapes) -> Tensor:
+        """``total += residual``, if there is one; q, the products of p with it."""
+        if residual is not None:
+            total += residual
+        ps = split_factor(p, p_sizes(shapes))
+        return join_factor([p @ matrix for matrix, p in zip(_matrices(total, shapes), ps, strict=True)])
 
-    def low_rank_rest(
-        self, total: Tensor, own: tuple[Tensor, Tensor], mean: tuple[Tensor, Tensor], out: Tensor
-    ) -> None:
-        """``total -= p^T q`` of the own factors, ``out = p^T q`` of the mean ones.
+    def low_rank_rest(self, total: Tensor, own: Factors, mean: Factors, rest: Tensor, shapes: Shapes) -> None:
+        """``rest = total - p^T q`` of the own factors (p, q); ``total`` becomes ``p^T q`` of the mean ones."""
+        (own_p, mean_p), (own_q, mean_q) = (
+            [split_factor(factors[side], sizes(shapes)) for factors in (own, mean)]
+            for side, sizes in enumerate((p_sizes, q_sizes))
+        )
+        parts = zip(_matrices(total, shapes), _matrices(rest, shapes), own_p, own_q, mean_p, mean_q, strict=True)
+        for matrix, left, p, q, p_of_mean, q_of_mean in parts:
+            torch.addmm(matrix, p.T, q, alpha=-1, out=left)
+            torch.mm(p_of_mean.T, q_of_mean, out=matrix)
 
-        Factors are p (rank, rows) and q (rank, columns).
+    def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:
+        """The same directions with 1 as each matrix's largest entry, so that products neither overflow nor vanish.
+
+        ``sizes`` are (rank, size) of each matrix's factor.
         """
-        total.addmm_(own[0].T, own[1], alpha=-1)
-        torch.mm(mean[0].T, mean[1], out=out)
+        return join_factor([_scaled(part) for part in split_factor(factor, sizes)])
+
+    def orthogonalize(self, factor: Tensor, sizes: Sizes) -> Tensor:
+        """Orthonormal rows that span each factor's, also where these are zero or dependent."""
+        return join_factor([torch.linalg.qr(_scaled(part).T).Q.T for part in split_factor(factor, sizes)])
+
+    def fill_zero_rows(self, factor: Tensor, other: Tensor, sizes: Sizes) -> Tensor:
+        """``factor``, but rows that are zero are those of ``other``."""
+        pairs = zip(split_factor(factor, sizes), split_factor(other, sizes), strict=True)
+        return join_factor([torch.where((part == 0).all(1, keepdim=True), before, part) for part, before in pairs])
+
+
+def p_sizes(shapes: Shapes) -> Sizes:
+    return [(rank, rows) for rows, _, rank in shapes]
+
+
+def q_sizes(shapes: Shapes) -> Sizes:
+    return [(rank, columns) for _, columns, rank in shapes]
+
+
+def split_factor(factor: Tensor, sizes: Sizes) -> list[Tensor]:
+    """A (rank, size) view for each matrix."""
+    parts = factor.split([rank * size for rank, size in sizes])
+    return [part.view(shape) for part, shape in zip(parts, sizes, strict=True)]
+
+
+def join_factor(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _matrices(flat: Tensor, shapes: Shapes) -> list[Tensor]:
+    parts = flat.split([rows * columns for rows, columns, _ in shapes])
+    return [part.view(rows, columns) for part, (rows, columns, _) in zip(parts, shapes, strict=True)]
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    largest = matrix.abs().amax()
+    return matrix / torch.where(largest > 0, largest, 1.0)
 
 
 # What each code of ``natural`` stands for, in units of the scale.

@@ -1,0 +1,104 @@
+"""PowerSGD's compiled kernels against the reference, over several matrices at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from disttrain.kernels import Kernels, for_device
+from disttrain.kernels.reference import Sizes, join_factor, p_sizes, q_sizes, split_factor
+
+pytest.importorskip("numba")
+
+REFERENCE, FAST = Kernels(), for_device(torch.device("cpu"))
+SHAPES = [(1, 1, 1), (5, 7, 2), (64, 33, 4), (3, 200, 3), (40, 16, 1)]
+WIDE = [(64, 33, 4), (30, 50, 7)]  # a rank beyond what the compiled loops take four at a time
+DTYPES = [torch.float32, torch.float64]
+
+
+def randn(size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def factor(sizes: Sizes, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return randn(sum(rank * size for rank, size in sizes), dtype, seed)
+
+
+def assert_close(fast: torch.Tensor, slow: torch.Tensor) -> None:
+    tolerance = 200 * torch.finfo(slow.dtype).eps
+    torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance * max(1.0, float(slow.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", [SHAPES, WIDE])
+def test_products_and_rests_are_those_of_the_reference(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    numel = sum(rows * columns for rows, columns, _ in shapes)
+    grad, residual = randn(numel, dtype, 0), randn(numel, dtype, 1)
+    p, mean_p = (factor(p_sizes(shapes), dtype, seed) for seed in (2, 3))
+    q, mean_q = (factor(q_sizes(shapes), dtype, seed) for seed in (4, 5))
+    for owed in (residual, None):
+        totals = [grad.clone(), grad.clone()]
+        if owed is not None:
+            fast, slow = (
+                kernels.project(total, owed, q, shapes)
+                for kernels, total in zip((FAST, REFERENCE), totals, strict=True)
+            )
+            assert_close(fast, slow)
+            assert torch.equal(*totals)
+            totals = [grad.clone(), grad.clone()]
+        fast, slow = (
+            kernels.project_back(total, owed, p, shapes)
+            for kernels, total in zip((FAST, REFERENCE), totals, strict=True)
+        )
+        assert_close(fast, slow)
+        assert torch.equal(*totals)
+        assert torch.equal(totals[0], grad if owed is None else grad + owed)
+    rests = [torch.full_like(grad, math.nan) for _ in totals]
+    for kernels, total, rest in zip((FAST, REFERENCE), totals, rests, strict=True):
+        kernels.low_rank_rest(total, (p, q), (mean_p, mean_q), rest, shapes)
+    assert_close(*totals)
+    assert_close(*rests)
+    pairs = zip(split_factor(p, p_sizes(shapes)), split_factor(q, q_sizes(shapes)), strict=True)
+    sent = torch.cat([(left.T @ right).view(-1) for left, right in pairs])
+    assert_close(rests[0] + sent, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", [FAST, REFERENCE], ids=["compiled", "reference"])
+def test_rows_become_orthonormal_whatever_they_were(kernels: Kernels, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    plain = randn(3 * 50, dtype, 0).view(3, 50)
+    dependent = torch.stack([plain[0], 2 * plain[0], plain[0] + plain[1]])
+    with_zeros = torch.stack([torch.zeros_like(plain[0]), plain[1], torch.zeros_like(plain[0])])
+    uneven = plain * torch.tensor([[1e-25], [1.0], [1e25]], dtype=dtype)
+    inputs = [
+        plain, dependent, with_zeros, torch.zeros_like(plain), torch.eye(3, dtype=dtype), plain * (info.max / 100),
+        plain * info.tiny, -torch.ones(1, 1, dtype=dtype), uneven, randn(17 * 17, dtype, 1).view(17, 17),
+    ]  # fmt: skip
+    sizes = [(len(each), each.shape[1]) for each in inputs]
+    flat = join_factor(inputs)
+    outputs = split_factor(kernels.orthogonalize(flat, sizes), sizes)
+    assert torch.equal(flat, join_factor(inputs)), "what was given stays"
+    for given, rows in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=dtype), rtol=0, atol=50 * info.eps)
+        scaled = given / given.abs().max().clamp(min=info.tiny)
+        torch.testing.assert_close(scaled @ rows.T @ rows, scaled, rtol=0, atol=100 * info.eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_are_scaled_and_filled_up_to_the_bit(dtype: torch.dtype) -> None:
+    sizes = [(2, 30), (3, 5), (1, 1)]
+    new, old = factor(sizes, dtype, 0), factor(sizes, dtype, 1)
+    new[30:60] = 0
+    new[65:70] = 0
+    new[-1] = 0
+    assert torch.equal(FAST.scale_factor(new, sizes), REFERENCE.scale_factor(new, sizes))
+    assert torch.equal(FAST.scale_factor(torch.zeros_like(new), sizes), torch.zeros_like(new))
+    filled = FAST.fill_zero_rows(new, old, sizes)
+    assert torch.equal(filled, REFERENCE.fill_zero_rows(new, old, sizes))
+    wanted = new.clone()
+    for start, end in ((30, 60), (65, 70), (75, 76)):
+        wanted[start:end] = old[start:end]
+    assert torch.equal(filled, wanted)
