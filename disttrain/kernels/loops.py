@@ -207,6 +207,13 @@ def _unpack(packed, widths, code):
             for i in range(length):
                 low[i] = part[i] & np.uint8(15)
                 high[i] = part[i] >> np.uint8(4)
+        elif width == 2 and shift == 0:
+            c0, c1, c2, c3 = code[:length], code[length : 2 * length], code[2 * length : 3 * length], code[3 * length :]
+            for i in range(length):
+                c0[i] = part[i] & np.uint8(3)
+                c1[i] = (part[i] >> np.uint8(2)) & np.uint8(3)
+                c2[i] = (part[i] >> np.uint8(4)) & np.uint8(3)
+                c3[i] = part[i] >> np.uint8(6)
         else:
             mask = (1 << width) - 1
             for plane in range(8 // width):
@@ -229,12 +236,13 @@ def dequantize(codes, scales, widths, block, add, out):
     work = np.empty(block, out.dtype)
     code = np.empty(block, np.uint8)
     length = block * bits // 8
+    is_one_added = add and codes.shape[0] == 1
     for index in range(scales.shape[1]):
         values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
             _unpack(codes[part, index * length : (index + 1) * length], widths, code)
             scale = scales[part, index]
-            if add and codes.shape[0] == 1:
+            if is_one_added:
                 for i in range(values.size):
                     values[i] += (real(code[i]) - levels) * scale
             elif part == 0:
@@ -243,7 +251,7 @@ def dequantize(codes, scales, widths, block, add, out):
             else:
                 for i in range(block):
                     work[i] += (real(code[i]) - levels) * scale
-        if not (add and codes.shape[0] == 1):
+        if not is_one_added:
             _store_mean(work, real(codes.shape[0]), add, values)
 
 

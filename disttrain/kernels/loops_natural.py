@@ -65,14 +65,20 @@ def natural_mean(codes, scales, block, add, out):
     work = np.empty(block, out.dtype)
     bits = np.empty(block, np.int32)
     powers = bits.view(np.float32)
+    is_one_added = add and codes.shape[0] == 1
     for index in range(scales.shape[1]):
+        values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
             scale = scales[part, index]
             _powers(codes[part, index * block : (index + 1) * block], bits)
-            if part == 0:
+            if is_one_added:
+                for i in range(values.size):
+                    values[i] += real(powers[i]) * scale
+            elif part == 0:
                 for i in range(block):
                     work[i] = real(powers[i]) * scale
             else:
                 for i in range(block):
                     work[i] += real(powers[i]) * scale
-        _store_mean(work, real(codes.shape[0]), add, out[index * block : (index + 1) * block])
+        if not is_one_added:
+            _store_mean(work, real(codes.shape[0]), add, values)

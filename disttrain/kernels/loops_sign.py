@@ -76,9 +76,13 @@ def sign_vote(bits, weights, block, add, out):
     work = np.empty(block, out.dtype)
     for index in range(weights.shape[1]):
         _sum_signs(bits, weights, index, work)
-        for i in range(block):
-            work[i] = real(work[i] > 0) - real(work[i] < 0)
-        _store_mean(work, real(1), add, out[index * block : (index + 1) * block])
+        values = out[index * block : (index + 1) * block]
+        if add:
+            for i in range(values.size):
+                values[i] += real(work[i] > 0) - real(work[i] < 0)
+        else:
+            for i in range(values.size):
+                values[i] = real(work[i] > 0) - real(work[i] < 0)
 
 
 @_jit
