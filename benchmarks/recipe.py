@@ -75,7 +75,10 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
                 "max_steps=300", "batch.name=schedule", "batch.unit=step", "batch.milestones=[60,120,180]",
                 "batch.factor=2", "batch.max_batch_size=128",
             ],
-            "noise scale": ["max_steps=300", "batch.name=noise_scale", "batch.max_batch_size=128"],
+            "noise scale, four times it": [
+                "max_steps=300", "batch.name=noise_scale", "batch.share=4", "batch.lr_scaling=sqrt",
+                "batch.max_batch_size=128",
+            ],
         },
     ),
     (Experiment.LARGE, Task.DIGITS): (
