@@ -154,7 +154,7 @@ class CpuKernels(Kernels):
         return p
 
     def project_back(self, total: Tensor, residual: Tensor | None, p: Tensor, shapes: Shapes) -> Tensor:
-        q = p.new_empty(sum(rank * size for rank, size in q_sizes(shapes)))
+        q = p.new_zeros(sum(rank * size for rank, size in q_sizes(shapes)))
         loops_low_rank.project_back(total.numpy(), _array(residual), np.array(shapes), p.numpy(), q.numpy())
         return q
 

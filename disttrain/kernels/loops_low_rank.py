@@ -50,12 +50,12 @@ def _add_row(row, factor, out):
 
 @_jit
 def project_back(total, residual, shapes, p, q):
+    """``q`` comes as zeros."""
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
         matrix = total[start : start + rows * columns].reshape(rows, columns)
         left = p[p_start : p_start + rank * rows].reshape(rank, rows)
         right = q[q_start : q_start + rank * columns].reshape(rank, columns)
-        right[:] = 0
         for row in range(0, rows, 4):
             end = min(row + 4, rows)
             if residual is not None:
@@ -85,13 +85,12 @@ def _low_rank_row(work, rest, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2
         out[i] = mp0 * mq0[i] + mp1 * mq1[i] + mp2 * mq2[i] + mp3 * mq3[i]
 
 
-@_inline
+@_jit
 def _four(factor, rank, size):
     """A factor of up to four rows, filled up with zeros."""
-    rows = np.zeros((4, size), factor.dtype)
-    for k in range(rank):
-        rows[k] = factor[k * size : (k + 1) * size]
-    return rows
+    rows = np.zeros(4 * size, factor.dtype)
+    _copy(factor[: rank * size], rows)
+    return rows.reshape(4, size)
 
 
 @_jit
@@ -100,9 +99,8 @@ def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
     start = p_start = q_start = 0
     work = np.empty(shapes[:, 1].max(), total.dtype)
     for rows, columns, rank in shapes:
-        p_end, q_end = p_start + rank * rows, q_start + rank * columns
-        left, mean_left = _four(p[p_start:p_end], rank, rows), _four(mean_p[p_start:p_end], rank, rows)
-        right, mean_right = _four(q[q_start:q_end], rank, columns), _four(mean_q[q_start:q_end], rank, columns)
+        left, mean_left = _four(p[p_start:], rank, rows), _four(mean_p[p_start:], rank, rows)
+        right, mean_right = _four(q[q_start:], rank, columns), _four(mean_q[q_start:], rank, columns)
         q0, q1, q2, q3 = right[0], right[1], right[2], right[3]
         mq0, mq1, mq2, mq3 = mean_right[0], mean_right[1], mean_right[2], mean_right[3]
         for row in range(rows):
@@ -115,7 +113,8 @@ def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
                 p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3,
             )  # fmt: skip
             start += columns
-        p_start, q_start = p_end, q_end
+        p_start += rank * rows
+        q_start += rank * columns
 
 
 _LANES = 16
@@ -138,12 +137,6 @@ def _steady_dot(a, b):
     return total
 
 
-@_jit
-def _subtract(row, factor, out):
-    for i in range(out.size):
-        out[i] -= factor * row[i]
-
-
 @_finite
 def _scale(factor):
     largest = factor.dtype.type(0)
@@ -163,32 +156,43 @@ def scale(factor, sizes):
 
 
 @_jit
+def _make_mirror(row):
+    """``row`` becomes the mirror that reflects it into the first axis; 2 / |mirror|^2, or 0 if there is nothing."""
+    _scale(row)
+    length = np.sqrt(_steady_dot(row, row))
+    row[0] += length if row[0] >= 0 else -length
+    square = _steady_dot(row, row)
+    return row.dtype.type(2) / square if square > 0 else row.dtype.type(0)
+
+
+@_jit
+def _reflect(mirror, strength, row):
+    part = strength * _steady_dot(mirror, row)
+    for i in range(row.size):
+        row[i] -= part * mirror[i]
+
+
+@_jit
 def orthogonalize(factor, sizes):
     """By Householder's reflections (Golub and Van Loan, 5.1 and 5.2), to which a row of zeros does no harm."""
-    real = factor.dtype.type
     start = 0
     for rank, size in sizes:
-        rows = factor[start : start + rank * size].reshape(rank, size)
-        start += rank * size
-        strengths = np.zeros(rank, factor.dtype)
+        end = start + rank * size
+        mirrors, strengths = factor[start:end], np.empty(rank, factor.dtype)
         for k in range(rank):
-            mirror = rows[k, k:]
-            _scale(mirror)
-            norm = np.sqrt(_steady_dot(mirror, mirror))
-            mirror[0] += norm if mirror[0] >= 0 else -norm
-            square = _steady_dot(mirror, mirror)
-            strengths[k] = real(2) / square if square > 0 else real(0)
+            mirror = mirrors[k * size + k : (k + 1) * size]
+            strengths[k] = _make_mirror(mirror)
             for j in range(k + 1, rank):
-                _subtract(mirror, strengths[k] * _steady_dot(mirror, rows[j, k:]), rows[j, k:])
-        # The reflections, one after the other from the last, of the first unit vectors.
-        spanning = np.zeros((rank, size), factor.dtype)
-        for k in range(rank):
-            spanning[k, k] = 1
+                _reflect(mirror, strengths[k], mirrors[j * size + k : (j + 1) * size])
+        # The reflections of the first unit vectors, from the last mirror to the first.
+        spanning = np.zeros(rank * size, factor.dtype)
         for k in range(rank - 1, -1, -1):
-            mirror = rows[k, k:]
+            spanning[k * size + k] = 1
+            mirror = mirrors[k * size + k : (k + 1) * size]
             for j in range(k, rank):
-                _subtract(mirror, strengths[k] * _steady_dot(mirror, spanning[j, k:]), spanning[j, k:])
-        rows[:] = spanning
+                _reflect(mirror, strengths[k], spanning[j * size + k : (j + 1) * size])
+        _copy(spanning, mirrors)
+        start = end
 
 
 @_jit
