@@ -192,7 +192,8 @@ class DistributedOptimizer(Optimizer):
             self.reducer.scale = self.loss_scale.value
         if not is_sound:
             self.skipped_steps += 1
-            logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
+            if self.skipped_steps <= 10 or self.skipped_steps.bit_count() == 1:  # then at powers of two: it may go on
+                logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
             return None
         if self._has_stepped:
             self._has_stepped = False
