@@ -2,14 +2,14 @@
 
     python benchmarks/encoders.py
 
-One thread. ``encode``: add the residual, encode, keep what is left. ``decode``: decode one payload of many and add it.
+One thread. ``encode``: add the residual, encode, keep what is left. ``decode``: decode one payload of many and add it;
+``of four``: the mean of four payloads, as an exchange forms it, divided by four.
 Compressors that are not codecs (PowerSGD, casts) get all their arithmetic in ``encode``: their program is run by hand,
 with collectives that give back what was sent. Every compressor takes turns with the copy; medians over turns.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -31,6 +31,7 @@ from disttrain import compression  # noqa: E402
 from disttrain.comm.memory import keep_freed_memory  # noqa: E402
 from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
 from disttrain.compression.base import dry_run  # noqa: E402
+from disttrain.compression.codec import pack, unpack  # noqa: E402
 
 # Beside the defaults of all that are registered.
 MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
@@ -64,34 +65,35 @@ def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[st
     rows = []
     for spec in specs:
         built = compression.build(spec)
-        encode, decode = jobs(built, bucket, gradient, work)
-        copies, encodes, decodes = [], [], []
+        jobs = [lambda: target.copy_(gradient), *make_jobs(built, bucket, gradient, work)]
+        times: list[list[float]] = [[] for _ in jobs]
         for turn in range(turns + 2):
-            times = [seconds(lambda: target.copy_(gradient)), seconds(encode), seconds(decode) if decode else math.nan]
-            if turn >= 2:  # kernels are compiled, caches are as they will be
-                for series, value in zip((copies, encodes, decodes), times, strict=True):
-                    series.append(value)
-        copy = statistics.median(copies)
+            for series, job in zip(times, jobs, strict=True):
+                took = seconds(job)
+                if turn >= 2:  # kernels are compiled, caches are as they will be
+                    series.append(took)
+        copy, encode, *decodes = [statistics.median(series) for series in times]
         rows.append(
             {
                 "compressor": spec,
                 "copy_ms": round(copy * 1e3, 2),
-                "encode_ms": round(statistics.median(encodes) * 1e3, 2),
-                "encode": round(statistics.median(encodes) / copy, 2),
-                "decode": round(statistics.median(decodes) / copy, 2) if decode else None,
+                "encode_ms": round(encode * 1e3, 2),
+                "encode": round(encode / copy, 2),
+                "decode": round(decodes[0] / copy, 2) if decodes else None,
+                "decode_of_four": round(decodes[1] / copy / 4, 2) if decodes else None,
                 "payload_bytes": built.payload_bytes(bucket) if isinstance(built, Codec) else None,
             }
         )
     return rows
 
 
-def jobs(
+def make_jobs(
     compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor
-) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
-    """What is timed: encoding, and decoding one payload if the compressor is a codec."""
+) -> list[Callable[[], Any]]:
+    """What is timed: encoding, and decoding one payload and four if the compressor is a codec."""
     state = compressor.init_state(bucket)
     if type(compressor).reduce is not Codec.reduce:
-        return lambda: run_program(compressor, bucket, gradient, work, state), None
+        return [lambda: run_program(compressor, bucket, gradient, work, state)]
     assert isinstance(compressor, Codec)
 
     def encode() -> Any:
@@ -103,7 +105,13 @@ def jobs(
         return payload
 
     payload = encode()
-    return encode, lambda: compressor.decode_add(payload, work, bucket)
+    packed = list(torch.stack([pack(payload)] * 4))  # side by side, as they are received
+    payloads = [unpack(part, payload) for part in packed]
+    return [
+        encode,
+        lambda: compressor.decode_add(payload, work, bucket),
+        lambda: compressor.decode_mean(payloads, work, bucket),
+    ]
 
 
 def run_program(
@@ -123,12 +131,12 @@ def seconds(job: Callable[[], Any]) -> float:
 def make_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Arithmetic of one step, one thread, in copies of the gradient")
     table.add_column("compressor")
-    for column in ("elements", "copy ms", "encode ms", "encode", "decode one", "payload MB"):
+    for column in ("elements", "copy ms", "encode ms", "encode", "decode", "of four", "payload MB"):
         table.add_column(column, justify="right")
     for row in rows:
         payload = "" if row["payload_bytes"] is None else f"{row['payload_bytes'] / 1e6:.2f}"
-        decode = "" if row["decode"] is None else f"{row['decode']:.2f}"
-        figures = [f"{row['copy_ms']:.2f}", f"{row['encode_ms']:.2f}", f"{row['encode']:.2f}", decode, payload]
+        decodes = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("decode", "decode_of_four")]
+        figures = [f"{row['copy_ms']:.2f}", f"{row['encode_ms']:.2f}", f"{row['encode']:.2f}", *decodes, payload]
         table.add_row(describe_compressor(row["compressor"]), f"{10 * row['width'] ** 2:,}", *figures)
     return table
 

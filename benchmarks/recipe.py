@@ -48,6 +48,10 @@ LARS = [
     "optimizer.name=lars", "optimizer.lr=0.4", "optimizer.trust_coefficient=0.2", "optimizer.momentum=0.8",
     "optimizer.weight_decay=1e-4",
 ]  # fmt: skip
+SGD = ["optimizer.name=sgd", "optimizer.momentum=0.9"]
+LAMB_ON_TEXT = [
+    "optimizer.name=lamb", "optimizer.lr=0.03", "optimizer.betas=[0.9,0.99]", "optimizer.weight_decay=0.01",
+]  # fmt: skip
 METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 
 # What all runs of an experiment share, and the settings that are compared: the first is what the others are to reach.
@@ -92,6 +96,21 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, lars, polynomial": [*LARS, "schedule.name=polynomial", "schedule.warmup_steps=20"],
             "batch 1024, lars, linear": [*LARS, "schedule.name=linear", "schedule.warmup_steps=5"],
             "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
+        },
+    ),
+    (Experiment.LARGE, Task.TEXT): (  # a GPT of 7 500 parameters: what a few million samples train to the end
+        [
+            "task.context=8", "task.width=16", "task.layers=1", "max_steps=800", "batch_size=1024",
+            "schedule.warmup_steps=60", "schedule.final_lr_factor=0",
+        ],
+        {
+            "batch 64, sgd, lr 0.3": [
+                *SGD, "optimizer.lr=0.3", "batch_size=64", "max_steps=12800", "schedule.warmup_steps=100",
+            ],
+            "batch 1024, sgd, lr 0.3": [*SGD, "optimizer.lr=0.3"],
+            "batch 1024, sgd, lr 1": [*SGD, "optimizer.lr=1"],
+            "batch 1024, lamb, lr 0.03": LAMB_ON_TEXT,
+            "batch 1024, lamb, twice the samples": [*LAMB_ON_TEXT, "max_steps=1600"],
         },
     ),
 }  # fmt: skip

@@ -114,7 +114,10 @@ def _first(kept: torch.Tensor, kept_sizes: Sizes, sizes: Sizes) -> torch.Tensor:
 
 
 def _kept(kernels: Kernels, new: torch.Tensor, old: torch.Tensor, sizes: Sizes, kept_sizes: Sizes) -> torch.Tensor:
-    """A direction without any gradient would be zero for ever: it stays what it was. So do those not used now."""
+    """Directions to begin the next step with. One without any gradient stays what it was, as do those not used now:
+
+    from zeros, orthogonalizing makes unit vectors, and rows of the gradient that are always zero would keep it there.
+    """
     if sizes != kept_sizes:
         pairs = zip(split_factor(new, sizes), split_factor(old, kept_sizes), strict=True)
         new = join_factor([torch.cat([factor, kept[len(factor) :]]) for factor, kept in pairs])

@@ -27,8 +27,7 @@ def project(total, residual, shapes, q, p):
     for rows, columns, rank in shapes:
         for row in range(rows):
             own = total[start : start + columns]
-            if residual is not None:
-                _add(residual[start : start + columns], own)
+            _add(residual[start : start + columns], own)
             for k in range(rank):
                 p[p_start + k * rows + row] = _dot(own, q[q_start + k * columns : q_start + (k + 1) * columns])
             start += columns
@@ -78,7 +77,7 @@ def project_back(total, residual, shapes, p, q):
         q_start += rank * columns
 
 
-@_reordered
+@_jit
 def _low_rank_row(work, rest, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3):
     for i in range(work.size):
         rest[i] = work[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
@@ -88,9 +87,9 @@ def _low_rank_row(work, rest, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2
 @_jit
 def _four(factor, rank, size):
     """A factor of up to four rows, filled up with zeros."""
-    rows = np.zeros(4 * size, factor.dtype)
-    _copy(factor[: rank * size], rows)
-    return rows.reshape(4, size)
+    filled = np.zeros(4 * size, factor.dtype)
+    _copy(factor[: rank * size], filled)
+    return filled.reshape(4, size)
 
 
 @_jit
@@ -122,18 +121,21 @@ _LANES = 16
 
 @_jit
 def _steady_dot(a, b):
-    """The same bits on every processor, whatever SIMD lanes it has: partial sums in an order that is written down."""
-    partial = np.zeros(_LANES, a.dtype)
+    """The same bits on every processor, whatever SIMD lanes it has: partial sums in an order that is written down.
+
+    In float64, or rows as long as a vocabulary would be orthogonal to three digits only.
+    """
+    partial = np.zeros(_LANES)
     whole = a.size // _LANES * _LANES
     for start in range(0, whole, _LANES):
         left, right = a[start : start + _LANES], b[start : start + _LANES]
         for i in range(_LANES):
-            partial[i] += left[i] * right[i]
-    total = a.dtype.type(0)
+            partial[i] += np.float64(left[i]) * np.float64(right[i])
+    total = 0.0
     for i in range(_LANES):
         total += partial[i]
     for i in range(whole, a.size):
-        total += a[i] * b[i]
+        total += np.float64(a[i]) * np.float64(b[i])
     return total
 
 
@@ -159,15 +161,15 @@ def scale(factor, sizes):
 def _make_mirror(row):
     """``row`` becomes the mirror that reflects it into the first axis; 2 / |mirror|^2, or 0 if there is nothing."""
     _scale(row)
-    length = np.sqrt(_steady_dot(row, row))
+    length = row.dtype.type(np.sqrt(_steady_dot(row, row)))
     row[0] += length if row[0] >= 0 else -length
     square = _steady_dot(row, row)
-    return row.dtype.type(2) / square if square > 0 else row.dtype.type(0)
+    return 2 / square if square > 0 else 0.0
 
 
 @_jit
 def _reflect(mirror, strength, row):
-    part = strength * _steady_dot(mirror, row)
+    part = row.dtype.type(strength * _steady_dot(mirror, row))
     for i in range(row.size):
         row[i] -= part * mirror[i]
 
@@ -178,7 +180,7 @@ def orthogonalize(factor, sizes):
     start = 0
     for rank, size in sizes:
         end = start + rank * size
-        mirrors, strengths = factor[start:end], np.empty(rank, factor.dtype)
+        mirrors, strengths = factor[start:end], np.empty(rank)
         for k in range(rank):
             mirror = mirrors[k * size + k : (k + 1) * size]
             strengths[k] = _make_mirror(mirror)

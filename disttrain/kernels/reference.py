@@ -247,17 +247,15 @@ class Kernels:
 
     def low_rank_rest(self, total: Tensor, own: Factors, mean: Factors, rest: Tensor, shapes: Shapes) -> None:
         """``rest = total - p^T q`` of the own factors (p, q); ``total`` becomes ``p^T q`` of the mean ones."""
-        (own_p, mean_p), (own_q, mean_q) = (
-            [split_factor(factors[side], sizes(shapes)) for factors in (own, mean)]
-            for side, sizes in enumerate((p_sizes, q_sizes))
-        )
-        parts = zip(_matrices(total, shapes), _matrices(rest, shapes), own_p, own_q, mean_p, mean_q, strict=True)
-        for matrix, left, p, q, p_of_mean, q_of_mean in parts:
+        ps, mean_ps = (split_factor(p, p_sizes(shapes)) for p, _ in (own, mean))
+        qs, mean_qs = (split_factor(q, q_sizes(shapes)) for _, q in (own, mean))
+        parts = zip(_matrices(total, shapes), _matrices(rest, shapes), ps, qs, mean_ps, mean_qs, strict=True)
+        for matrix, left, p, q, mean_p, mean_q in parts:
             torch.addmm(matrix, p.T, q, alpha=-1, out=left)
-            torch.mm(p_of_mean.T, q_of_mean, out=matrix)
+            torch.mm(mean_p.T, mean_q, out=matrix)
 
     def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:
-        """The same directions with 1 as each matrix's largest entry, so that products neither overflow nor vanish.
+        """The same directions, each factor's largest magnitude being 1, so that products neither overflow nor vanish.
 
         ``sizes`` are (rank, size) of each matrix's factor.
         """

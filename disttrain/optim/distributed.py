@@ -94,7 +94,7 @@ class DistributedOptimizer(Optimizer):
         self.loss_scale = loss_scale
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
-        self.skipped_steps = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.model, self.comm = model, comm
         self._synchronized: bool | None = None
         self._has_stepped = False
@@ -192,9 +192,10 @@ class DistributedOptimizer(Optimizer):
             self.reducer.scale = self.loss_scale.value
         if not is_sound:
             self.skipped_steps += 1
-            if self.skipped_steps <= 10 or self.skipped_steps.bit_count() == 1:  # then at powers of two: it may go on
-                logger.warning("step skipped: a gradient was inf or NaN on some rank (%d so far)", self.skipped_steps)
+            self._skipped_in_a_row += 1
+            _warn_of_skips(self.skipped_steps, self._skipped_in_a_row)
             return None
+        self._skipped_in_a_row = 0
         if self._has_stepped:
             self._has_stepped = False
             return None
@@ -365,6 +366,16 @@ def _named_parameters(
     if not trained:
         raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
     return trained, [(name, p) for p, name in names.items() if p in wanted and not p.requires_grad]
+
+
+def _warn_of_skips(in_all: int, in_a_row: int) -> None:
+    """Each of the first ten in a row, then ever fewer: a run that has gone astray would say nothing else."""
+    if in_a_row <= 10 or in_a_row.bit_count() == 1:
+        logger.warning(
+            "step skipped: a gradient was inf or NaN on some rank (%d so far)%s",
+            in_all,
+            "; more of them in a row are reported at powers of two" if in_a_row == 10 else "",
+        )
 
 
 def _check_can_be_unscaled(trained: Iterable[NamedParameter]) -> None:

@@ -243,6 +243,17 @@ def test_powersgd_recovers_what_has_its_rank(alternating: bool) -> None:
     assert ranks.states[0].residual.norm() < 1e-9
 
 
+@pytest.mark.parametrize("alternating", [False, True])
+def test_powersgd_finds_rows_that_begin_late(alternating: bool) -> None:
+    """As rare tokens do. Directions of zeros, orthogonalized, would point at an embedding's first rows for ever."""
+    ranks = Ranks.make({"name": "powersgd", "rank": 2, "alternating": alternating}, 1, ((40, 16),))
+    grad = torch.zeros(40, 16, dtype=torch.float64)
+    for _ in range(3):
+        assert not ranks.step([grad.view(-1)])[0].any()
+    grad[20:] = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert share_lost(grad.view(-1), ranks.step([grad.view(-1)])[0]) < 0.95
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7, 64, 1000])
 def test_fp16_keeps_finite_means_finite(world_size: int) -> None:
     for value in (1e6, 65504.0, 65519.0, 65504.0 * (1 - 2**-11)):

@@ -201,6 +201,19 @@ def test_learns_again_after_steps_without_any_gradient(case: dict[str, Any]) -> 
     assert torch.nn.functional.cosine_similarity(torch.stack(means[3:]).sum(0), wanted, dim=0) > 0.3
 
 
+@pytest.mark.parametrize("case", WITH_FEEDBACK, ids=case_id)
+def test_a_rank_without_gradients_owes_nothing(case: dict[str, Any]) -> None:
+    """Its residual is of its own gradients alone, never of what came back from the others."""
+
+    def from_rank_0(step: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return gradient(step, rank, numel, dtype) if rank == 0 else torch.zeros(numel, dtype=dtype)
+
+    ranks = Ranks.make(case, 2)
+    ranks.steps(4, from_rank_0)
+    assert ranks.states[0].residual.any() or case in EXACT
+    assert not ranks.states[1].residual.any()
+
+
 @every_case
 def test_bytes_do_not_depend_on_values(case: dict[str, Any]) -> None:
     def sizes(gradients: Callable[..., torch.Tensor]) -> list[list[int]]:

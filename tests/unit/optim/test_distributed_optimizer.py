@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -198,6 +199,24 @@ def test_the_largest_vote_reaches_all_ranks_with_the_step_that_it_was_given_in(w
         return agreed, num_collectives
 
     assert simulate(world_size, run) == [([0, 1, 255, 0], {2})] * world_size
+
+
+def test_skipped_steps_in_a_row_are_reported_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = build(SingleProcess())
+
+    def step(value: float) -> int:
+        """How many messages it gave."""
+        caplog.clear()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+        return len(caplog.records)
+
+    with caplog.at_level(logging.WARNING, "disttrain"):
+        assert [index for index in range(1, 40) if step(math.nan)] == [*range(1, 11), 16, 32]
+        assert step(1.0) == 0
+        assert step(math.inf) == 1
+        assert "(40 so far)" in caplog.text
 
 
 def test_refuses_what_cannot_work() -> None:
