@@ -47,7 +47,7 @@ COMMON = {
 # The settings that docs/compressors.md recommends, with what else they need to be told.
 RECOMMENDED = {
     Task.DIGITS: [
-        "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.1",
+        "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.2",
         "threshold:ratio=0.01", "efsign", "onebit", "qsgd:bits=4", "qsgd:bits=8", "terngrad", "natural", "blockwise8",
         "blockwise4", "powersgd:rank=4", "powersgd:rank=4,alternating=true",
     ],
