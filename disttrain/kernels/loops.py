@@ -236,22 +236,25 @@ def dequantize(codes, scales, widths, block, add, out):
     work = np.empty(block, out.dtype)
     code = np.empty(block, np.uint8)
     length = block * bits // 8
-    is_one_added = add and codes.shape[0] == 1
+    is_one = codes.shape[0] == 1
     for index in range(scales.shape[1]):
         values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
             _unpack(codes[part, index * length : (index + 1) * length], widths, code)
             scale = scales[part, index]
-            if is_one_added:
+            if is_one and add:
                 for i in range(values.size):
                     values[i] += (real(code[i]) - levels) * scale
+            elif is_one:
+                for i in range(values.size):
+                    values[i] = (real(code[i]) - levels) * scale
             elif part == 0:
                 for i in range(block):
                     work[i] = (real(code[i]) - levels) * scale
             else:
                 for i in range(block):
                     work[i] += (real(code[i]) - levels) * scale
-        if not is_one_added:
+        if not is_one:
             _store_mean(work, real(codes.shape[0]), add, values)
 
 

@@ -65,20 +65,23 @@ def natural_mean(codes, scales, block, add, out):
     work = np.empty(block, out.dtype)
     bits = np.empty(block, np.int32)
     powers = bits.view(np.float32)
-    is_one_added = add and codes.shape[0] == 1
+    is_one = codes.shape[0] == 1
     for index in range(scales.shape[1]):
         values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
             scale = scales[part, index]
             _powers(codes[part, index * block : (index + 1) * block], bits)
-            if is_one_added:
+            if is_one and add:
                 for i in range(values.size):
                     values[i] += real(powers[i]) * scale
+            elif is_one:
+                for i in range(values.size):
+                    values[i] = real(powers[i]) * scale
             elif part == 0:
                 for i in range(block):
                     work[i] = real(powers[i]) * scale
             else:
                 for i in range(block):
                     work[i] += real(powers[i]) * scale
-        if not is_one_added:
+        if not is_one:
             _store_mean(work, real(codes.shape[0]), add, values)
