@@ -111,14 +111,22 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
+ALONE = {"name": "alone"}
+
+
 class Disttrain(Contender):
-    """This project; settings are compressors. The engine is found from the launcher's environment, as for any user."""
+    """This project; settings are compressors, or ``ALONE``: every worker trains its own model.
+
+    The engine is found from the launcher's environment, as for any user.
+    """
 
     def __init__(self) -> None:
         self.comm = disttrain.init(device="cpu", timeout=120)
         self.rank = self.comm.rank
 
     def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry:
+        if setting == ALONE:
+            return Entry(model, model, sgd(model))
         optimizer = disttrain.DistributedOptimizer(
             sgd(model), model, comm=self.comm, compressor=setting, bucket_mb=bucket_mb
         )

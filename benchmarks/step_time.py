@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.contenders import ALONE  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.network import ShapedNetwork  # noqa: E402
 from benchmarks.teams import Team, TeamError  # noqa: E402
@@ -73,6 +74,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one that is not timed.")] = 3,
     compressor: Annotated[list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...")] = ["dense"],  # noqa: B006
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Also without any exchange: what a step takes at least.")
+    ] = False,
     hook: Annotated[list[Hook], typer.Option(help="The peer's own compression, beside it without.")] = [],  # noqa: B006
     peer_env: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the peer's workers: MALLOC_MMAP_THRESHOLD_=268435456, ...")
@@ -83,7 +87,7 @@ def main(
     """Compare step times of disttrain and a peer, for every combination of rate, model and engine."""
     rates = {text: parse_rate(text) for text in rate}
     settings = {
-        "compressors": [parse_compressor(text) for text in compressor],
+        "compressors": [*map(parse_compressor, compressor), *([ALONE] if alone else [])],
         "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
         "bucket_mb": bucket_mb,
         "peer_env": parse_environment(peer_env),
