@@ -90,7 +90,7 @@ class PowerSGD(Compressor):
             last_p = _first(state.p, p_sizes(kept_shapes), p_sizes(shapes)) if self.alternating else mean_p
             own_p = mean_p = kernels.orthogonalize(last_p, p_sizes(shapes))
             own_q = kernels.project_back(grad, state.residual if self.alternating else None, own_p, shapes)
-            mean_q = yield AllReduce(own_q.clone(), op="mean")
+            mean_q = yield AllReduce(own_q.clone(), op="mean")  # it may be reduced in place, and what it was is owed
             new["q"] = _kept(kernels, mean_q, state.q, q_sizes(shapes), q_sizes(kept_shapes))
 
         kernels.low_rank_rest(grad, (own_p, own_q), (mean_p, mean_q), rest, shapes)
