@@ -82,7 +82,7 @@ class PowerSGD(Compressor):
             own_q = _first(state.q, q_sizes(kept_shapes), q_sizes(shapes))
             own_q = (kernels.orthogonalize if self.alternating else kernels.scale_factor)(own_q, q_sizes(shapes))
             own_p = kernels.project(grad, state.residual, own_q, shapes)  # from here on, grad is all that is owed
-            mean_p = yield AllReduce(own_p.clone() if self.alternating else own_p, op="mean")
+            mean_p = yield AllReduce(own_p.clone(), op="mean")  # a copy, since it may be reduced in place
         if self.alternating and is_p_turn:
             mean_q = own_q
             new["p"] = _kept(kernels, mean_p, state.p, p_sizes(shapes), p_sizes(kept_shapes))
@@ -90,7 +90,7 @@ class PowerSGD(Compressor):
             last_p = _first(state.p, p_sizes(kept_shapes), p_sizes(shapes)) if self.alternating else mean_p
             own_p = mean_p = kernels.orthogonalize(last_p, p_sizes(shapes))
             own_q = kernels.project_back(grad, state.residual if self.alternating else None, own_p, shapes)
-            mean_q = yield AllReduce(own_q.clone(), op="mean")  # it may be reduced in place, and what it was is owed
+            mean_q = yield AllReduce(own_q.clone(), op="mean")
             new["q"] = _kept(kernels, mean_q, state.q, q_sizes(shapes), q_sizes(kept_shapes))
 
         kernels.low_rank_rest(grad, (own_p, own_q), (mean_p, mean_q), rest, shapes)

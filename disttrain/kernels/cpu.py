@@ -21,8 +21,6 @@ from disttrain.kernels.reference import (
     Sizes,
     Tensor,
     num_blocks,
-    p_sizes,
-    q_sizes,
     sampled_rank,
     sampled_runs,
     widths,
@@ -149,12 +147,12 @@ class CpuKernels(Kernels):
         loops_sign.add_two_means(bits.numpy(), block, start, means.numpy(), matrix.numpy())
 
     def project(self, total: Tensor, residual: Tensor, q: Tensor, shapes: Shapes) -> Tensor:
-        p = q.new_empty(sum(rank * size for rank, size in p_sizes(shapes)))
+        p = q.new_empty(sum(rank * rows for rows, _, rank in shapes))
         loops_low_rank.project(total.numpy(), residual.numpy(), np.array(shapes), q.numpy(), p.numpy())
         return p
 
     def project_back(self, total: Tensor, residual: Tensor | None, p: Tensor, shapes: Shapes) -> Tensor:
-        q = p.new_zeros(sum(rank * size for rank, size in q_sizes(shapes)))
+        q = p.new_zeros(sum(rank * columns for _, columns, rank in shapes))
         loops_low_rank.project_back(total.numpy(), _array(residual), np.array(shapes), p.numpy(), q.numpy())
         return q
 

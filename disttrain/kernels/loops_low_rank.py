@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from disttrain.kernels.loops import _copy, _finite, _inline, _jit, _reordered
+from disttrain.kernels.loops import _copy, _inline, _jit, _largest, _reordered
 
 
 @_reordered
@@ -139,11 +139,9 @@ def _steady_dot(a, b):
     return total
 
 
-@_finite
+@_jit
 def _scale(factor):
-    largest = factor.dtype.type(0)
-    for i in range(factor.size):
-        largest = max(largest, abs(factor[i]))
+    largest = _largest(factor)
     if largest > 0:
         for i in range(factor.size):
             factor[i] /= largest
