@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +27,14 @@ if str(ROOT) not in sys.path:
 from benchmarks import training  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
+from benchmarks.training import METRIC, Task  # noqa: E402
 from disttrain import compression  # noqa: E402
 
-
-class Task(str, Enum):
-    DIGITS = "digits"
-    TEXT = "text"
-
-
-METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 # What all runs share besides the config: a GPT of 0.12 M parameters on short contexts, so that 1000 steps are a minute.
 COMMON = {
     Task.DIGITS: [],
-    Task.TEXT: [
-        "task.context=32", "task.width=64", "task.layers=2", "max_steps=1000", "evaluation.every_steps=null",
-    ],
-}  # fmt: skip
+    Task.TEXT: ["task.context=32", "task.width=64", "task.layers=2", "max_steps=1000"],
+}
 # The settings that docs/compressors.md recommends, with what else they need to be told.
 RECOMMENDED = {
     Task.DIGITS: [
@@ -94,7 +85,7 @@ def main(
 def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     """One run; its metrics on held-out data and the bytes of rank 0."""
     with tempfile.TemporaryDirectory() as directory:
-        plain = training.load(task, directory, [f"seed={seed}", *training.NO_CHECKPOINTS, *settings])
+        plain = training.load(task, directory, [f"seed={seed}", *training.ONLY_THE_END, *settings])
         config = plain.model_copy(update={"compressor": compression.Policy.build(spec)})
         summary, _ = training.train(config, world_size)
     return {"metrics": summary["metrics"], "sent_bytes": summary["wire"]["sent_bytes"], "steps": summary["steps"]}

@@ -30,6 +30,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import training  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
+from benchmarks.training import METRIC, Task  # noqa: E402
 
 WORLD_SIZE = 2
 
@@ -37,11 +38,6 @@ WORLD_SIZE = 2
 class Experiment(str, Enum):
     GROWING = "growing"
     LARGE = "large"
-
-
-class Task(str, Enum):
-    DIGITS = "digits"
-    TEXT = "text"
 
 
 LARS = [
@@ -52,7 +48,6 @@ SGD = ["optimizer.name=sgd", "optimizer.momentum=0.9"]
 LAMB_ON_TEXT = [
     "optimizer.name=lamb", "optimizer.lr=0.03", "optimizer.betas=[0.9,0.99]", "optimizer.weight_decay=0.01",
 ]  # fmt: skip
-METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 
 # What all runs of an experiment share, and the settings that are compared: the first is what the others are to reach.
 Cases = dict[str, list[str]]
@@ -147,10 +142,7 @@ def main(
 
 def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     """One run: its metrics on held-out data, optimizer steps, samples and last batch size."""
-    quiet = [
-        *training.NO_CHECKPOINTS, "evaluation.every_epochs=null", "evaluation.every_steps=null",
-        "health.max_skipped=null",  # what diverges is a result too
-    ]  # fmt: skip
+    quiet = [*training.ONLY_THE_END, "health.max_skipped=null"]  # what diverges is a result too
     with tempfile.TemporaryDirectory() as directory:
         config = training.load(task, directory, [*quiet, "compressor.name=dense", *settings])
         summary, trainer = training.train(config, WORLD_SIZE)

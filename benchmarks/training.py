@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ from disttrain.training.config import Config
 from disttrain.training.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NO_CHECKPOINTS = ["checkpoint.every_epochs=null", "checkpoint.every_steps=null"]
+# Nothing is saved, and held-out data are looked at once.
+ONLY_THE_END = [
+    "checkpoint.every_epochs=null", "checkpoint.every_steps=null", "evaluation.every_epochs=null",
+    "evaluation.every_steps=null",
+]  # fmt: skip
+
+
+class Task(str, Enum):
+    DIGITS = "digits"
+    TEXT = "text"
+
+
+METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 
 
 def load(name: str, directory: str, settings: Sequence[str]) -> Config:
