@@ -1,7 +1,8 @@
-"""The GPU's kernels against the reference: on a GPU if there is one, else in Triton's interpreter."""
+"""The GPU's kernels against the reference on a CPU: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -13,7 +14,7 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from disttrain.kernels.cuda import CudaKernels  # noqa: E402
-from disttrain.kernels.reference import Kernels  # noqa: E402
+from disttrain.kernels.reference import Kernels, join_factor, split_factor  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow
 REFERENCE, KERNELS = Kernels(), CudaKernels()
@@ -23,7 +24,63 @@ DTYPES = [torch.float32, torch.float64]
 def vector(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     values[: numel // 4] = 0
-    return values.to(DEVICE)
+    return values
+
+
+def ties(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randint(-9, 10, (numel,), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [1, 1024, 5000])
+@pytest.mark.parametrize(("owes", "keeps"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("make", [vector, ties])
+def test_sparsification_is_the_reference(
+    make: type[vector], numel: int, owes: bool, keeps: bool, dtype: torch.dtype
+) -> None:
+    grad, residual = make(numel, dtype, 0), make(numel, dtype, 1) if owes else None
+    total = grad if residual is None else grad + residual
+
+    def check(name: str, *arguments: float) -> None:
+        rests = [torch.full_like(grad, math.nan, device=device) if keeps else None for device in ("cpu", DEVICE)]
+        own_grad, own_residual = grad.to(DEVICE), None if residual is None else residual.to(DEVICE)
+        expected = getattr(REFERENCE, name)(grad, residual, rests[0], *arguments)
+        found = getattr(KERNELS, name)(own_grad, own_residual, rests[1], *arguments)
+        for own, other in zip((*found, rests[1]), (*expected, rests[0]), strict=True):
+            assert torch.equal(own.cpu(), other) if isinstance(own, torch.Tensor) else own == other
+        assert torch.equal(own_grad.cpu(), grad)
+
+    for k in {1, max(1, numel // 100), max(1, numel // 10), numel}:
+        check("take_largest", k)
+    for threshold in (0.0, 0.5, 3e38):
+        num_above = int(((total.abs() >= threshold) & (total != 0)).sum())
+        for capacity in {1, max(1, num_above - 1), num_above + 3}:
+            check("take_above", threshold, capacity)
+
+
+def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for() -> None:
+    # All that the sample sees is zero, or is larger than the rest.
+    for inside, outside in ((0.0, 1.0), (1.0, 0.0)):
+        grad = torch.full((8192,), outside)
+        for run in range(0, 8192, 32):
+            grad[run : run + 16] = inside
+        for keeps in (False, True):
+            rests = [torch.empty_like(grad, device=device) if keeps else None for device in ("cpu", DEVICE)]
+            values, indices = REFERENCE.take_largest(grad, None, rests[0], 64)
+            own_values, own_indices = KERNELS.take_largest(grad.to(DEVICE), None, rests[1], 64)
+            assert torch.equal(own_values.cpu(), values)
+            assert torch.equal(own_indices.cpu(), indices)
+            assert rests[0] is None or rests[1] is None or torch.equal(rests[1].cpu(), rests[0])
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
+    grad = vector(5000, torch.float32, 0).to(DEVICE)
+    grad[::100] = spoilt
+    values, indices = KERNELS.take_largest(grad, None, grad.clone(), 7)
+    assert (values.numel(), indices.numel()) == (7, 7)
+    values, indices, _ = KERNELS.take_above(grad, None, grad.clone(), 0.5, 9)
+    assert (values.numel(), indices.numel()) == (9, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,18 +89,14 @@ def vector(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", [None, 12345])
 def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
-    rests = torch.empty_like(grad), torch.empty_like(grad)
-    codes, scales = REFERENCE.quantize(grad, residual, rests[0], bits, 64, seed)
-    own_codes, own_scales = KERNELS.quantize(grad, residual, rests[1], bits, 64, seed)
-    assert torch.equal(own_codes, codes)
-    assert torch.equal(own_scales, scales)
-    # One rounding of entries up to 4, where a product and a sum are fused.
-    torch.testing.assert_close(rests[1], rests[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
-    outs = torch.ones_like(grad), torch.ones_like(grad)
-    for add in (False, True):
-        REFERENCE.dequantize_mean([codes, codes.flip(0)], [scales, scales], bits, 64, outs[0], add=add)
-        KERNELS.dequantize_mean([codes, codes.flip(0)], [scales, scales], bits, 64, outs[1], add=add)
-        torch.testing.assert_close(outs[1], outs[0], rtol=1e-6, atol=1e-7)
+    rest, own_rest = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
+    codes, scales = REFERENCE.quantize(grad, residual, rest, bits, 64, seed)
+    own_codes, own_scales = KERNELS.quantize(grad.to(DEVICE), residual.to(DEVICE), own_rest, bits, 64, seed)
+    assert torch.equal(own_codes.cpu(), codes)
+    assert torch.equal(own_scales.cpu(), scales)
+    # One rounding of entries up to 4, where the reference fuses a product and a sum.
+    torch.testing.assert_close(own_rest.cpu(), rest, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    check_means("dequantize_mean", [codes, codes.flip(0)], [scales, scales], (bits, 64), torch.ones_like(grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,15 +104,58 @@ def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtyp
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_sign_is_the_reference(numel: int, with_residual: bool, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1) if with_residual else None
-    rests = (torch.empty_like(grad), torch.empty_like(grad)) if with_residual else (None, None)
+    rests = [torch.empty_like(grad, device=device) if with_residual else None for device in ("cpu", DEVICE)]
     bits, scales = REFERENCE.sign(grad, residual, rests[0], 64)
-    own_bits, own_scales = KERNELS.sign(grad, residual, rests[1], 64)
-    assert torch.equal(own_bits, bits)
-    torch.testing.assert_close(own_scales, scales, rtol=1e-6, atol=0)
+    owed = None if residual is None else residual.to(DEVICE)
+    own_bits, own_scales = KERNELS.sign(grad.to(DEVICE), owed, rests[1], 64)
+    assert torch.equal(own_bits.cpu(), bits)
+    torch.testing.assert_close(own_scales.cpu(), scales, rtol=1e-6, atol=0)
     if rests[0] is not None and rests[1] is not None:
-        torch.testing.assert_close(rests[1], rests[0], rtol=1e-5, atol=1e-6)
-    outs = torch.ones_like(grad), torch.ones_like(grad)
+        torch.testing.assert_close(rests[1].cpu(), rests[0], rtol=1e-5, atol=1e-6)
+    check_means("sign_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
+
+
+def check_means(
+    name: str, payloads: list[torch.Tensor], scales: list[torch.Tensor], form: tuple[int, ...], out: torch.Tensor
+) -> None:
+    own = out.to(DEVICE, copy=True)
     for add in (False, True):
-        REFERENCE.sign_mean([bits, bits.flip(0)], [scales, scales], 64, outs[0], add=add)
-        KERNELS.sign_mean([bits, bits.flip(0)], [scales, scales], 64, outs[1], add=add)
-        torch.testing.assert_close(outs[1], outs[0], rtol=1e-6, atol=1e-7)
+        getattr(REFERENCE, name)(payloads, scales, *form, out, add=add)
+        parts, sizes = ([part.to(DEVICE) for part in all_parts] for all_parts in (payloads, scales))
+        getattr(KERNELS, name)(parts, sizes, *form, own, add=add)
+        torch.testing.assert_close(own.cpu(), out, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_become_orthonormal_whatever_they_were(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    plain = vector(3 * 50, dtype, 0).view(3, 50)
+    dependent = torch.stack([plain[1], 2 * plain[1], plain[2] + plain[1]])
+    with_zeros = torch.stack([torch.zeros_like(plain[0]), plain[1], torch.zeros_like(plain[0])])
+    uneven = plain * torch.tensor([[1e-25], [1.0], [1e25]], dtype=dtype)
+    inputs = [
+        plain, dependent, with_zeros, torch.zeros_like(plain), plain * (info.max / 100), plain * info.tiny, uneven,
+        -torch.ones(1, 1, dtype=dtype), vector(9 * 9, dtype, 1).view(9, 9), 1 + vector(2 * 3000, dtype, 1).view(2, -1),
+    ]  # fmt: skip
+    sizes = [(len(each), each.shape[1]) for each in inputs]
+    flat = join_factor(inputs).to(DEVICE)
+    outputs = split_factor(KERNELS.orthogonalize(flat, sizes).cpu(), sizes)
+    assert torch.equal(flat.cpu(), join_factor(inputs)), "what was given stays"
+    for given, rows in zip(inputs, outputs, strict=True):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=dtype), rtol=0, atol=50 * info.eps)
+        scaled = given / given.abs().max().clamp(min=info.tiny)
+        tolerance = 100 * info.eps * max(1.0, float(scaled.norm()))
+        torch.testing.assert_close(scaled @ rows.T @ rows, scaled, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_are_scaled_and_filled_up_to_the_bit(dtype: torch.dtype) -> None:
+    sizes = [(2, 1100), (3, 5), (1, 1)]
+    new, old = (vector(2216, dtype, seed) for seed in (0, 1))
+    new[1100:2200] = 0
+    new[2205:2210] = 0
+    new[-1] = 0
+    on_device = new.to(DEVICE), old.to(DEVICE)
+    assert torch.equal(KERNELS.scale_factor(on_device[0], sizes).cpu(), REFERENCE.scale_factor(new, sizes))
+    assert torch.equal(KERNELS.fill_zero_rows(*on_device, sizes).cpu(), REFERENCE.fill_zero_rows(new, old, sizes))
+    assert torch.equal(on_device[0].cpu(), new)

@@ -1,0 +1,67 @@
+"""The GPU's kernels through Triton's whole compiler, up to a GPU's machine code, for which no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Not imported here: it would keep the interpreter from the tests beside this one.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# In place of a launch, the kernel is compiled for the arguments that it would be launched with.
+SCRIPT = """
+import functools
+import inspect
+import re
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+from disttrain.kernels import cuda
+
+dtypes = {}
+
+def compile(kernel, *arguments, enable_fp_fusion, **constants):
+    signature = {name: mangle_type(value) for name, value in zip(kernel.arg_names, arguments)}
+    assert [*signature, *constants] == kernel.arg_names, "launched with all arguments, in order"
+    dtypes.setdefault(kernel.__name__, set()).add(signature[kernel.arg_names[0]])
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    options = {"enable_fp_fusion": enable_fp_fusion}
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["cubin"]
+
+JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compile, kernel)
+
+kernels = cuda.CudaKernels()
+for dtype in (torch.float32, torch.float64):
+    grad = torch.ones(8192, dtype=dtype)
+    for residual, rest in ((None, None), (grad, grad.clone())):
+        kernels.take_above(grad, residual, rest, 0.5, 100)
+        kernels.sign(grad, residual, rest, 4096)
+        for seed in (None, 3):
+            kernels.quantize(grad, residual, rest, 8 if seed is None else 4, 2048, seed)
+    for add in (False, True):
+        parts = [torch.ones(8192, dtype=torch.uint8)] * 3
+        kernels.dequantize_mean(parts, [torch.ones(4, dtype=dtype)] * 3, 8, 2048, grad, add=add)
+        kernels.sign_mean([part[:1024] for part in parts], [torch.ones(2, dtype=dtype)] * 3, 4096, grad, add=add)
+    kernels.orthogonalize(grad, [(2, 1024), (4, 1536)])
+    kernels.fill_zero_rows(grad, grad, [(2, 1024), (4, 1536)])
+
+assert dtypes.keys() == set(re.findall(r"(\\w+)\\[\\(", inspect.getsource(cuda))), dtypes
+# What decodes gets bytes first, whatever the gradient's dtype is.
+assert all(found in ({"*fp32", "*fp64"}, {"*u8"}) for found in dtypes.values()), dtypes
+"""
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
