@@ -32,6 +32,7 @@ from benchmarks.contenders import ALONE  # noqa: E402
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.network import ShapedNetwork  # noqa: E402
 from benchmarks.teams import Team, TeamError  # noqa: E402
+from disttrain import compression  # noqa: E402
 
 console = Console(stderr=True)
 
@@ -72,7 +73,12 @@ def main(
     workers: Annotated[int, typer.Option(min=1, max=64, help="One on each host.")] = 4,
     turns: Annotated[int, typer.Option(min=2, help="Turns of each team.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one that is not timed.")] = 3,
-    compressor: Annotated[list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...")] = ["dense"],  # noqa: B006
+    compressor: Annotated[
+        list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...; all is every registered one.")
+    ] = ["dense"],  # noqa: B006
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Compressors that a team holds at a time; the next ones get new processes.")
+    ] = 4,
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Also without any exchange: what a step takes at least.")
@@ -86,8 +92,10 @@ def main(
 ) -> None:
     """Compare step times of disttrain and a peer, for every combination of rate, model and engine."""
     rates = {text: parse_rate(text) for text in rate}
-    settings = {
-        "compressors": [*map(parse_compressor, compressor), *([ALONE] if alone else [])],
+    wanted = itertools.chain.from_iterable(compression.names() if text == "all" else [text] for text in compressor)
+    settings: dict[str, Any] = {
+        "compressors": [*map(parse_compressor, wanted), *([ALONE] if alone else [])],
+        "at_once": at_once,
         "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
         "bucket_mb": bucket_mb,
         "peer_env": parse_environment(peer_env),
@@ -104,7 +112,11 @@ def main(
             if reason is None:
                 network = stack.enter_context(ShapedNetwork(workers, rate_mbit, time_limit=1800))
             try:
-                found = measure(network, chosen_model, chosen_engine, workers, turns, steps, settings)
+                found = [
+                    row
+                    for part in split(settings)
+                    for row in measure(network, chosen_model, chosen_engine, workers, turns, steps, part)
+                ]
             except TeamError as error:
                 console.print(str(error), style="red", markup=False)
                 raise typer.Exit(1) from None
@@ -121,6 +133,13 @@ def main(
     }
     path = show_and_write(make_table(rows, workers), result, output, "step-time", label)
     console.print(f"written: {path}")
+
+
+def split(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What one team after the other is to hold: ``at_once`` compressors, the first also the peer's hooks."""
+    size, every = settings["at_once"], settings["compressors"]
+    parts = [{**settings, "compressors": every[start : start + size]} for start in range(0, len(every), size)]
+    return [parts[0], *({**part, "hooks": settings["hooks"][:1]} for part in parts[1:])]
 
 
 def measure(

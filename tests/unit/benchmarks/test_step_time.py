@@ -52,6 +52,13 @@ def test_compressors_are_read_as_a_config_would_have_them() -> None:
         step_time.parse_compressor("topk:ratio")
 
 
+def test_many_compressors_are_split_between_teams() -> None:
+    every = [{"name": str(number)} for number in range(5)]
+    parts = step_time.split({"at_once": 2, "compressors": every, "hooks": ["none", "fp16"], "bucket_mb": None})
+    assert [part["compressors"] for part in parts] == [every[:2], every[2:4], every[4:]]
+    assert [part["hooks"] for part in parts] == [["none", "fp16"], ["none"], ["none"]]
+
+
 def test_variables_are_read_as_pairs() -> None:
     assert step_time.parse_environment(["A=1", "B=x=y"]) == {"A": "1", "B": "x=y"}
     with pytest.raises(typer.BadParameter, match="is no NAME=VALUE"):
