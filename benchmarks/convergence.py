@@ -35,7 +35,7 @@ COMMON = {
     Task.DIGITS: [],
     Task.TEXT: ["task.context=32", "task.width=64", "task.layers=2", "max_steps=1000"],
 }
-# The settings that docs/compressors.md recommends, with what else they need to be told.
+# The settings that docs/compressors.md recommends; behind a space, what the config has to change for them.
 RECOMMENDED = {
     Task.DIGITS: [
         "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.2",
@@ -50,36 +50,50 @@ RECOMMENDED = {
         "powersgd:rank=16,alternating=true,dense_steps=150",
     ],
 }  # fmt: skip
+DENSE: dict[str, Any] = {"compressor": {"name": "dense"}, "settings": []}
 
 
 def main(
     task: Annotated[Task, typer.Option(help="Which config to train.")] = Task.DIGITS,
     workers: Annotated[list[int], typer.Option(min=1, max=64)] = [4],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    compressor: Annotated[list[str], typer.Option(help="Only these: dense, topk:ratio=0.01, ...")] = [],  # noqa: B006
+    compressor: Annotated[
+        list[str], typer.Option(help="Only these: dense, topk:ratio=0.01, 'signsgd optimizer.lr=0.001', ...")
+    ] = [],  # noqa: B006
     setting: Annotated[list[str], typer.Option(help="Overrides for all runs: epochs=5, ...")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
 ) -> None:
     """Train every combination and compare with dense."""
     machine = describe_machine()
-    specs = [parse_compressor(text) for text in compressor or RECOMMENDED[task]]
-    if specs[0] != {"name": "dense"}:
-        specs.insert(0, {"name": "dense"})
-    combinations = [(world_size, spec, seed) for world_size in workers for spec in specs for seed in range(seeds)]
+    contenders = [parse_contender(text) for text in compressor or RECOMMENDED[task]]
+    if contenders[0] != DENSE:
+        contenders.insert(0, DENSE)
     settings = [*COMMON[task], *setting]
     with ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, task.value, settings, *combination) for combination in combinations]
+        futures = {
+            (world_size, number, seed): pool.submit(
+                train, task.value, [*settings, *contender["settings"]], world_size, contender["compressor"], seed
+            )
+            for world_size in workers
+            for number, contender in enumerate(contenders)
+            for seed in range(seeds)
+        }
         runs = []
-        for combination, future in zip(combinations, futures, strict=True):
-            world_size, spec, seed = combination
-            runs.append({"workers": world_size, "compressor": spec, "seed": seed, **future.result()})
+        for (world_size, number, seed), future in futures.items():
+            runs.append({"workers": world_size, **contenders[number], "seed": seed, **future.result()})
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     rows = summarise_runs(runs, METRIC[task])
     table = make_table(rows, task.value, METRIC[task], seeds)
     show_and_write(
         table, {"machine": machine, "settings": settings, "runs": runs}, output, "convergence", task.value, width=110
     )
+
+
+def parse_contender(text: str) -> dict[str, Any]:
+    """A compressor and the overrides behind it, separated by spaces."""
+    compressor, *settings = text.split()
+    return {"compressor": parse_compressor(compressor), "settings": settings}
 
 
 def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -96,14 +110,15 @@ def summarise_runs(runs: list[dict[str, Any]], metric: str) -> list[dict[str, An
     rows = []
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for run in runs:
-        found.setdefault((run["workers"], json.dumps(run["compressor"])), []).append(run)
+        contender = {key: run[key] for key in DENSE}
+        found.setdefault((run["workers"], json.dumps(contender)), []).append(run)
     for (world_size, text), group in found.items():
         values = [run["metrics"][metric] for run in group]
-        dense = [run["metrics"][metric] for run in found[world_size, json.dumps({"name": "dense"})]]
+        dense = [run["metrics"][metric] for run in found[world_size, json.dumps(DENSE)]]
         rows.append(
             {
                 "workers": world_size,
-                "compressor": json.loads(text),
+                **json.loads(text),
                 "mean": statistics.mean(values),
                 "spread": max(values) - min(values),
                 "from_dense": statistics.mean(values) - statistics.mean(dense),
@@ -119,9 +134,9 @@ def make_table(rows: list[dict[str, Any]], task: str, metric: str, seeds: int) -
         table.add_column(column)
     for column in (metric.replace("_", " "), "spread", "from dense", "kB sent a step", "of dense"):
         table.add_column(column, justify="right")
-    dense = {row["workers"]: row["bytes_per_step"] for row in rows if row["compressor"] == {"name": "dense"}}
+    dense = {row["workers"]: row["bytes_per_step"] for row in rows if row["compressor"] == DENSE["compressor"]}
     for row in rows:
-        name = describe_compressor(row["compressor"])
+        name = " ".join([describe_compressor(row["compressor"]), *row["settings"]])
         sent = row["bytes_per_step"]
         figures = [f"{row['mean']:.4f}", f"{row['spread']:.4f}", f"{row['from_dense']:+.4f}", f"{sent / 1e3:.1f}"]
         share = f"{sent / dense[row['workers']]:.3f}" if dense[row["workers"]] else ""

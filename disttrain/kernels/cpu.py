@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.kernels import loops, loops_low_rank, loops_natural, loops_sign
+from disttrain.kernels import loops, loops_low_rank, loops_natural, loops_sign, loops_sparse
 from disttrain.kernels.reference import (
     RUN,
     Factors,
@@ -44,14 +44,18 @@ class CpuKernels(Kernels):
         capacity = 2 * k + 1024
         found, magnitudes = np.empty(capacity, np.int32), np.empty(capacity, grad.numpy().dtype)
         threshold = grad.numpy().dtype.type(self.estimate_threshold(grad, residual, 1.25 * k / numel))
-        count = loops.collect(grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes)
+        count = loops_sparse.collect(
+            grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes
+        )
         if not k <= count <= capacity:
             return super().take_largest(total, None, None if rest is None else total, k)
         found, magnitudes = found[:count], np.abs(magnitudes[:count])
         kth = np.partition(magnitudes, count - k)[count - k]
         num_equal = k - np.count_nonzero(magnitudes > kth)
         values, indices = torch.empty(k, dtype=grad.dtype), torch.empty(k, dtype=torch.int32)
-        loops.pick(total.numpy(), rest is not None, found, magnitudes, kth, num_equal, values.numpy(), indices.numpy())
+        loops_sparse.pick(
+            total.numpy(), rest is not None, found, magnitudes, kth, num_equal, values.numpy(), indices.numpy()
+        )
         return values, indices
 
     def take_above(
@@ -60,15 +64,17 @@ class CpuKernels(Kernels):
         total = torch.empty_like(grad) if rest is None else rest
         values, indices = torch.zeros(capacity, dtype=grad.dtype), torch.zeros(capacity, dtype=torch.int32)
         bound = _positive(grad.numpy().dtype.type(threshold))
-        count = loops.collect(grad.numpy(), _array(residual), total.numpy(), bound, indices.numpy(), values.numpy())
+        count = loops_sparse.collect(
+            grad.numpy(), _array(residual), total.numpy(), bound, indices.numpy(), values.numpy()
+        )
         if rest is not None:
-            loops.clear(total.numpy(), indices.numpy()[: min(count, capacity)])
+            loops_sparse.clear(total.numpy(), indices.numpy()[: min(count, capacity)])
         return values, indices, count
 
     def estimate_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> float:
         runs, stride = sampled_runs(grad.numel(), share)
         sample = np.empty((runs, min(RUN, grad.numel())), grad.numpy().dtype)
-        loops.sample(grad.numpy(), _array(residual), stride, sample)
+        loops_sparse.sample(grad.numpy(), _array(residual), stride, sample)
         rank = sampled_rank(sample.size, share)
         return float(np.partition(sample.reshape(-1), rank)[rank])
 
@@ -79,7 +85,7 @@ class CpuKernels(Kernels):
             out.zero_()
         share = out.numpy().dtype.type(1.0 / len(values))
         for part, places in zip(values, indices, strict=True):
-            loops.scatter(part.numpy(), places.numpy(), share, out.numpy())
+            loops_sparse.scatter(part.numpy(), places.numpy(), share, out.numpy())
 
     def quantize(
         self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, bits: int, block: int, seed: int | None
