@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from disttrain.kernels.loops import _copy, _inline, _jit, _largest, _reordered
 
+# Products and sums in one rounding where a processor can: for what an all-reduce makes alike on all ranks afterwards.
+_contracted = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
 
-@_reordered
-def _dot(row, factor):
-    total = row.dtype.type(0)
+
+@_jit
+def _fours(factor, rank, size):
+    """(groups, 4, size): a factor's rows in groups of four, filled up with zeros."""
+    groups = (rank + 3) // 4
+    filled = np.zeros(groups * 4 * size, factor.dtype)
+    _copy(factor[: rank * size], filled)
+    return filled.reshape(groups, 4, size)
+
+
+@_contracted
+def _add_and_multiply(row, owed, q0, q1, q2, q3):
+    """``row += owed``, unless that is None; the products of the row with four others."""
+    p0 = p1 = p2 = p3 = row.dtype.type(0)
     for i in range(row.size):
-        total += row[i] * factor[i]
-    return total
+        value = row[i]
+        if owed is not None:
+            value += owed[i]
+            row[i] = value
+        p0 += value * q0[i]
+        p1 += value * q1[i]
+        p2 += value * q2[i]
+        p3 += value * q3[i]
+    return p0, p1, p2, p3
 
 
 @_inline
@@ -25,11 +46,19 @@ def _add(owed, own):
 def project(total, residual, shapes, q, p):
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
+        left = p[p_start : p_start + rank * rows].reshape(rank, rows)
+        right = _fours(q[q_start:], rank, columns)
         for row in range(rows):
             own = total[start : start + columns]
-            _add(residual[start : start + columns], own)
-            for k in range(rank):
-                p[p_start + k * rows + row] = _dot(own, q[q_start + k * columns : q_start + (k + 1) * columns])
+            first = right[0]
+            products = _add_and_multiply(own, residual[start : start + columns], first[0], first[1], first[2], first[3])
+            for k in range(min(rank, 4)):
+                left[k, row] = products[k]
+            for group in range(1, len(right)):
+                four = right[group]
+                products = _add_and_multiply(own, None, four[0], four[1], four[2], four[3])
+                for k in range(min(rank - 4 * group, 4)):
+                    left[4 * group + k, row] = products[k]
             start += columns
         p_start += rank * rows
         q_start += rank * columns
@@ -78,38 +107,34 @@ def project_back(total, residual, shapes, p, q):
 
 
 @_jit
-def _low_rank_row(work, rest, out, p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3):
-    for i in range(work.size):
-        rest[i] = work[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
-        out[i] = mp0 * mq0[i] + mp1 * mq1[i] + mp2 * mq2[i] + mp3 * mq3[i]
+def _rest_of_row(row, p0, p1, p2, p3, q0, q1, q2, q3, rest):
+    for i in range(row.size):
+        rest[i] = row[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
 
 
 @_jit
-def _four(factor, rank, size):
-    """A factor of up to four rows, filled up with zeros."""
-    filled = np.zeros(4 * size, factor.dtype)
-    _copy(factor[: rank * size], filled)
-    return filled.reshape(4, size)
+def _row_of_product(p0, p1, p2, p3, q0, q1, q2, q3, row):
+    for i in range(row.size):
+        row[i] = p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i]
 
 
 @_jit
 def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
     """For factors of up to four rows. The mean takes the place of ``total``."""
     start = p_start = q_start = 0
-    work = np.empty(shapes[:, 1].max(), total.dtype)
     for rows, columns, rank in shapes:
-        left, mean_left = _four(p[p_start:], rank, rows), _four(mean_p[p_start:], rank, rows)
-        right, mean_right = _four(q[q_start:], rank, columns), _four(mean_q[q_start:], rank, columns)
-        q0, q1, q2, q3 = right[0], right[1], right[2], right[3]
-        mq0, mq1, mq2, mq3 = mean_right[0], mean_right[1], mean_right[2], mean_right[3]
+        left, mean_left = _fours(p[p_start:], rank, rows)[0], _fours(mean_p[p_start:], rank, rows)[0]
+        right, mean_right = _fours(q[q_start:], rank, columns)[0], _fours(mean_q[q_start:], rank, columns)[0]
         for row in range(rows):
-            p0, p1, p2, p3 = left[0, row], left[1, row], left[2, row], left[3, row]
-            mp0, mp1, mp2, mp3 = mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row]
-            out = total[start : start + columns]
-            _copy(out, work)  # so that no two of the arrays below overlap, and they can be worked on in SIMD lanes
-            _low_rank_row(
-                work[:columns], rest[start : start + columns], out,
-                p0, p1, p2, p3, q0, q1, q2, q3, mp0, mp1, mp2, mp3, mq0, mq1, mq2, mq3,
+            # One after the other: with more arrays in a loop the compiler no longer makes sure that none overlap.
+            own = total[start : start + columns]
+            _rest_of_row(
+                own, left[0, row], left[1, row], left[2, row], left[3, row],
+                right[0], right[1], right[2], right[3], rest[start : start + columns],
+            )  # fmt: skip
+            _row_of_product(
+                mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row],
+                mean_right[0], mean_right[1], mean_right[2], mean_right[3], own,
             )  # fmt: skip
             start += columns
         p_start += rank * rows
