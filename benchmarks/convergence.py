@@ -35,7 +35,7 @@ COMMON = {
     Task.DIGITS: [],
     Task.TEXT: ["task.context=32", "task.width=64", "task.layers=2", "max_steps=1000"],
 }
-# The settings that docs/compressors.md recommends; behind a space, what the config has to change for them.
+# The settings that docs/compressors.md recommends.
 RECOMMENDED = {
     Task.DIGITS: [
         "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.2",
@@ -134,7 +134,7 @@ def make_table(rows: list[dict[str, Any]], task: str, metric: str, seeds: int) -
         table.add_column(column)
     for column in (metric.replace("_", " "), "spread", "from dense", "kB sent a step", "of dense"):
         table.add_column(column, justify="right")
-    dense = {row["workers"]: row["bytes_per_step"] for row in rows if row["compressor"] == DENSE["compressor"]}
+    dense = {row["workers"]: row["bytes_per_step"] for row in rows if {key: row[key] for key in DENSE} == DENSE}
     for row in rows:
         name = " ".join([describe_compressor(row["compressor"]), *row["settings"]])
         sent = row["bytes_per_step"]

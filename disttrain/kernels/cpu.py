@@ -1,7 +1,7 @@
 """The kernels for CPUs, compiled by numba: one pass over memory each, one thread, without Python's lock.
 
-This file turns tensors into arrays and finds thresholds; the loops are in ``loops``. Compiled code is cached on disk,
-and the reducer rehearses each compressor before training, so that no step waits for the compiler.
+This file turns tensors into arrays and finds thresholds; the loops are in ``loops`` and beside it. Compiled code is
+cached on disk, and the reducer rehearses each compressor before training, so that no step waits for the compiler.
 """
 
 from __future__ import annotations

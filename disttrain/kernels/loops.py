@@ -1,4 +1,4 @@
-"""The compiled loops of the CPU kernels.
+"""The compiled loops of the CPU kernels: what they share, and quantization.
 
 A block is worked on in the first-level cache (``work``), so that reading ``grad`` and ``residual`` and writing ``rest``
 are all the traffic there is. Loops run from 0 over slices: only then does the compiler see that no index is negative,

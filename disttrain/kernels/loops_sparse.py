@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba import types
 from numba.extending import intrinsic
 
 from disttrain.kernels.loops import _jit
@@ -16,7 +16,7 @@ _LANES = 16
 def _add_and_compare(typing_context, grad, residual, total, start, threshold):
     """``total = grad + residual`` for 16 entries from ``start`` on; a bit for each that reaches the threshold.
 
-    Written in the compiler's own vectors: it makes none of a loop with a branch, which then takes twice as long.
+    Written in LLVM's vectors, since it does not vectorize a loop with a branch, which takes up to twice as long.
     """
 
     def generate(context, builder, signature, arguments):

@@ -54,9 +54,11 @@ def test_compressors_are_read_as_a_config_would_have_them() -> None:
 
 def test_many_compressors_are_split_between_teams() -> None:
     every = [{"name": str(number)} for number in range(5)]
-    parts = step_time.split({"at_once": 2, "compressors": every, "hooks": ["none", "fp16"], "bucket_mb": None})
-    assert [part["compressors"] for part in parts] == [every[:2], every[2:4], every[4:]]
-    assert [part["hooks"] for part in parts] == [["none", "fp16"], ["none"], ["none"]]
+    settings = {"at_once": 2, "compressors": every, "hooks": ["none", "fp16"], "bucket_mb": None}
+    parts = step_time.split(settings)
+    assert [part["compressors"] for part in parts] == [every[:2], every[2:4], every[4:], []]
+    assert [part["hooks"] for part in parts] == [["none"], ["none"], ["none"], ["none", "fp16"]]
+    assert step_time.split({**settings, "hooks": ["none"]}) == [{**part, "hooks": ["none"]} for part in parts[:3]]
 
 
 def test_variables_are_read_as_pairs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,19 +37,29 @@ def ties(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("owes", "keeps"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("make", [vector, ties])
 def test_sparsification_is_the_reference(
-    make: type[vector], numel: int, owes: bool, keeps: bool, dtype: torch.dtype
+    make: Callable[[int, torch.dtype, int], torch.Tensor], numel: int, owes: bool, keeps: bool, dtype: torch.dtype
 ) -> None:
     grad, residual = make(numel, dtype, 0), make(numel, dtype, 1) if owes else None
     total = grad if residual is None else grad + residual
 
     def check(name: str, *arguments: float) -> None:
         rests = [torch.full_like(grad, math.nan, device=device) if keeps else None for device in ("cpu", DEVICE)]
-        own_grad, own_residual = grad.to(DEVICE), None if residual is None else residual.to(DEVICE)
+        own_grad = grad.to(DEVICE, copy=True)
+        own_residual = None if residual is None else residual.to(DEVICE, copy=True)
         expected = getattr(REFERENCE, name)(grad, residual, rests[0], *arguments)
         found = getattr(KERNELS, name)(own_grad, own_residual, rests[1], *arguments)
         for own, other in zip((*found, rests[1]), (*expected, rests[0]), strict=True):
             assert torch.equal(own.cpu(), other) if isinstance(own, torch.Tensor) else own == other
         assert torch.equal(own_grad.cpu(), grad)
+        assert residual is None or own_residual is None or torch.equal(own_residual.cpu(), residual)
+        if keeps:  # the rest may take the place of either
+            again = getattr(KERNELS, name)(own_grad, own_residual, own_grad, *arguments)
+            assert torch.equal(again[1].cpu(), expected[1])
+            assert rests[0] is None or torch.equal(own_grad.cpu(), rests[0])
+        if keeps and residual is not None:
+            again = getattr(KERNELS, name)(grad.to(DEVICE, copy=True), own_residual, own_residual, *arguments)
+            assert torch.equal(again[0].cpu(), expected[0])
+            assert rests[0] is None or own_residual is None or torch.equal(own_residual.cpu(), rests[0])
 
     for k in {1, max(1, numel // 100), max(1, numel // 10), numel}:
         check("take_largest", k)
@@ -58,19 +69,25 @@ def test_sparsification_is_the_reference(
             check("take_above", threshold, capacity)
 
 
-def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for() -> None:
-    # All that the sample sees is zero, or is larger than the rest.
-    for inside, outside in ((0.0, 1.0), (1.0, 0.0)):
-        grad = torch.full((8192,), outside)
-        for run in range(0, 8192, 32):
-            grad[run : run + 16] = inside
-        for keeps in (False, True):
-            rests = [torch.empty_like(grad, device=device) if keeps else None for device in ("cpu", DEVICE)]
-            values, indices = REFERENCE.take_largest(grad, None, rests[0], 64)
-            own_values, own_indices = KERNELS.take_largest(grad.to(DEVICE), None, rests[1], 64)
-            assert torch.equal(own_values.cpu(), values)
-            assert torch.equal(own_indices.cpu(), indices)
-            assert rests[0] is None or rests[1] is None or torch.equal(rests[1].cpu(), rests[0])
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("wanted", ["too few", "too many"])
+def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for(wanted: str, keeps: bool) -> None:
+    if wanted == "too few":
+        # Every other run of 16 is sampled, and there are the 600 entries that are taken for all.
+        k, grad = 960, torch.zeros(8192)
+        grad.view(-1, 32)[:, :16] = torch.where(torch.arange(4096).view(-1, 16) < 600, 2.0, 1.0)
+        found_at_most, found_at_least = k - 1, 0
+    else:
+        k, grad = 64, torch.ones(8192)
+        found_at_most, found_at_least = 8192, 2 * k + 1025
+    threshold = REFERENCE.estimate_threshold(grad, None, 1.25 * k / grad.numel())
+    assert found_at_least <= int((grad >= threshold).sum()) <= found_at_most, "the test is of no use"
+    rests = [torch.empty_like(grad, device=device) if keeps else None for device in ("cpu", DEVICE)]
+    values, indices = REFERENCE.take_largest(grad, None, rests[0], k)
+    own_values, own_indices = KERNELS.take_largest(grad.to(DEVICE), None, rests[1], k)
+    assert torch.equal(own_values.cpu(), values)
+    assert torch.equal(own_indices.cpu(), indices)
+    assert rests[0] is None or rests[1] is None or torch.equal(rests[1].cpu(), rests[0])
 
 
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf])
@@ -79,14 +96,17 @@ def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
     grad[::100] = spoilt
     values, indices = KERNELS.take_largest(grad, None, grad.clone(), 7)
     assert (values.numel(), indices.numel()) == (7, 7)
-    values, indices, _ = KERNELS.take_above(grad, None, grad.clone(), 0.5, 9)
-    assert (values.numel(), indices.numel()) == (9, 9)
+    values, indices, count = KERNELS.take_above(grad, None, grad.clone(), 0.5, 9)
+    expected = REFERENCE.take_above(grad.cpu(), None, grad.cpu().clone(), 0.5, 9)
+    assert torch.equal(values.cpu(), expected[0])
+    assert torch.equal(indices.cpu(), expected[1])
+    assert count == expected[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 63, 64, 200])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("seed", [None, 12345])
+@pytest.mark.parametrize("seed", [None, 12345, 2**31 + 7])
 def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
     rest, own_rest = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
@@ -155,7 +175,12 @@ def test_factors_are_scaled_and_filled_up_to_the_bit(dtype: torch.dtype) -> None
     new[1100:2200] = 0
     new[2205:2210] = 0
     new[-1] = 0
-    on_device = new.to(DEVICE), old.to(DEVICE)
+    on_device = new.to(DEVICE, copy=True), old.to(DEVICE, copy=True)
     assert torch.equal(KERNELS.scale_factor(on_device[0], sizes).cpu(), REFERENCE.scale_factor(new, sizes))
     assert torch.equal(KERNELS.fill_zero_rows(*on_device, sizes).cpu(), REFERENCE.fill_zero_rows(new, old, sizes))
     assert torch.equal(on_device[0].cpu(), new)
+    new[10] = math.nan
+    new[1100:1110] = math.nan  # no row of zeros, then
+    filled = KERNELS.fill_zero_rows(new.to(DEVICE), on_device[1], sizes).cpu()
+    assert torch.equal(filled.isnan(), new.isnan())
+    assert not filled[1110:2200].any()

@@ -29,6 +29,7 @@ dtypes = {}
 def compile(kernel, *arguments, enable_fp_fusion, **constants):
     signature = {name: mangle_type(value) for name, value in zip(kernel.arg_names, arguments)}
     assert [*signature, *constants] == kernel.arg_names, "launched with all arguments, in order"
+    assert "i64" not in signature.values(), "an integer that needs more than others is compiled for anew"
     dtypes.setdefault(kernel.__name__, set()).add(signature[kernel.arg_names[0]])
     signature.update(dict.fromkeys(constants, "constexpr"))
     source = ASTSource(kernel, signature=signature, constexprs=constants)
@@ -40,10 +41,11 @@ JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compile, kernel
 kernels = cuda.CudaKernels()
 for dtype in (torch.float32, torch.float64):
     grad = torch.ones(8192, dtype=dtype)
-    for residual, rest in ((None, None), (grad, grad.clone())):
+    for residual, rest in ((None, None), (grad, None), (grad, grad.clone())):
         kernels.take_above(grad, residual, rest, 0.5, 100)
+        kernels.take_largest(grad, residual, rest, 100)
         kernels.sign(grad, residual, rest, 4096)
-        for seed in (None, 3):
+        for seed in (None, 3, 2**32 - 3):
             kernels.quantize(grad, residual, rest, 8 if seed is None else 4, 2048, seed)
     for add in (False, True):
         parts = [torch.ones(8192, dtype=torch.uint8)] * 3
@@ -52,7 +54,7 @@ for dtype in (torch.float32, torch.float64):
     kernels.orthogonalize(grad, [(2, 1024), (4, 1536)])
     kernels.fill_zero_rows(grad, grad, [(2, 1024), (4, 1536)])
 
-assert dtypes.keys() == set(re.findall(r"(\\w+)\\[\\(", inspect.getsource(cuda))), dtypes
+assert dtypes.keys() == set(re.findall(r"tiles\\w*\\.(\\w+)\\[\\(", inspect.getsource(cuda))), dtypes
 # What decodes gets bytes first, whatever the gradient's dtype is.
 assert all(found in ({"*fp32", "*fp64"}, {"*u8"}) for found in dtypes.values()), dtypes
 """

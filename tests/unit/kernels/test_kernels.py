@@ -64,6 +64,11 @@ def both(name: str, sample: Sample, *arguments: object) -> tuple[Returned, Retur
         rest = torch.full_like(grad, math.nan) if keeps else None
         results.append((*getattr(kernels, name)(own, residual, rest, *arguments), rest))
         assert torch.equal(own, grad), f"{name} wrote into the gradient"
+    if keeps:  # the rest may take the place of what goes in
+        for place in ("grad",) if residual is None else ("grad", "residual"):
+            own, owed = grad.clone(), None if residual is None else residual.clone()
+            rest = own if place == "grad" else owed
+            assert_same(results[1], (*getattr(FAST, name)(own, owed, rest, *arguments), rest))
     return results[0], results[1]
 
 
@@ -118,8 +123,10 @@ def test_sizes_do_not_depend_on_values(size: int) -> None:
             values, indices = kernels.take_largest(grad.clone(), None, grad.clone(), 7)
             assert (values.numel(), indices.numel()) == (7, 7)
             assert ((indices >= 0) & (indices < size)).all()
-            values, indices, _ = kernels.take_above(grad.clone(), None, grad.clone(), 0.5, 9)
-            assert (values.numel(), indices.numel()) == (9, 9)
+            for capacity in (9, size):
+                values, indices, count = kernels.take_above(grad.clone(), None, grad.clone(), 0.5, capacity)
+                expected = REFERENCE.take_above(grad.clone(), None, grad.clone(), 0.5, capacity)
+                assert_same((values, indices, count), expected)
             assert isinstance(kernels.estimate_threshold(grad, None, 0.1), float)
 
 

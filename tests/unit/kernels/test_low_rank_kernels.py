@@ -89,6 +89,16 @@ def test_rows_become_orthonormal_whatever_they_were(kernels: Kernels, dtype: tor
         torch.testing.assert_close(scaled @ rows.T @ rows, scaled, rtol=0, atol=tolerance)
 
 
+def test_what_all_ranks_compute_alike_is_computed_in_the_order_written() -> None:
+    """Whatever vectors a rank's processor has: means are formed on every rank, from the same numbers."""
+    from disttrain.kernels import loops_low_rank, loops_sparse
+
+    for loop in (loops_low_rank._row_of_product, loops_low_rank._steady_dot, loops_low_rank._reflect):
+        assert not loop.targetoptions.get("fastmath"), loop
+    assert not loops_sparse.scatter.targetoptions.get("fastmath")
+    assert loops_low_rank._add_and_multiply.targetoptions["fastmath"], "the option has another name"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_are_scaled_and_filled_up_to_the_bit(dtype: torch.dtype) -> None:
     sizes = [(2, 30), (3, 5), (1, 1)]
