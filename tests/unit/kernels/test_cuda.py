@@ -15,7 +15,8 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from disttrain.kernels.cuda import CudaKernels  # noqa: E402
-from disttrain.kernels.reference import Kernels, join_factor, split_factor  # noqa: E402
+from disttrain.kernels.reference import Kernels  # noqa: E402
+from tests.unit.kernels.orthonormal_checks import check_orthogonalize  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow
 REFERENCE, KERNELS = Kernels(), CudaKernels()
@@ -148,24 +149,7 @@ def check_means(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_become_orthonormal_whatever_they_were(dtype: torch.dtype) -> None:
-    info = torch.finfo(dtype)
-    plain = vector(3 * 50, dtype, 0).view(3, 50)
-    dependent = torch.stack([plain[1], 2 * plain[1], plain[2] + plain[1]])
-    with_zeros = torch.stack([torch.zeros_like(plain[0]), plain[1], torch.zeros_like(plain[0])])
-    uneven = plain * torch.tensor([[1e-25], [1.0], [1e25]], dtype=dtype)
-    inputs = [
-        plain, dependent, with_zeros, torch.zeros_like(plain), plain * (info.max / 100), plain * info.tiny, uneven,
-        -torch.ones(1, 1, dtype=dtype), vector(9 * 9, dtype, 1).view(9, 9), 1 + vector(2 * 3000, dtype, 1).view(2, -1),
-    ]  # fmt: skip
-    sizes = [(len(each), each.shape[1]) for each in inputs]
-    flat = join_factor(inputs).to(DEVICE)
-    outputs = split_factor(KERNELS.orthogonalize(flat, sizes).cpu(), sizes)
-    assert torch.equal(flat.cpu(), join_factor(inputs)), "what was given stays"
-    for given, rows in zip(inputs, outputs, strict=True):
-        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=dtype), rtol=0, atol=50 * info.eps)
-        scaled = given / given.abs().max().clamp(min=info.tiny)
-        tolerance = 100 * info.eps * max(1.0, float(scaled.norm()))
-        torch.testing.assert_close(scaled @ rows.T @ rows, scaled, rtol=0, atol=tolerance)
+    check_orthogonalize(KERNELS, dtype, DEVICE, longest=3000)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from disttrain.kernels import Kernels, for_device
-from disttrain.kernels.reference import Sizes, join_factor, p_sizes, q_sizes, split_factor
+from disttrain.kernels.reference import Sizes, p_sizes, q_sizes, split_factor
+from tests.unit.kernels.orthonormal_checks import check_orthogonalize
 
 pytest.importorskip("numba")
 
@@ -68,25 +69,7 @@ def test_products_and_rests_are_those_of_the_reference(shapes: list[tuple[int, i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernels", [FAST, REFERENCE], ids=["compiled", "reference"])
 def test_rows_become_orthonormal_whatever_they_were(kernels: Kernels, dtype: torch.dtype) -> None:
-    info = torch.finfo(dtype)
-    plain = randn(3 * 50, dtype, 0).view(3, 50)
-    dependent = torch.stack([plain[0], 2 * plain[0], plain[0] + plain[1]])
-    with_zeros = torch.stack([torch.zeros_like(plain[0]), plain[1], torch.zeros_like(plain[0])])
-    uneven = plain * torch.tensor([[1e-25], [1.0], [1e25]], dtype=dtype)
-    inputs = [
-        plain, dependent, with_zeros, torch.zeros_like(plain), torch.eye(3, dtype=dtype), plain * (info.max / 100),
-        plain * info.tiny, -torch.ones(1, 1, dtype=dtype), uneven, randn(17 * 17, dtype, 1).view(17, 17),
-        torch.ones(4, 50_257, dtype=dtype) + randn(4 * 50_257, dtype, 1).view(4, -1),  # as long as a vocabulary
-    ]  # fmt: skip
-    sizes = [(len(each), each.shape[1]) for each in inputs]
-    flat = join_factor(inputs)
-    outputs = split_factor(kernels.orthogonalize(flat, sizes), sizes)
-    assert torch.equal(flat, join_factor(inputs)), "what was given stays"
-    for given, rows in zip(inputs, outputs, strict=True):
-        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=dtype), rtol=0, atol=50 * info.eps)
-        scaled = given / given.abs().max().clamp(min=info.tiny)
-        tolerance = 100 * info.eps * max(1.0, float(scaled.norm()))
-        torch.testing.assert_close(scaled @ rows.T @ rows, scaled, rtol=0, atol=tolerance)
+    check_orthogonalize(kernels, dtype, torch.device("cpu"), longest=50_257)  # a vocabulary's
 
 
 def test_what_all_ranks_compute_alike_is_computed_in_the_order_written() -> None:
