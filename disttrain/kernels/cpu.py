@@ -23,6 +23,7 @@ from disttrain.kernels.reference import (
     num_blocks,
     sampled_rank,
     sampled_runs,
+    search_for_largest,
     widths,
 )
 
@@ -37,13 +38,13 @@ class CpuKernels(Kernels):
         return bool(loops.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
 
     def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        numel = grad.numel()
-        if numel < 4096 or 4 * k > numel:
+        search = search_for_largest(grad.numel(), k)
+        if search is None:
             return super().take_largest(grad, residual, rest, k)
+        share, capacity = search
         total = torch.empty_like(grad) if rest is None else rest
-        capacity = 2 * k + 1024
         found, magnitudes = np.empty(capacity, np.int32), np.empty(capacity, grad.numpy().dtype)
-        threshold = grad.numpy().dtype.type(self.estimate_threshold(grad, residual, 1.25 * k / numel))
+        threshold = grad.numpy().dtype.type(self.estimate_threshold(grad, residual, share))
         count = loops_sparse.collect(
             grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes
         )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.kernels import tiles, tiles_low_rank
-from disttrain.kernels.reference import Kernels, Sizes, Tensor, num_blocks
+from disttrain.kernels.reference import Kernels, Sizes, Tensor, num_blocks, search_for_largest
 
 _MAGIC = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
 _TILE = 1024  # entries that a program works on at a time, where no block says so
@@ -23,13 +23,13 @@ _EXACT = {"enable_fp_fusion": False}  # a product and a sum are rounded each, as
 
 class CudaKernels(Kernels):
     def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        numel = grad.numel()
-        if numel < 4096 or 4 * k > numel:
+        search = search_for_largest(grad.numel(), k)
+        if search is None:
             return super().take_largest(grad, residual, rest, k)
-        # As on the CPU: what reaches a threshold that is rather too low, and the largest of that.
-        threshold = self.estimate_threshold(grad, residual, 1.25 * k / numel)
-        near, places, count = self._collect(grad, residual, rest, threshold, 2 * k + 1024, clear=False)
-        if not k <= count <= len(near):
+        share, capacity = search
+        threshold = self.estimate_threshold(grad, residual, share)
+        near, places, count = self._collect(grad, residual, rest, threshold, capacity, clear=False)
+        if not k <= count <= capacity:
             total, owed = (grad, residual) if rest is None else (rest, None)
             return super().take_largest(total, owed, rest, k)
         values, chosen = super().take_largest(near[:count], None, None, k)
@@ -61,10 +61,9 @@ class CudaKernels(Kernels):
         num_tiles = num_blocks(grad.numel(), _TILE)
         counts = torch.empty(num_tiles, dtype=torch.int32, device=grad.device)
         bound = torch.full((1,), threshold, dtype=grad.dtype, device=grad.device)
-        has_rest = rest is not None
         tiles.count_above[(num_tiles,)](
             grad, grad if residual is None else residual, grad if rest is None else rest, bound, counts, grad.numel(),
-            HAS_RESIDUAL=residual is not None, HAS_REST=has_rest, TILE=_TILE, **_EXACT,
+            HAS_RESIDUAL=residual is not None, HAS_REST=rest is not None, TILE=_TILE, **_EXACT,
         )  # fmt: skip
         ends = counts.cumsum(0)
         total, owed = (grad, residual) if rest is None else (rest, None)

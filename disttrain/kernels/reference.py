@@ -321,6 +321,15 @@ def sampled_rank(size: int, share: float) -> int:
     return size - max(1, round(size * share))
 
 
+def search_for_largest(numel: int, k: int) -> tuple[float, int] | None:
+    """How to find the k largest without sorting all, or None where that is not worth it.
+
+    They are among what reaches the threshold of this share of all entries, if it is no less than k and no more than
+    that many.
+    """
+    return None if numel < 4096 or 4 * k > numel else (1.25 * k / numel, 2 * k + 1024)
+
+
 def num_blocks(numel: int, block: int) -> int:
     return -(-numel // block)
 

@@ -29,6 +29,11 @@ def _divide(a, b):
     return a / b
 
 
+@triton.jit
+def _reaches(values, bound):
+    return (tl.abs(values) >= tl.load(bound)) & (values != 0)
+
+
 @_jit
 def count_above(
     grad, residual, rest, bound, counts, numel,
@@ -40,8 +45,7 @@ def count_above(
     values = _load(grad, residual, offsets, inside, HAS_RESIDUAL)
     if HAS_REST:
         tl.store(rest + offsets, values, mask=inside)
-    found = (tl.abs(values) >= tl.load(bound)) & (values != 0)
-    tl.store(counts + index, tl.sum(found.to(tl.int32), axis=0))
+    tl.store(counts + index, tl.sum(_reaches(values, bound).to(tl.int32), axis=0))
 
 
 @_jit
@@ -52,7 +56,7 @@ def write_above(
     index = tl.program_id(0).to(tl.int64)
     offsets = index * TILE + tl.arange(0, TILE)
     values = _load(total, residual, offsets, offsets < numel, HAS_RESIDUAL)
-    found = (tl.abs(values) >= tl.load(bound)) & (values != 0)
+    found = _reaches(values, bound)
     place = tl.load(starts + index) + tl.cumsum(found.to(tl.int32), axis=0) - 1
     taken = found & (place < capacity)
     tl.store(found_values + place, values, mask=taken)
