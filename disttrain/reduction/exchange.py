@@ -39,8 +39,8 @@ class Exchange:
 def rehearse(compressor: Compressor, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
     """Run small programs by hand, so that all kernels are compiled (or loaded) before the first training step."""
     generator = torch.Generator().manual_seed(0)
-    # All ranks' stretches of a bucket are alike in length, since a dry run gives them all this rank's own. Some compilers
-    # have one form for sizes that are multiples of 16, and another: hence the odd one.
+    # All ranks' stretches of a bucket are alike in length, since a dry run gives them all this rank's own.
+    # Some compilers have one form for sizes that are multiples of 16, and another: hence the odd one.
     for shape, size in [((128, 128), 1), ((129, 127), 1), ((128, 128), 2), ((2 * world_size, 128), world_size)]:
         bucket = Bucket(("rehearsal",), (shape,), dtype, device, 0, size)
         state = compressor.init_state(bucket)
