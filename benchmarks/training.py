@@ -50,4 +50,4 @@ def train(config: Config, world_size: int) -> tuple[dict[str, Any], Trainer]:
         finally:
             trainer.close()
 
-    return simulate(world_size, run)[0]
+    return simulate(world_size, run, in_turns=True)[0]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -45,6 +46,7 @@ class SimulatedWorld:
         beta: seconds a byte.
         timeout: real seconds a rank waits for the others before it reports a deadlock.
         local_size: ranks a host; None: all are on one.
+        in_turns: one rank computes at a time, see :func:`simulate`.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class SimulatedWorld:
         beta: float = 0.0,
         timeout: float = 60.0,
         local_size: int | None = None,
+        in_turns: bool = False,
     ) -> None:
         self.world_size, self.alpha, self.beta, self.timeout = world_size, alpha, beta, timeout
         self.local_size = local_size or world_size
         self.changed = threading.Condition()
+        self.turn = threading.Lock() if in_turns else None
         self.rounds: dict[int, _Round] = {}
         self.failures: list[BaseException] = []
         self.wire_free = 0.0
@@ -78,7 +82,7 @@ class SimulatedWorld:
         with self.changed:
             if tuple(ranks) not in self._parts:
                 world = SimulatedWorld(len(ranks), self.alpha, self.beta, self.timeout)
-                world.changed, world.failures = self.changed, self.failures
+                world.changed, world.turn, world.failures = self.changed, self.turn, self.failures
                 self._parts[tuple(ranks)] = world
             return self._parts[tuple(ranks)]
 
@@ -98,10 +102,11 @@ class SimulatedWorld:
                 self.changed.notify_all()
 
     def collect(self, index: int, rank: int) -> tuple[torch.Tensor, float]:
+        done = self._is_done(index)
+        if not done:
+            with self._others_turn(), self.changed:
+                done = self.changed.wait_for(lambda: self._is_done(index), self.timeout)
         with self.changed:
-            done = self.changed.wait_for(
-                lambda: self.failure is not None or self.rounds[index].results is not None, self.timeout
-            )
             current = self.rounds[index]
             if current.results is None:
                 missing = sorted(set(range(self.world_size)) - set(current.parts))
@@ -112,6 +117,20 @@ class SimulatedWorld:
             if not current.parts:
                 del self.rounds[index]
             return result, ended
+
+    def _is_done(self, index: int) -> bool:
+        return self.failure is not None or self.rounds[index].results is not None
+
+    @contextmanager
+    def _others_turn(self) -> Iterator[None]:
+        if self.turn is None:
+            yield
+            return
+        self.turn.release()
+        try:
+            yield
+        finally:
+            self.turn.acquire()
 
     def _carry_out(self, current: _Round) -> None:
         kind = current.kind.split()[0]
@@ -206,22 +225,27 @@ def simulate(
     beta: float = 0.0,
     timeout: float = 60.0,
     local_size: int | None = None,
+    in_turns: bool = False,
 ) -> list[R]:
     """Call ``run(comm)`` on every virtual rank, each in its own thread; the results in rank order.
 
     ``local_size`` ranks are on each virtual host; None: all on one. The wires of different groups are different wires.
+
+    ``in_turns``: one rank computes at a time, until it waits for a collective. Threads that take the interpreter from
+    one another at every call of torch lose a third of their time (16 ranks); but no rank may wait for anything else.
 
     The ranks share one process, so also torch's global random generator: seed private ones instead.
 
     Raises:
         BaseException: what the first failing rank raised. The other ranks are released.
     """
-    world = SimulatedWorld(world_size, alpha, beta, timeout, local_size)
+    world = SimulatedWorld(world_size, alpha, beta, timeout, local_size, in_turns)
     results: dict[int, R] = {}
 
     def work(rank: int) -> None:
         try:
-            results[rank] = run(SimulatedCommunicator(world, rank))
+            with world.turn or nullcontext():
+                results[rank] = run(SimulatedCommunicator(world, rank))
         except BaseException as error:
             world.fail(error)
 

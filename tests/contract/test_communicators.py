@@ -34,6 +34,11 @@ def test_groups_of_simulated_nodes(world_size: int, local_size: int, check: str)
     simulate(world_size, CHECKS[check], local_size=local_size)
 
 
+@pytest.mark.parametrize("check", CHECKS)
+def test_simulated_in_turns(check: str) -> None:
+    simulate(4, CHECKS[check], local_size=2 if check in GROUP_CHECKS else None, in_turns=True)
+
+
 @functools.cache
 def outcomes(launcher: str, world_size: int) -> dict[str, str]:
     """One launch runs all checks: what went wrong in each, or an empty string.
