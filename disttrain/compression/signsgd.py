@@ -37,9 +37,10 @@ class SignSGD(FusedCodec):
         return {"bits": bits, "votes": (scales > 0).to(torch.uint8)}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
-        votes = torch.stack([payload["votes"] for payload in payloads]).to(out.dtype)
-        # Half a vote more for the first voter of every block breaks ties and nothing else.
-        is_first = (votes.cumsum(0) == 1) & (votes > 0)
-        weights = votes + 0.5 * is_first
+        weights, undecided = [], torch.ones_like(payloads[0]["votes"], dtype=out.dtype)
+        for payload in payloads:  # half a vote more for the first voter of every block breaks ties and nothing else
+            votes = payload["votes"].to(out.dtype)
+            weights.append(votes.addcmul(votes, undecided, value=0.5))
+            undecided = undecided.addcmul(undecided, votes, value=-1)
         bits = [payload["bits"] for payload in payloads]
-        for_device(out.device).sign_vote(bits, list(weights), self.block_size, out, add=add)
+        for_device(out.device).sign_vote(bits, weights, self.block_size, out, add=add)
