@@ -40,7 +40,7 @@ MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "t
 def main(
     compressor: Annotated[list[str], typer.Option(help="Only these: topk:ratio=0.01, ...")] = [],  # noqa: B006
     width: Annotated[list[int], typer.Option(help="Ten matrices of width x width make the gradient.")] = [256, 1024],  # noqa: B006
-    turns: Annotated[int, typer.Option(min=3)] = 15,
+    turns: Annotated[int, typer.Option(min=3)] = 45,
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
 ) -> None:
     """Measure all compressors."""
