@@ -2,10 +2,8 @@
 
     python benchmarks/recipe.py --experiment growing --task digits
     python benchmarks/recipe.py --experiment large --task digits
-    python benchmarks/recipe.py --experiment large-epochs --task text
 
-On digits all runs of an experiment see equally many samples; on text those that grow take half of the steps, and what
-reads little text for many epochs stops when held-out text gets no better, with the best weights. A run is
+On digits all runs of an experiment see equally many samples; on text those that grow take half of the steps. A run is
 two virtual ranks in one process and one thread, so that there are parts of a batch to measure noise by; runs go side by
 side, since nothing is timed.
 """
@@ -40,7 +38,6 @@ WORLD_SIZE = 2
 class Experiment(str, Enum):
     GROWING = "growing"
     LARGE = "large"
-    LARGE_EPOCHS = "large-epochs"
 
 
 LARS = [
@@ -109,21 +106,6 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, sgd, lr 1": [*SGD, "optimizer.lr=1"],
             "batch 1024, lamb, lr 0.03": LAMB_ON_TEXT,
             "batch 1024, lamb, twice the samples": [*LAMB_ON_TEXT, "max_steps=1600"],
-        },
-    ),
-    (Experiment.LARGE_EPOCHS, Task.TEXT): (  # little text, which a GPT of 30 000 parameters learns by heart in the end
-        [
-            "task.path=package:unittest/*.py", "task.held_out=0.15", "task.eval_windows=null", "task.context=16",
-            "task.width=32", "task.layers=2", "max_steps=null", "epochs=60", "batch_size=1024",
-            "schedule.warmup_steps=30", "schedule.final_lr_factor=0", "evaluation.every_epochs=3",
-            "early_stopping.metric=bits_per_byte", "early_stopping.mode=min", "early_stopping.patience=5",
-        ],
-        {
-            "batch 64, sgd, lr 0.3": [*SGD, "optimizer.lr=0.3", "batch_size=64", "schedule.warmup_steps=100"],
-            "batch 64, sgd, lr 0.1": [*SGD, "optimizer.lr=0.1", "batch_size=64", "schedule.warmup_steps=100"],
-            "batch 1024, sgd, lr 0.3": [*SGD, "optimizer.lr=0.3"],
-            "batch 1024, sgd, lr 1": [*SGD, "optimizer.lr=1"],
-            "batch 1024, lamb, lr 0.04": [*LAMB_ON_TEXT, "optimizer.lr=0.04"],
         },
     ),
 }  # fmt: skip
