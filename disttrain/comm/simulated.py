@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -61,7 +60,7 @@ class SimulatedWorld:
         self.world_size, self.alpha, self.beta, self.timeout = world_size, alpha, beta, timeout
         self.local_size = local_size or world_size
         self.changed = threading.Condition()
-        self.turn = threading.Lock() if in_turns else None
+        self.turn = threading.Semaphore(1 if in_turns else world_size)  # a rank that waits for others gives it up
         self.rounds: dict[int, _Round] = {}
         self.failures: list[BaseException] = []
         self.wire_free = 0.0
@@ -104,8 +103,10 @@ class SimulatedWorld:
     def collect(self, index: int, rank: int) -> tuple[torch.Tensor, float]:
         done = self._is_done(index)
         if not done:
-            with self._others_turn(), self.changed:
+            self.turn.release()
+            with self.changed:
                 done = self.changed.wait_for(lambda: self._is_done(index), self.timeout)
+            self.turn.acquire()
         with self.changed:
             current = self.rounds[index]
             if current.results is None:
@@ -120,17 +121,6 @@ class SimulatedWorld:
 
     def _is_done(self, index: int) -> bool:
         return self.failure is not None or self.rounds[index].results is not None
-
-    @contextmanager
-    def _others_turn(self) -> Iterator[None]:
-        if self.turn is None:
-            yield
-            return
-        self.turn.release()
-        try:
-            yield
-        finally:
-            self.turn.acquire()
 
     def _carry_out(self, current: _Round) -> None:
         kind = current.kind.split()[0]
@@ -244,7 +234,7 @@ def simulate(
 
     def work(rank: int) -> None:
         try:
-            with world.turn or nullcontext():
+            with world.turn:
                 results[rank] = run(SimulatedCommunicator(world, rank))
         except BaseException as error:
             world.fail(error)
