@@ -61,6 +61,9 @@ def main(
         list[str], typer.Option(help="Only these: dense, topk:ratio=0.01, 'signsgd optimizer.lr=0.001', ...")
     ] = [],  # noqa: B006
     setting: Annotated[list[str], typer.Option(help="Overrides for all runs: epochs=5, ...")] = [],  # noqa: B006
+    earlier: Annotated[
+        list[Path], typer.Option(help="A result file (.json) of the same task: its runs are taken over, not repeated.")
+    ] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
     output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
 ) -> None:
@@ -70,18 +73,25 @@ def main(
     if contenders[0] != DENSE:
         contenders.insert(0, DENSE)
     settings = [*COMMON[task], *setting]
+    known = {identify_run(run): run for path in earlier for run in read_runs(path, settings)}
+    wanted = [
+        {"workers": world_size, **contender, "seed": seed}
+        for world_size in workers
+        for contender in contenders
+        for seed in range(seeds)
+    ]
     with ProcessPoolExecutor(jobs) as pool:
         futures = {
-            (world_size, number, seed): pool.submit(
-                train, task.value, [*settings, *contender["settings"]], world_size, contender["compressor"], seed
+            identify_run(run): pool.submit(
+                train, task.value, [*settings, *run["settings"]], run["workers"], run["compressor"], run["seed"]
             )
-            for world_size in workers
-            for number, contender in enumerate(contenders)
-            for seed in range(seeds)
+            for run in wanted
+            if identify_run(run) not in known
         }
         runs = []
-        for (world_size, number, seed), future in futures.items():
-            runs.append({"workers": world_size, **contenders[number], "seed": seed, **future.result()})
+        for run in wanted:
+            name = identify_run(run)
+            runs.append(known[name] if name in known else {**run, **futures[name].result()})
             print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     rows = summarise_runs(runs, METRIC[task])
     table = make_table(rows, task.value, METRIC[task], seeds)
@@ -94,6 +104,22 @@ def parse_contender(text: str) -> dict[str, Any]:
     """A compressor and the overrides behind it, separated by spaces."""
     compressor, *settings = text.split()
     return {"compressor": parse_compressor(compressor), "settings": settings}
+
+
+def identify_run(run: dict[str, Any]) -> str:
+    """What tells a run from the others of a task."""
+    return json.dumps([run[key] for key in ("workers", *DENSE, "seed")])
+
+
+def read_runs(path: Path, settings: list[str]) -> list[dict[str, Any]]:
+    """The runs of an earlier result file, made with the same ``settings``."""
+    try:
+        result = json.loads(path.read_text())
+        if result["settings"] != settings:
+            raise typer.BadParameter(f"{path} was made with other settings: {result['settings']}, not {settings}")
+        return [{**DENSE, **run} for run in result["runs"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise typer.BadParameter(f"{path} is no result of this bench ({error!r})") from None
 
 
 def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any], seed: int) -> dict[str, Any]:
