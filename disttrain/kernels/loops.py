@@ -2,7 +2,7 @@
 
 A block is worked on in the first-level cache (``work``), so that reading ``grad`` and ``residual`` and writing ``rest``
 are all the traffic there is. Loops run from 0 over slices: only then does the compiler see that no index is negative,
-and use SIMD lanes.
+and use SIMD lanes. Each kernel lends its arrays to the function of its loops: slices of owned ones would be counted.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from disttrain.kernels.intrinsics import borrow, from_bits, keep, magnitude_bits
+
 _jit = numba.njit(nogil=True, cache=True)
-# No NaN and no -0 to care for (finiteness is judged elsewhere): minima and maxima run in SIMD lanes, still exactly.
+# No NaN and no -0 to care for (finiteness is judged elsewhere): clamping runs in SIMD lanes, still exactly.
 _finite = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
 _reordered_nan = numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
 _reordered = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
 _inline = numba.njit(nogil=True, cache=True, inline="always")
+# Inlined by LLVM, which then knows that nothing of what is lent has to be counted.
+_lent = numba.njit(nogil=True, cache=True, forceinline=True)
 
 
 @_inline
@@ -50,12 +54,13 @@ def _hash(x):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@_finite
+@_jit
 def _largest(work):
-    largest = work.dtype.type(0)
+    """The largest magnitude; NaN if there is one."""
+    largest = magnitude_bits(work.dtype.type(0))
     for i in range(work.size):
-        largest = max(largest, abs(work[i]))
-    return largest
+        largest = max(largest, magnitude_bits(work[i]))
+    return from_bits(largest)
 
 
 @_finite
@@ -89,13 +94,18 @@ def _round_at_random(work, inverse, scale, levels, first, seed, code, left):
 
 @_jit
 def quantize(grad, residual, rest, widths, block, is_random, seed, magic, codes, scales):
+    work, spare, unpacked = np.empty(block, grad.dtype), np.empty(block, grad.dtype), np.empty(block, np.uint8)
+    lent = borrow(grad, residual, rest, widths, codes, scales, work, spare, unpacked)
+    _quantize(*lent, block, is_random, seed, magic)
+    keep(work, spare, unpacked)
+
+
+@_lent
+def _quantize(grad, residual, rest, widths, codes, scales, work, spare, unpacked, block, is_random, seed, magic):
     real = grad.dtype.type
     bits = widths.sum()
     levels = real((1 << (bits - 1)) - 1)
     tiny = np.finfo(grad.dtype).tiny
-    work = np.empty(block, grad.dtype)
-    spare = np.empty(block, grad.dtype)
-    code = np.empty(block, np.uint8)
     length = block * bits // 8
     for index in range(scales.size):
         start = index * block
@@ -108,13 +118,16 @@ def quantize(grad, residual, rest, widths, block, is_random, seed, magic, codes,
         left = spare  # never ``work``: the loops below are fast where they need not care for what overlaps
         if rest is not None and size == block:
             left = rest[start : start + block]
+        packed = codes[index * length : (index + 1) * length]
+        code = packed if bits == 8 else unpacked
         if is_random:
             _round_at_random(work, inverse, scale, levels, index * (block // 2), seed, code, left)
         else:
             _round(work, inverse, scale, levels, magic, code, left)
         if rest is not None and size < block:
             _copy(spare[:size], rest[start : start + size])
-        _pack(code, widths, codes[index * length : (index + 1) * length])
+        if bits < 8:
+            _pack(code, widths, packed)
 
 
 @_inline
@@ -123,9 +136,7 @@ def _pack(code, widths, packed):
     for width in widths:
         length = code.size * width // 8
         part = packed[offset : offset + length]
-        if width == 8:
-            _copy(code, part)
-        elif width == 4 and shift == 0:
+        if width == 4 and shift == 0:
             low, high = code[:length], code[length:]
             for i in range(length):
                 part[i] = (low[i] & np.uint8(15)) | np.uint8(high[i] * np.uint8(16))
@@ -176,11 +187,16 @@ def _unpack(packed, widths, code):
 
 @_jit
 def dequantize(codes, scales, widths, block, add, out):
+    work, code = np.empty(block, out.dtype), np.empty(block, np.uint8)
+    _dequantize(*borrow(codes, scales, widths, out, work, code), block, add)
+    keep(work, code)
+
+
+@_lent
+def _dequantize(codes, scales, widths, out, work, code, block, add):
     real = out.dtype.type
     bits = widths.sum()
     levels = real((1 << (bits - 1)) - 1)
-    work = np.empty(block, out.dtype)
-    code = np.empty(block, np.uint8)
     length = block * bits // 8
     is_one = codes.shape[0] == 1
     for index in range(scales.shape[1]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from disttrain.kernels.loops import _copy, _inline, _jit, _largest, _reordered
+from disttrain.kernels.intrinsics import borrow, keep
+from disttrain.kernels.loops import _copy, _inline, _jit, _largest, _lent, _reordered
 
 # Products and sums in one rounding where a processor can: for what an all-reduce makes alike on all ranks afterwards.
 _contracted = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
@@ -46,22 +47,27 @@ def _add(owed, own):
 def project(total, residual, shapes, q, p):
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
-        left = p[p_start : p_start + rank * rows].reshape(rank, rows)
+        end, p_end = start + rows * columns, p_start + rank * rows
         right = _fours(q[q_start:], rank, columns)
-        for row in range(rows):
-            own = total[start : start + columns]
-            first = right[0]
-            products = _add_and_multiply(own, residual[start : start + columns], first[0], first[1], first[2], first[3])
-            for k in range(min(rank, 4)):
-                left[k, row] = products[k]
-            for group in range(1, len(right)):
-                four = right[group]
-                products = _add_and_multiply(own, None, four[0], four[1], four[2], four[3])
-                for k in range(min(rank - 4 * group, 4)):
-                    left[4 * group + k, row] = products[k]
-            start += columns
-        p_start += rank * rows
-        q_start += rank * columns
+        _project(*borrow(total[start:end], residual[start:end], right, p[p_start:p_end].reshape(rank, rows)))
+        keep(right)
+        start, p_start, q_start = end, p_end, q_start + rank * columns
+
+
+@_lent
+def _project(total, residual, right, left):
+    (rank, rows), columns = left.shape, right.shape[2]
+    for row in range(rows):
+        start, end = row * columns, (row + 1) * columns
+        own, first = total[start:end], right[0]
+        products = _add_and_multiply(own, residual[start:end], first[0], first[1], first[2], first[3])
+        for k in range(min(rank, 4)):
+            left[k, row] = products[k]
+        for group in range(1, len(right)):
+            four = right[group]
+            products = _add_and_multiply(own, None, four[0], four[1], four[2], four[3])
+            for k in range(min(rank - 4 * group, 4)):
+                left[4 * group + k, row] = products[k]
 
 
 @_reordered
@@ -79,6 +85,11 @@ def _add_row(row, factor, out):
 @_jit
 def project_back(total, residual, shapes, p, q):
     """``q`` comes as zeros."""
+    _project_back(*borrow(total, residual, shapes, p, q))
+
+
+@_lent
+def _project_back(total, residual, shapes, p, q):
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
         matrix = total[start : start + rows * columns].reshape(rows, columns)
@@ -123,22 +134,28 @@ def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
     """For factors of up to four rows. The mean takes the place of ``total``."""
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
+        end = start + rows * columns
         left, mean_left = _fours(p[p_start:], rank, rows)[0], _fours(mean_p[p_start:], rank, rows)[0]
         right, mean_right = _fours(q[q_start:], rank, columns)[0], _fours(mean_q[q_start:], rank, columns)[0]
-        for row in range(rows):
-            # One after the other: loops with so few arrays the compiler unrolls too, and they are faster than one.
-            own = total[start : start + columns]
-            _rest_of_row(
-                own, left[0, row], left[1, row], left[2, row], left[3, row],
-                right[0], right[1], right[2], right[3], rest[start : start + columns],
-            )  # fmt: skip
-            _row_of_product(
-                mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row],
-                mean_right[0], mean_right[1], mean_right[2], mean_right[3], own,
-            )  # fmt: skip
-            start += columns
-        p_start += rank * rows
-        q_start += rank * columns
+        _low_rank_rest(*borrow(total[start:end], left, right, mean_left, mean_right, rest[start:end]))
+        keep(left, right, mean_left, mean_right)
+        start, p_start, q_start = end, p_start + rank * rows, q_start + rank * columns
+
+
+@_lent
+def _low_rank_rest(total, left, right, mean_left, mean_right, rest):
+    rows, columns = left.shape[1], right.shape[1]
+    for row in range(rows):
+        # One after the other: loops with so few arrays the compiler unrolls too, and they are faster than one.
+        own, own_rest = total[row * columns : (row + 1) * columns], rest[row * columns : (row + 1) * columns]
+        _rest_of_row(
+            own, left[0, row], left[1, row], left[2, row], left[3, row],
+            right[0], right[1], right[2], right[3], own_rest,
+        )  # fmt: skip
+        _row_of_product(
+            mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row],
+            mean_right[0], mean_right[1], mean_right[2], mean_right[3], own,
+        )  # fmt: skip
 
 
 _LANES = 16

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from disttrain.kernels.loops import _finite, _hash, _jit, _largest, _load, _store_mean
+from disttrain.kernels.intrinsics import borrow, keep
+from disttrain.kernels.loops import _finite, _hash, _jit, _largest, _lent, _load, _store_mean
 
 
 @_finite
@@ -32,12 +33,16 @@ def _powers(code, bits):
 
 @_jit
 def natural(grad, residual, rest, block, seed, codes, scales):
+    work, magnitudes, bits = np.empty(block, grad.dtype), np.empty(block, np.float32), np.empty(block, np.int32)
+    _natural(*borrow(grad, residual, rest, codes, scales, work, magnitudes, bits), block, seed)
+    keep(work, magnitudes, bits)
+
+
+@_lent
+def _natural(grad, residual, rest, codes, scales, work, magnitudes, bits, block, seed):
     real = grad.dtype.type
     info = np.finfo(grad.dtype)
     last_exponent = math.frexp(info.max)[1] - 1
-    work = np.empty(block, grad.dtype)
-    magnitudes = np.empty(block, np.float32)
-    bits = np.empty(block, np.int32)
     powers = bits.view(np.float32)
     for index in range(scales.size):
         start = index * block
@@ -61,9 +66,14 @@ def natural(grad, residual, rest, block, seed, codes, scales):
 
 @_jit
 def natural_mean(codes, scales, block, add, out):
+    work, bits = np.empty(block, out.dtype), np.empty(block, np.int32)
+    _natural_mean(*borrow(codes, scales, out, work, bits), block, add)
+    keep(work, bits)
+
+
+@_lent
+def _natural_mean(codes, scales, out, work, bits, block, add):
     real = out.dtype.type
-    work = np.empty(block, out.dtype)
-    bits = np.empty(block, np.int32)
     powers = bits.view(np.float32)
     is_one = codes.shape[0] == 1
     for index in range(scales.shape[1]):

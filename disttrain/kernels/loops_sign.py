@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from disttrain.kernels.loops import _finite, _inline, _jit, _load, _reordered, _store_mean
+from disttrain.kernels.intrinsics import borrow, keep
+from disttrain.kernels.loops import _finite, _inline, _jit, _lent, _load, _reordered, _store_mean
 
 
 @_reordered
@@ -32,6 +33,12 @@ def _pack_signs(work, packed):
 @_jit
 def sign(grad, residual, rest, block, bits, scales):
     work = np.empty(block, grad.dtype)
+    _sign(*borrow(grad, residual, rest, bits, scales, work), block)
+    keep(work)
+
+
+@_lent
+def _sign(grad, residual, rest, bits, scales, work, block):
     length = block // 8
     for index in range(scales.size):
         start = index * block
@@ -65,6 +72,12 @@ def _sum_signs(bits, scales, index, work):
 @_jit
 def sign_mean(bits, scales, block, add, out):
     work = np.empty(block, out.dtype)
+    _sign_mean(*borrow(bits, scales, out, work), block, add)
+    keep(work)
+
+
+@_lent
+def _sign_mean(bits, scales, out, work, block, add):
     for index in range(scales.shape[1]):
         _sum_signs(bits, scales, index, work)
         _store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
@@ -72,8 +85,14 @@ def sign_mean(bits, scales, block, add, out):
 
 @_jit
 def sign_vote(bits, weights, block, add, out):
-    real = out.dtype.type
     work = np.empty(block, out.dtype)
+    _sign_vote(*borrow(bits, weights, out, work), block, add)
+    keep(work)
+
+
+@_lent
+def _sign_vote(bits, weights, out, work, block, add):
+    real = out.dtype.type
     for index in range(weights.shape[1]):
         _sum_signs(bits, weights, index, work)
         values = out[index * block : (index + 1) * block]
@@ -88,6 +107,11 @@ def sign_vote(bits, weights, block, add, out):
 @_jit
 def take_two_means(matrix, means):
     """The mean of each row's negative entries and that of its others, taken out of them."""
+    _take_two_means(*borrow(matrix, means))
+
+
+@_lent
+def _take_two_means(matrix, means):
     for row in range(matrix.shape[0]):
         below, above = _two_means(matrix[row])
         means[0, row], means[1, row] = below, above
@@ -111,6 +135,11 @@ def _two_means(values):
 @_jit
 def add_two_means(bits, block, start, means, matrix):
     """Add each entry's mean, by its sign: bit ``start`` of the blocks' planes belongs to the matrix's first entry."""
+    _add_two_means(*borrow(bits, means, matrix), block, start)
+
+
+@_lent
+def _add_two_means(bits, means, matrix, block, start):
     length = block // 8
     place = start
     for row in range(matrix.shape[0]):
