@@ -44,8 +44,9 @@ RECOMMENDED = {
     ],
     # Under Adam what is biased begins dense, for 15 % of the steps here.
     Task.TEXT: [
-        "dense", "fp16", "blockwise8", "blockwise4", "qsgd:bits=8", "qsgd:bits=4", "onebit:dense_steps=150",
-        "efsign:block_size=64,dense_steps=150", "topk:ratio=0.01,dense_steps=150", "topk:ratio=0.1,dense_steps=150",
+        "dense", "fp16", "bf16", "blockwise8", "blockwise4", "natural", "terngrad", "qsgd:bits=8", "qsgd:bits=4",
+        "onebit:dense_steps=150", "efsign:block_size=64,dense_steps=150", "topk:ratio=0.01,dense_steps=150",
+        "topk:ratio=0.1,dense_steps=150", "threshold:ratio=0.1,dense_steps=150", "randomk:ratio=0.2,dense_steps=150",
         "powersgd:rank=4,dense_steps=150", "powersgd:rank=16,dense_steps=150",
         "powersgd:rank=16,alternating=true,dense_steps=150",
     ],
