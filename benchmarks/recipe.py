@@ -96,7 +96,7 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
     ),
     (Experiment.LARGE, Task.TEXT): (  # a GPT of 7 400 parameters: what some million samples train to the end
         [
-            "task.context=4", "task.width=16", "task.layers=1", "max_steps=800", "batch_size=1024",
+            "task.context=3", "task.width=16", "task.layers=1", "max_steps=800", "batch_size=1024",
             "schedule.warmup_steps=60", "schedule.final_lr_factor=0",
         ],
         {
