@@ -40,7 +40,8 @@ RECOMMENDED = {
     Task.DIGITS: [
         "dense", "fp16", "bf16", "topk:ratio=0.01", "topk:ratio=0.01,selection=estimated", "randomk:ratio=0.2",
         "threshold:ratio=0.01", "efsign", "onebit", "qsgd:bits=4", "qsgd:bits=8", "terngrad", "natural", "blockwise8",
-        "blockwise4", "powersgd:rank=4", "powersgd:rank=4,alternating=true",
+        "blockwise4", "powersgd:rank=4", "powersgd:rank=4,alternating=true", "signsgd optimizer.lr=0.0005",
+        "dgc:ratio=0.01,warmup_steps=92 optimizer.momentum=0",
     ],
     # Under Adam what is biased begins dense, for 15 % of the steps here.
     Task.TEXT: [
@@ -49,6 +50,8 @@ RECOMMENDED = {
         "topk:ratio=0.1,dense_steps=150", "threshold:ratio=0.1,dense_steps=150", "randomk:ratio=0.2,dense_steps=150",
         "powersgd:rank=4,dense_steps=150", "powersgd:rank=16,dense_steps=150",
         "powersgd:rank=16,alternating=true,dense_steps=150",
+        "signsgd optimizer.name=sgd optimizer.momentum=0.9 optimizer.lr=0.0005 clip_norm=null",
+        "dgc:ratio=0.1,warmup_steps=150,masking=false optimizer.name=sgd optimizer.momentum=0 optimizer.lr=0.3",
     ],
 }  # fmt: skip
 DENSE: dict[str, Any] = {"compressor": {"name": "dense"}, "settings": []}
