@@ -112,7 +112,7 @@ def parse_contender(text: str) -> dict[str, Any]:
 
 def identify_run(run: dict[str, Any]) -> str:
     """What tells a run from the others of a task."""
-    return json.dumps([run[key] for key in ("workers", *DENSE, "seed")])
+    return json.dumps([run["workers"], run["compressor"], sorted(run["settings"]), run["seed"]], sort_keys=True)
 
 
 def read_runs(path: Path, settings: list[str]) -> list[dict[str, Any]]:

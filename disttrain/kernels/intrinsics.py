@@ -1,9 +1,13 @@
-"""What compiled loops need and numba does not have, in LLVM's terms."""
+"""What compiled loops need and numba does not have, in LLVM's terms.
+
+Numba's cache does not look at this file: after a change to it, touch the loops (or ``make clean``).
+"""
 
 from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 LANES = 16  # entries that ``add_and_compare`` takes at once
@@ -17,6 +21,8 @@ def borrow(typing_context, *given):
     the arithmetic on a block. Slices of what is borrowed are not counted. Its owner has to ``keep`` it meanwhile, or be
     an argument of the calling function.
     """
+    if not all(isinstance(argument, (types.Array, types.Number, types.Boolean, types.NoneType)) for argument in given):
+        raise TypingError(f"only arrays, numbers and None can be lent, not {given}: all else may be counted")
 
     def generate(context, builder, signature, arguments):
         lent = []
