@@ -76,7 +76,8 @@ class Communicator(ABC):
         local_rank, local_size: this worker among those of its host.
         device: where this rank's model lives.
         guard: what notices the loss of another rank; None where there is nobody to lose.
-        priority_overtakes: whether a collective started with ``priority`` arrives before those queued ahead of it.
+        shares_order: whether a collective of this channel (see ``channel``) has to wait for those that were started
+            before it on other channels.
     """
 
     engine: str
@@ -86,7 +87,8 @@ class Communicator(ABC):
     local_size: int
     device: torch.device
     guard: Guard | None = None
-    priority_overtakes = False
+    shares_order = False
+    _num_channels = 0
     _groups: Mapping[Group, Communicator] = {}
 
     @cached_property
@@ -97,7 +99,7 @@ class Communicator(ABC):
     # What an engine supplies: flat contiguous tensors in, flat tensors out.
 
     @abstractmethod
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         """Reduce ``flat`` in place."""
 
     @abstractmethod
@@ -130,6 +132,9 @@ class Communicator(ABC):
         """
         raise UserError(f"engine {self.engine!r} has no groups of ranks")
 
+    def _open_channel(self, is_small: bool) -> None:  # noqa: B027 - where there is one order for all, nothing is to do
+        """Become an end of a new wire between the same ranks. Called on a copy of the communicator, on all ranks."""
+
     def on_hosts_changed(self, call: Callable[[], None]) -> None:  # noqa: B027 - few launchers do
         """Have ``call`` called, in another thread and on one rank, when the launcher brings or takes away hosts."""
 
@@ -139,21 +144,16 @@ class Communicator(ABC):
     # Starting collectives.
 
     @overload
-    def start(
-        self, collective: AllReduce | Broadcast, *, priority: bool = False, account: object = None
-    ) -> Work[torch.Tensor]: ...
+    def start(self, collective: AllReduce | Broadcast, *, account: object = None) -> Work[torch.Tensor]: ...
     @overload
-    def start(
-        self, collective: AllGather | AllToAll, *, priority: bool = False, account: object = None
-    ) -> Work[list[torch.Tensor]]: ...
+    def start(self, collective: AllGather | AllToAll, *, account: object = None) -> Work[list[torch.Tensor]]: ...
     @overload
-    def start(self, collective: Collective, *, priority: bool = False, account: object = None) -> Work[Result]: ...
-    def start(self, collective: Collective, *, priority: bool = False, account: object = None) -> Work[Result]:
+    def start(self, collective: Collective, *, account: object = None) -> Work[Result]: ...
+    def start(self, collective: Collective, *, account: object = None) -> Work[Result]:
         """Start a collective and return at once.
 
         Args:
             collective: what to carry out; all ranks of its group start the same ones in the same order.
-            priority: let a small all-reduce go ahead of the queue, where the engine can.
             account: what it is for, to be named (by its ``str``) where a rank is late for it.
 
         Raises:
@@ -162,8 +162,26 @@ class Communicator(ABC):
             UserError: the group is not the world, and nodes differ in their number of ranks.
         """
         call = self.activity.starts(type(collective).__name__, account)
-        work = self.group(collective.group)._carry(collective, priority)
+        work = self.group(collective.group)._carry(collective)
         return work if isinstance(work, Finished) else Watched(work, self.activity, call)
+
+    def channel(self, *, is_small: bool = False) -> Communicator:
+        """Another wire between the same ranks: its collectives have an order of their own, and match no others.
+
+        To be called by all ranks at the same point of their programs. It lives as long as this communicator, is closed
+        with it, and may have groups of its own.
+
+        Args:
+            is_small: it will carry a few numbers at a time, so an engine need not give it means for more.
+        """
+        if self.world_size == 1:
+            return self
+        _ = self.activity  # one, also for the channel
+        self._num_channels += 1
+        channel = copy.copy(self)
+        channel.guard, channel._groups = None, {}
+        channel._open_channel(is_small)
+        return channel
 
     def group(self, name: Group) -> Communicator:
         """The communicator of a group: its ``rank`` and ``world_size`` are those within the group.
@@ -191,10 +209,10 @@ class Communicator(ABC):
             part._narrow(parts, own)
         return part
 
-    def _carry(self, collective: Collective, priority: bool) -> Work[Result]:
+    def _carry(self, collective: Collective) -> Work[Result]:
         match collective:
             case AllReduce(tensor, op):
-                return self._start_all_reduce(tensor, op, priority)
+                return self._start_all_reduce(tensor, op)
             case AllGather(tensor, same_size, _, sizes):
                 return self._start_all_gather(tensor, same_size, sizes)
             case AllToAll(chunks, same_size, _, sizes):
@@ -207,7 +225,7 @@ class Communicator(ABC):
                 flat = tensor.contiguous().view(-1)
                 return _then(self._broadcast(flat, root), lambda result: result.view(tensor.shape))
 
-    def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp, priority: bool) -> Work[torch.Tensor]:
+    def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"all_reduce takes integers and real floats, not {tensor.dtype}: convert it first")
         if op == "mean" and not tensor.is_floating_point():
@@ -219,13 +237,11 @@ class Communicator(ABC):
         if not self._reduces_natively(flat.dtype):
             return _then(self._all_reduce_by_exchange(flat, op), lambda result: result.view(shape))
         if op != "mean":
-            return _then(self._all_reduce(flat, op, priority), lambda result: result.view(shape))
+            return _then(self._all_reduce(flat, op), lambda result: result.view(shape))
         if flat.itemsize < 4:
             # Half precision overflows as a sum although the mean would fit: divide first. For a power of two exact.
-            return _then(
-                self._all_reduce(flat.div_(self.world_size), "sum", priority), lambda result: result.view(shape)
-            )
-        return _then(self._all_reduce(flat, "sum", priority), lambda result: result.div_(self.world_size).view(shape))
+            return _then(self._all_reduce(flat.div_(self.world_size), "sum"), lambda result: result.view(shape))
+        return _then(self._all_reduce(flat, "sum"), lambda result: result.div_(self.world_size).view(shape))
 
     def _all_reduce_by_exchange(self, flat: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
         """All-to-all, a local reduction in a wider dtype, all-gather: as many bytes as a ring, one rounding."""

@@ -48,6 +48,8 @@ class HorovodCommunicator(Communicator):
             )
         self.device = device
         self._set = hvd.global_process_set
+        self._prefix = ""
+        self._sets: dict[tuple[int, ...], Any] = {}  # by their ranks: Horovod refuses to make one twice
         self._free_names: defaultdict[str, list[str]] = defaultdict(list)
         self._num_names: defaultdict[str, int] = defaultdict(int)
 
@@ -66,7 +68,7 @@ class HorovodCommunicator(Communicator):
         if free:
             name = free.pop()
         else:
-            name = f"disttrain.{kind}.{self._num_names[kind]}"
+            name = f"disttrain.{self._prefix}{kind}.{self._num_names[kind]}"
             self._num_names[kind] += 1
         handle = call(name)
 
@@ -79,7 +81,7 @@ class HorovodCommunicator(Communicator):
 
         return Pending(wait)
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return self._submit(
             f"{op}.{flat.dtype}.{flat.numel()}",
             lambda name: self._hvd.allreduce_async_(flat, name=name, op=self._ops[op], process_set=self._set),
@@ -131,7 +133,14 @@ class HorovodCommunicator(Communicator):
                 f"Horovod makes groups of ranks only if it is started with {_DYNAMIC}=1: export it on every host "
                 "(each of its cycles then takes two small rounds more)"
             )
-        self._set = [self._hvd.add_process_set(list(part)) for part in parts][own]  # all ranks add all, in one order
+        for part in map(tuple, parts):  # all ranks add all, in one order
+            if part not in self._sets:
+                self._sets[part] = self._hvd.add_process_set(list(part))
+        self._set = self._sets[tuple(parts[own])]
+        self._free_names, self._num_names = defaultdict(list), defaultdict(int)
+
+    def _open_channel(self, is_small: bool) -> None:
+        self._prefix = f"channel{self._num_channels}."  # Horovod matches ranks by name, in whatever order they come
         self._free_names, self._num_names = defaultdict(list), defaultdict(int)
 
     def _close(self) -> None:

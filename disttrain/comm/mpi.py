@@ -1,8 +1,8 @@
 """MPI, by mpi4py.
 
 MPI makes progress only inside its own calls, so non-blocking collectives would stand still while backward computes. One
-thread a rank therefore carries out the blocking ones, in the order in which they were started; mpi4py releases the
-interpreter lock meanwhile. No other thread calls MPI after start-up.
+thread a channel therefore carries out the blocking ones, in the order in which they were started; mpi4py releases the
+interpreter lock meanwhile. Where MPI does not let several threads call it, all channels share one thread.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class MPICommunicator(Communicator):
                 "or call MPI_Init_thread with MPI_THREAD_SERIALIZED or more before disttrain.init"
             )
         self._mpi = MPI
+        self.shares_order = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self._group: Comm = MPI.COMM_WORLD.Dup()
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         self.rank, self.world_size = self._group.Get_rank(), self._group.Get_size()
@@ -51,7 +52,8 @@ class MPICommunicator(Communicator):
         self.local_rank, self.local_size = host.Get_rank(), host.Get_size()
         host.Free()
         self.device = device
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disttrain-mpi")
+        self._thread = _new_thread()
+        self._threads = [self._thread]  # of this one and its channels
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
         return dtype in _REDUCIBLE
@@ -63,7 +65,7 @@ class MPICommunicator(Communicator):
             return Pending(future.result)
         return Pending(lambda: future.result().to(device))
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         def call(buffer: torch.Tensor) -> torch.Tensor:
             self._group.Allreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._ops[op])
             return buffer
@@ -102,8 +104,19 @@ class MPICommunicator(Communicator):
         # By the one thread that calls MPI, which also carries out what is started in the new group: one order for all.
         self._group = self._thread.submit(self._group.Split, own, self.rank).result()
 
+    def _open_channel(self, is_small: bool) -> None:
+        self._group = self._thread.submit(self._group.Dup).result()
+        if not self.shares_order:
+            self._thread = _new_thread()
+            self._threads.append(self._thread)
+
     def _close(self) -> None:
-        self._thread.shutdown(wait=True)
+        for thread in self._threads:
+            thread.shutdown(wait=True)
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="disttrain-mpi")
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

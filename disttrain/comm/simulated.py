@@ -64,7 +64,7 @@ class SimulatedWorld:
         self.rounds: dict[int, _Round] = {}
         self.failures: list[BaseException] = []
         self.wire_free = 0.0
-        self._parts: dict[tuple[int, ...], SimulatedWorld] = {}
+        self._parts: dict[object, SimulatedWorld] = {}
 
     @property
     def failure(self) -> BaseException | None:
@@ -76,14 +76,14 @@ class SimulatedWorld:
             self.failures.append(error)
             self.changed.notify_all()
 
-    def part(self, ranks: Sequence[int]) -> SimulatedWorld:
-        """What these ranks share among themselves: a wire of their own, and the failures of all."""
+    def part(self, key: object, num_ranks: int) -> SimulatedWorld:
+        """What some ranks share among themselves: a wire of their own, and the failures of all."""
         with self.changed:
-            if tuple(ranks) not in self._parts:
-                world = SimulatedWorld(len(ranks), self.alpha, self.beta, self.timeout)
+            if key not in self._parts:
+                world = SimulatedWorld(num_ranks, self.alpha, self.beta, self.timeout)
                 world.changed, world.turn, world.failures = self.changed, self.turn, self.failures
-                self._parts[tuple(ranks)] = world
-            return self._parts[tuple(ranks)]
+                self._parts[key] = world
+            return self._parts[key]
 
     def deposit(self, index: int, rank: int, kind: str, flat: torch.Tensor, sizes: Sequence[int], clock: float) -> None:
         with self.changed:
@@ -161,7 +161,6 @@ class SimulatedCommunicator(Communicator):
     """One virtual rank. ``clock`` is its simulated time in seconds; ``advance`` adds computation to it."""
 
     engine = "simulated"
-    priority_overtakes = True  # each collective is done as soon as its last rank has started it
 
     def __init__(self, world: SimulatedWorld, rank: int) -> None:
         self.rank, self.world_size = rank, world.world_size
@@ -179,7 +178,10 @@ class SimulatedCommunicator(Communicator):
         self._time.now += seconds
 
     def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
-        self._world, self._count = self._world.part(parts[own]), 0
+        self._world, self._count = self._world.part(tuple(parts[own]), len(parts[own])), 0
+
+    def _open_channel(self, is_small: bool) -> None:
+        self._world, self._count = self._world.part(("channel", self._num_channels), self.world_size), 0
 
     def _submit(self, kind: str, flat: torch.Tensor, sizes: Sequence[int] = ()) -> Work[torch.Tensor]:
         index, self._count = self._count, self._count + 1
@@ -192,7 +194,7 @@ class SimulatedCommunicator(Communicator):
 
         return Pending(finish)
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return self._submit(f"{op} {flat.dtype} x {flat.numel()}", flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:

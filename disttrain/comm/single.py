@@ -13,13 +13,12 @@ class SingleProcess(Communicator):
     """The communicator of a world of one."""
 
     engine = "single"
-    priority_overtakes = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank, self.world_size, self.local_rank, self.local_size = 0, 1, 0, 1
         self.device = torch.device(device)
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return Finished(flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:

@@ -43,17 +43,10 @@ class TorchCommunicator(Communicator):
         else:
             self.backend = dist.get_backend()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # gloo works off a group's collectives in the order of their start, two at a time. A second group takes every
-        # other bucket, so that the wire does not idle between the phases of one; a third keeps its line free for the
-        # small ones that the rest waits for. NCCL orders by stream, and one group is right.
         self._lanes: list[dist.ProcessGroup | None] = [None]
-        self._priority_lane: dist.ProcessGroup | None = None
         self._num_started = 0
         self._ranks: Sequence[int] = range(self.world_size)
         if self.backend == "gloo" and self.world_size > 1:
-            self._lanes.append(dist.new_group(backend="gloo"))
-            self._priority_lane = dist.new_group(backend="gloo")
-            self.priority_overtakes = True
             _let_event_loops_wait()
 
     def _join(self, environment: Environment, timeout: float) -> None:
@@ -80,9 +73,9 @@ class TorchCommunicator(Communicator):
     def control_device(self) -> torch.device:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
-    def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
-        group = self._priority_lane if priority else self._lanes[self._num_started % len(self._lanes)]
-        self._num_started += not priority
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+        group = self._lanes[self._num_started % len(self._lanes)]
+        self._num_started += 1
         return _pending(dist.all_reduce(flat, _OPS[op], group=group, async_op=True), flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
@@ -117,7 +110,17 @@ class TorchCommunicator(Communicator):
         lanes = [[dist.new_group(list(part), backend=self.backend) for part in parts] for _ in self._lanes]
         self._ranks, self._num_started = parts[own], 0
         self._lanes = [groups[own] for groups in lanes]
-        self._priority_lane, self.priority_overtakes = self._lanes[0], False
+        _let_event_loops_wait()
+
+    def _open_channel(self, is_small: bool) -> None:
+        if self.backend == "nccl" and not is_small:
+            self.shares_order = True  # GPUs that ran two NCCL groups in different orders could wait for each other
+            return
+        # gloo works off a group's collectives in the order of their start, two at a time. A second group takes every
+        # other all-reduce, so that the next one is under way while one waits for its last phase.
+        self.backend = "gloo"
+        self._lanes = [dist.new_group(backend="gloo") for _ in range(1 if is_small else 2)]
+        self._num_started = 0
         _let_event_loops_wait()
 
     def _close(self) -> None:

@@ -99,13 +99,15 @@ class State:
     Up to step ``dense_until`` the bucket is exchanged dense (``compression.repay``).
 
     Tensors are read as attributes (``state.residual``). A program never writes them: it returns their new values, which
-    the reducer commits once all ranks agree that the step is sound. A skipped step therefore leaves no trace.
+    the reducer takes over once all ranks agree that the gradients are sound. They count from ``settle`` on, when the
+    optimizer has stepped; ``revert`` takes them back. So a step that is skipped or dropped leaves no trace.
     """
 
     def __init__(self) -> None:
         self.step = self.dense_until = 0
         self.tensors: dict[str, StateTensor] = {}
         self._scratch: dict[str, torch.Tensor] = {}
+        self._settled: dict[str, torch.Tensor] = {}  # as they were before this step, of what it has changed so far
 
     def add(self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool) -> None:
         """Declare a tensor. ``replicated``: equal on all ranks. Otherwise each rank has its own, whose mean counts."""
@@ -126,27 +128,66 @@ class State:
     def scratch(self, name: str) -> torch.Tensor:
         """A tensor like the named one, contents undefined, for a program to write the new value into and return.
 
-        ``commit`` then swaps the two in place of copying.
+        ``take`` then swaps the two in place of copying.
         """
         if name not in self._scratch:
             self._scratch[name] = torch.empty_like(self.tensors[name].tensor)
         return self._scratch[name]
 
-    def commit(self, new: Mapping[str, torch.Tensor]) -> None:
-        """Take over the values that a program returned."""
+    def take(self, new: Mapping[str, torch.Tensor], resting: Sequence[int] = ()) -> None:
+        """Take over the values that a program returned, but for the parameters of the indices ``resting``."""
         for name, value in new.items():
             kept = self.tensors[name]
+            flat = value.view(-1)
+            _copy_parts(kept.tensor, flat, kept.sizes, resting)
+            is_first = name not in self._settled
             if value is self._scratch.get(name):
-                self.tensors[name], self._scratch[name] = kept._replace(tensor=value), kept.tensor
+                del self._scratch[name]
+                self.tensors[name] = kept._replace(tensor=value)
+                (self._settled if is_first else self._scratch)[name] = kept.tensor
             else:
-                kept.tensor.copy_(value.view(-1))
+                if is_first:
+                    self._settled[name] = kept.tensor.clone()
+                kept.tensor.copy_(flat)
+
+    def settle(self) -> None:
+        """What was taken over counts from now on: a step is done."""
+        self._scratch |= self._settled
+        self._settled = {}
         self.step += 1
 
-    def slices(self, names: Sequence[str]) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-        """(parameter name, tensor name, view, replicated): keyed by parameter, so buckets may change between runs."""
+    def revert(self, indices: Sequence[int] | None = None) -> None:
+        """Take back what was taken over since ``settle``: all of it, or that of the parameters of these indices."""
+        if indices is not None:
+            for name, before in self._settled.items():
+                _copy_parts(before, self.tensors[name].tensor, self.tensors[name].sizes, indices)
+            return
+        for name, before in self._settled.items():
+            self._scratch[name] = self.tensors[name].tensor
+            self.tensors[name] = self.tensors[name]._replace(tensor=before)
+        self._settled = {}
+
+    def commit(self, new: Mapping[str, torch.Tensor]) -> None:
+        """``take`` and ``settle``."""
+        self.take(new)
+        self.settle()
+
+    def slices(self, names: Sequence[str], *, is_settled: bool = True) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
+        """(parameter name, tensor name, view, replicated): keyed by parameter, so buckets may change between runs.
+
+        They are of the last step that was settled, or what has been taken over since.
+        """
         for name, (tensor, sizes, replicated) in self.tensors.items():
-            for parameter, view in zip(names, tensor.split(list(sizes)), strict=True):
+            chosen = self._settled.get(name, tensor) if is_settled else tensor
+            for parameter, view in zip(names, chosen.split(list(sizes)), strict=True):
                 yield parameter, name, view, replicated
+
+
+def _copy_parts(source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int], indices: Sequence[int]) -> None:
+    if indices:
+        sources, targets = source.split(list(sizes)), target.split(list(sizes))
+        for index in indices:
+            targets[index].copy_(sources[index])
 
 
 class Compressor(Section, ABC):

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.kept_buffers import KeptBuffers
 from disttrain.optim.lamb import LAMB
 from disttrain.optim.lars import LARS
 from disttrain.optim.loss_scale import LossScale
-from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
+from disttrain.optim.membership import (
+    check_alike,
+    check_can_be_unscaled,
+    check_own,
+    named_parameters,
+    settings_of,
+)
+from disttrain.optim.replicas import average_buffers, broadcast_model, broadcast_tensors, check_same_model
+from disttrain.optim.sharing import share
 from disttrain.reduction import Ledger, Reducer, SquaredNorms
-from disttrain.reduction.bucket import GradientBucket, NamedParameter
+from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.norms import Every
 from disttrain.reduction.state import load_state, state_dict
+from disttrain.reduction.step import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +44,19 @@ _BY_PARAMETER = {
 class DistributedOptimizer(Optimizer):
     """Wraps an optimizer so that every rank steps on the mean of all ranks' gradients.
 
-    Gradients leave while backward is still running, bucket by bucket; ``step`` waits for their means. A step in which
-    any rank's gradient holds an inf or NaN is skipped by all ranks and leaves no trace.
+    Gradients leave while backward is still running, bucket by bucket. When ``backward`` returns, every
+    ``parameter.grad`` is the mean over ranks, or what it was before where no rank has used the parameter. What is then
+    done to it - clipping, masking, unscaling, a further backward pass - is what ``step`` sees. A step in which any
+    rank's gradient holds an inf or NaN is skipped by all ranks and leaves no trace.
+
+    All ranks meet at the end of each backward pass and at each step. A rank that has no backward pass before a step
+    takes part in those of the others with zeros.
 
     Args:
         optimizer: any torch optimizer over parameters of ``model``. It keeps its state and its ``param_groups``, which
             this wrapper shares, so learning-rate schedulers take either.
         model: the module that is trained. Rank 0's parameters and buffers are copied to all ranks.
-        comm: from ``disttrain.init``.
+        comm: from ``disttrain.init``. Any number of optimizers may share it.
         compressor: an instance, a name (``"topk"``), or a mapping as in a config: ``{"name": "topk", "ratio": 0.01}``,
             with ``rules`` for some of the parameters and ``dense_steps`` if need be (``compression.Policy``).
         bucket_mb: MiB of gradient that travel together; None leaves it to the compressor.
@@ -52,19 +68,26 @@ class DistributedOptimizer(Optimizer):
         norms_every: measure the norms of gradients, for their noise, once in so many steps; None never does. Under
             compression a measured step exchanges the gradients once more, dense; "auto" measures one in ten of such
             steps, and all others.
+        overlap_step: wait for the means in ``step`` (or ``synchronize``) in place of at the end of ``backward``. Until
+            then ``parameter.grad`` is None where a gradient is on its way. It saves one small round of messages a step,
+            and where the optimizer treats each parameter for itself it steps on what has arrived while the rest is on
+            the wire.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the losses. Only compressors that keep a residual need it:
+            so that the residual is in true units whatever the scale is.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
             ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
         grad_norm: global norm of the last mean gradient before ``clip_norm`` scaled it, if that is set.
-        skipped_steps: number of steps skipped because of a non-finite gradient.
+        skipped_steps: number of steps skipped: a gradient was not finite, or a rank dropped its gradients.
         vote: what this rank tells the others with the next step, 0 to 255, at no cost; 0 at first, and kept until set.
         agreed_vote: the largest vote that any rank had in the last step, alike on all.
         model, comm: as given.
+        inner: the wrapped optimizer. Public attributes and methods that torch's optimizers do not have are its own.
 
     Raises:
         UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer wants sparse
-            gradients; the model differs between ranks; a compressor or rule does not suit the model.
+            gradients; the model or the settings differ between ranks; a compressor or rule does not suit the model.
     """
 
     def __init__(
@@ -79,6 +102,8 @@ class DistributedOptimizer(Optimizer):
         loss_scale: LossScale | None = None,
         clip_value: float | None = None,
         norms_every: Every | None = None,
+        overlap_step: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):
@@ -90,25 +115,97 @@ class DistributedOptimizer(Optimizer):
         for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
             if limit is not None and limit <= 0:
                 raise UserError(f"{name} must be above 0; got {limit}")
+        if loss_scale is not None and grad_scaler is not None:
+            raise UserError("give either a loss_scale or a grad_scaler: each scales the losses by itself")
         self.inner = optimizer
-        self.loss_scale = loss_scale
+        self.loss_scale, self.grad_scaler = loss_scale, grad_scaler
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
         self.skipped_steps = self._skipped_in_a_row = 0
         self.model, self.comm = model, comm
-        self._synchronized: bool | None = None
         self._has_stepped = False
-        trained, frozen = _named_parameters(optimizer, model)
-        check_same_model(model, comm)
-        broadcast_model(model, comm)
-        self.reducer = Reducer(
-            trained, comm, Policy.build(compressor), bucket_mb, later=frozen, norms_every=norms_every
-        )
-        self._reduced = {parameter for _, parameter in trained}
-        comm.activity.begin_step(1)
+        trained, frozen = named_parameters(optimizer, model)
+        if not trained:
+            raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
         if loss_scale is not None:
-            _check_can_be_unscaled(trained)
-            self.reducer.scale = loss_scale.value
+            check_can_be_unscaled(trained)
+        check_same_model(model, comm)
+        policy = Policy.build(compressor)
+        settings = {"compressor": policy.to_dict(), "bucket_mb": bucket_mb, "overlap_step": overlap_step}
+        check_alike(
+            {
+                **settings,
+                "optimizer": type(optimizer).__name__,
+                "its parameters": [name for name, _ in (*trained, *frozen)],
+                "its options": settings_of(optimizer.param_groups),
+                "clip_norm": clip_norm,
+                "clip_value": clip_value,
+                "norms_every": norms_every,
+            },
+            comm,
+        )
+        broadcast_model(model, comm)
+        self._names = {parameter: name for name, parameter in (*trained, *frozen)}
+        self._kept_buffers = KeptBuffers(model)
+        self.reducer = reducer = Reducer(
+            trained,
+            comm,
+            policy,
+            bucket_mb,
+            later=frozen,
+            norms_every=norms_every,
+            overlap_step=overlap_step,
+            describe=f"{type(optimizer).__name__} over {trained[0][0]}, ... ({len(trained)} parameters)",
+        )
+        reducer.settings = lambda: settings_of(optimizer.param_groups)
+        reducer.on_unsound = self._kept_buffers.restore
+        if loss_scale is not None:
+            reducer.loss_scale = lambda: loss_scale.value
+        if grad_scaler is not None:
+            reducer.loss_scale, reducer.rescales = grad_scaler.get_scale, True
+        comm.activity.begin_step(1)
+
+    # What is the wrapped optimizer's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self.inner.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        return self.inner.register_step_post_hook(hook)
+
+    def __getattr__(self, name: str) -> Any:
+        """What torch's optimizers do not have, such as a method of an optimizer of the user's own."""
+        if name.startswith("_") or "inner" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("inner")
+        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or not hasattr(inner, name)
+        if inner is None or is_own:
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
 
     @property
     def norms(self) -> SquaredNorms | None:
@@ -131,20 +228,30 @@ class DistributedOptimizer(Optimizer):
     def wire(self) -> Ledger:
         return self.reducer.ledger
 
-    def __getattr__(self, name: str) -> Any:
-        """All else - ``param_groups``, ``state``, ``defaults``, hooks - is the wrapped optimizer's."""
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
     def __repr__(self) -> str:
         return f"DistributedOptimizer({self.inner!r}, world_size={self.comm.world_size})"
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DistributedOptimizer holds live connections: save its state_dict() instead")
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the loss scale, if there is one: what ``backward`` is to be called on."""
+    # Backward
+
+    def scale(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None) -> torch.Tensor:
+        """What ``backward`` is to be called on, where the loss has a scale or a weight.
+
+        Args:
+            loss: of this rank's samples, 0-d.
+            weight: what the loss is a mean over: a number of tokens, a sum of class weights. The gradients are then
+                those of the sum of weight * loss over the sum of the weights, over all ranks and over all passes of one
+                exchange: those under ``no_sync`` and the one that sends their sum. Ranks meet here for that sum, so all
+                give weights or none. None: each rank's loss counts alike.
+
+        Returns:
+            The loss times its weight and times the loss scale, as far as there are such.
+        """
+        if weight is not None:
+            loss = loss * weight
+            self.reducer.weigh(float(weight))
         return loss if self.loss_scale is None else self.loss_scale.scale(loss)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
@@ -160,18 +267,19 @@ class DistributedOptimizer(Optimizer):
         self.reducer.measure_first_pass()
 
     def synchronize(self) -> bool:
-        """Wait until every ``parameter.grad`` is the mean over ranks, to clip or look at it before ``step``.
+        """Wait until every ``parameter.grad`` is the mean over ranks. A collective.
+
+        Needed with ``overlap_step``, or to send what passes under ``no_sync`` have left.
 
         Returns:
             False if some rank had a non-finite gradient: all gradients are NaN then, and ``step`` will skip.
         """
-        if self._synchronized is None:
-            self._check_parameters()
-            self._synchronized = self.reducer.synchronize()
-        return self._synchronized
+        return self.reducer.synchronize()
+
+    # Step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Wait for the means, clip if asked, and take the wrapped optimizer's step.
+        """Clip the means if asked, and take the wrapped optimizer's step. A collective.
 
         A closure is evaluated with its gradients exchanged, and returns the loss averaged over ranks, so optimizers
         that evaluate it repeatedly (LBFGS) take the same decisions everywhere.
@@ -183,135 +291,201 @@ class DistributedOptimizer(Optimizer):
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         if self.loss_scale is not None:
             raise UserError("a step with a closure cannot be skipped, so it takes no loss_scale: train in bfloat16")
-        return self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
+        result: Any = self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
+        self._kept_buffers.keep()
+        return result
+
+    def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor | None:
+        with torch.enable_grad():
+            loss = closure()
+        if not self.synchronize():
+            raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
+        self._clip()
+        if self.reducer.is_under_way:
+            self.reducer.end(Ending.TAKEN)
+        return None if loss is None else self.comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
 
     def _step(self) -> Any:
-        is_sound = self._step_while_arriving() if self._can_step_by_bucket() else self._take_means()
-        if self.loss_scale is not None:
-            self.loss_scale.update(is_sound)
-            self.reducer.scale = self.loss_scale.value
-        if not is_sound:
-            self.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            _warn_of_skips(self.skipped_steps, self._skipped_in_a_row)
+        self._has_stepped = False
+        ending = self.reducer.take(self._step_on if self._can_step_by_bucket() else None)
+        if self.loss_scale is not None and ending is not Ending.DROPPED:
+            self.loss_scale.update(ending is Ending.TAKEN)
+        if ending is not Ending.TAKEN:
+            self._skip(ending)
             return None
         self._skipped_in_a_row = 0
-        if self._has_stepped:
-            self._has_stepped = False
-            return None
-        return self.inner.step()
+        if self.reducer.may_have_lost_parameters:
+            check_own(self.inner, self.model, self._names)
+        result = None
+        if not self._has_stepped:
+            self._clip()
+            result = self.inner.step()
+        self.reducer.end(ending)
+        self._kept_buffers.keep()
+        return result
+
+    def _skip(self, ending: Ending) -> None:
+        if ending is Ending.UNSOUND:
+            self.reducer.end(ending)
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        reason = "a gradient was inf or NaN" if ending is Ending.UNSOUND else "gradients were dropped"
+        _warn_of_skips(reason, self.skipped_steps, self._skipped_in_a_row)
 
     def _can_step_by_bucket(self) -> bool:
         """Whether the means may be stepped on one bucket after another, in place of all at once.
 
         That hides the optimizer's time behind the wire. It is the same arithmetic for those that treat each parameter
-        for itself; a norm over all gradients, a user's hook or a subclass may want to see them together.
+        for itself; a norm over all gradients, a user's hook or a subclass may want to see them together. On a GPU the
+        wire is done before the host could start a step.
         """
         inner = self.inner
-        hooks = [*inner._optimizer_step_pre_hooks.values(), *inner._optimizer_step_post_hooks.values()]
+        hooks = [
+            *inner._optimizer_step_pre_hooks.values(),
+            *inner._optimizer_step_post_hooks.values(),
+            *torch_optimizer._global_optimizer_pre_hooks.values(),
+            *torch_optimizer._global_optimizer_post_hooks.values(),
+        ]
         hooked = not all(getattr(hook, "acts_by_parameter", False) for hook in hooks)
-        return type(inner) in _BY_PARAMETER and self.clip_norm is None and self._synchronized is None and not hooked
+        by_parameter = type(inner) in _BY_PARAMETER and self.clip_norm is None and not hooked
+        return self.reducer.overlap_step and by_parameter and self.comm.device.type == "cpu"
 
-    def _step_while_arriving(self) -> bool:
-        def step(bucket: GradientBucket) -> None:
-            self._has_stepped = True
-            self._clip_values(bucket)
-            self.inner.step()  # skips parameters without a gradient: all but this bucket's
+    def _step_on(self, bucket: GradientBucket) -> None:
+        self._has_stepped = True
+        self._clip_values([bucket.flat])
+        self.inner.step()  # skips parameters without a gradient: all but this bucket's
 
-        self._check_parameters()
-        is_sound = self.reducer.synchronize(step)
-        if is_sound and not self._has_stepped:  # a second exchange had to follow
-            self._clip_values(*self.reducer.buckets)
-        return is_sound
+    def _clip(self) -> None:
+        self._clip_values(self._gradients())
+        if self.clip_norm is not None:
+            self.grad_norm = self._clip_norm(self.clip_norm)
 
-    def _evaluate(self, closure: Callable[[], Any]) -> torch.Tensor:
-        with torch.enable_grad():
-            loss = closure()
-        if not self._take_means():
-            raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
-        return self.comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
-
-    def _take_means(self) -> bool:
-        """Finish this step's exchange, clipped if asked; whether it is sound."""
-        is_sound = self.synchronize()
-        if is_sound:
-            self._clip_values(*self.reducer.buckets)
-        if is_sound and self.clip_norm is not None:
-            self.grad_norm = self.clip_grad_norm_(self.clip_norm)
-        self._synchronized = None
-        return is_sound
-
-    def _clip_values(self, *buckets: GradientBucket) -> None:
+    def _clip_values(self, gradients: Iterable[torch.Tensor]) -> None:
         """Bound every entry of the means by ``clip_value``: each for itself, so bucket by bucket as they arrive."""
         if self.clip_value is not None:
-            for bucket in buckets:
-                bucket.flat.clamp_(-self.clip_value, self.clip_value)
+            for gradient in gradients:
+                gradient.clamp_(-self.clip_value, self.clip_value)
 
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """Whole buckets, and one by one those gradients that the user has put in place of theirs."""
+        for bucket in self.reducer.buckets:
+            if bucket.holds_gradients:
+                yield bucket.flat
+            else:
+                yield from (slot.parameter.grad for slot in bucket.slots if slot.parameter.grad is not None)
+
+    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the mean gradients so that their global 2-norm is at most ``max_norm``; the norm before, 0-d.
 
-        The same rule as ``torch.nn.utils.clip_grad_norm_``, on whole buckets.
+        The same rule as ``torch.nn.utils.clip_grad_norm_``, on whole buckets. A collective.
         """
         self.synchronize()
-        flats = [bucket.flat for bucket in self.reducer.buckets]
-        norms = [torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)) for flat in flats]
+        return self._clip_norm(max_norm)
+
+    def _clip_norm(self, max_norm: float) -> torch.Tensor:
+        gradients = list(self._gradients())
+        if not gradients:
+            return torch.tensor(0.0)
+        norms = [
+            torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in gradients
+        ]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for flat in flats:
-            flat.mul_(factor.to(flat.device, flat.dtype))
+        for one in gradients:
+            one.mul_(factor.to(one.device, one.dtype))
         return total
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """``GradScaler.step`` asks whether this optimizer unscales gradients by itself: it does not.
+
+        Raises:
+            UserError: the scaler cannot do it either, or residuals would be in scaled units.
+        """
+        if self.reducer.overlap_step and self.reducer.has_sent:
+            raise UserError("with overlap_step, call optimizer.synchronize() before scaler.unscale_ and scaler.step")
+        if self.grad_scaler is None and self.reducer.keeps_residuals:
+            raise UserError(
+                "the compressor keeps a residual, which has to be in true units whatever the loss scale is: make the "
+                "optimizer with grad_scaler=scaler"
+            )
+        return False
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop (or zero) all gradients, also those of an exchange whose ``step`` was left out."""
-        if self._synchronized is None and self.reducer.has_sent:
-            self.reducer.synchronize()  # what is on the wire must arrive before its buffers are used again
-        self._synchronized = None
+        """Drop (or zero) all gradients. What they had changed in compressors' state is taken back.
+
+        To drop gradients that other ranks step on makes those skip their step.
+        """
+        was_under_way = self.reducer.is_under_way
+        self.reducer.drop()
+        if was_under_way:
+            self._kept_buffers.keep()
         self.inner.zero_grad(set_to_none)
 
+    def join(self) -> None:
+        """For a rank that has run out of data: take part in the others' steps with zeros until all ranks call this.
+
+        Then all have the weights, optimizer state and learning rates of the rank that went on longest, so that the next
+        epoch can begin. Means are over all ranks, those with zeros too, unless losses have weights (``scale``).
+        """
+        last = self.reducer.sequencer.join()
+        share(self.model, self.inner, self.comm, last)
+
+    # Members
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise UserError(
-            "parameters cannot be added to a DistributedOptimizer: add them to the optimizer before wrapping it"
-        )
+        """Train more parameters of the model from the next step on; to be called on all ranks, between steps.
+
+        Their values are copied from rank 0.
+
+        Raises:
+            UserError: they are not the model's, ranks add different ones, or a step is under way.
+        """
+        self._check_between_steps("added")
+        self.inner.add_param_group(param_group)
+        try:
+            trained, frozen = named_parameters(self.inner, self.model)
+        except UserError:
+            self.inner.param_groups.pop()
+            raise
+        trained, frozen = ([m for m in members if m[1] not in self._names] for members in (trained, frozen))
+        check_alike({"the added parameters": [[name, list(p.shape)] for name, p in (*trained, *frozen)]}, self.comm)
+        broadcast_tensors([parameter for _, parameter in (*trained, *frozen)], self.comm)
+        self._names |= {parameter: name for name, parameter in (*trained, *frozen)}
+        self.reducer.extend(trained, frozen)
 
     def unfreeze(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Train parameters that were frozen so far, from the next step on; to be called on all ranks, between steps.
 
         They must be in the wrapped optimizer's groups, and have their rates there, from the start. All others keep
-        their buckets, residuals and optimizer state; these get buckets of their own, behind the present ones: best thaw
-        first what backward reaches first. A run that goes on from a checkpoint thaws in the same order before it loads
-        the state. (The statistics of a frozen BatchNorm layer follow the data all the while.)
+        their buckets, residuals and optimizer state; these get buckets of their own, behind the present ones. A run
+        that goes on from a checkpoint thaws in the same order before it loads the state. (The statistics of a frozen
+        BatchNorm layer follow the data all the while.) The same as ``requires_grad_(True)``, but checked on all ranks.
 
         Raises:
             UserError: a parameter is not the wrapped optimizer's, ranks thaw different ones, or a step is under way.
         """
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        held = {parameter for group in self.inner.param_groups for parameter in group["params"]}
         wanted = set(parameters)
-        if foreign := [names.get(parameter, "?") for parameter in wanted - held]:
+        if foreign := wanted - self._names.keys():
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
             raise UserError(
-                f"{sorted(foreign)[0]!r} cannot be unfrozen: give it to the torch optimizer before that is wrapped"
+                f"{sorted(names.get(p, '?') for p in foreign)[0]!r} cannot be unfrozen: give it to the torch optimizer "
+                "before that is wrapped"
             )
-        if self.reducer.has_sent or self._synchronized is not None:
-            raise UserError("parameters cannot be unfrozen between backward and step: do it after the step")
-        thawed = [(name, p) for p, name in names.items() if p in wanted and p not in self._reduced]
+        self._check_between_steps("unfrozen")
+        thawed = [(name, p) for p, name in self._names.items() if p in wanted and not self.reducer.exchanges(p)]
         if len(different := {tuple(n) for n in self.comm.all_gather_object([name for name, _ in thawed])}) > 1:
             raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
         if self.loss_scale is not None:
-            _check_can_be_unscaled(thawed)
+            check_can_be_unscaled(thawed)
         for _, parameter in thawed:
             parameter.requires_grad_(True)
-        if thawed:
-            self.reducer.add(thawed)
-            self._reduced |= wanted
+        self.reducer.thaw()
 
-    def _check_parameters(self) -> None:
-        for group in self.inner.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter not in self._reduced:
-                    raise UserError(
-                        "a parameter has a gradient but was frozen when the DistributedOptimizer was made: "
-                        "unfreeze it by optimizer.unfreeze(parameters), on all ranks"
-                    )
+    def _check_between_steps(self, what: str) -> None:
+        if self.reducer.is_under_way:
+            raise UserError(f"parameters cannot be {what} between backward and step: do it after the step")
 
     def synchronize_buffers(self) -> None:
         """Average the model's floating-point buffers (BatchNorm statistics) over ranks, copy the others from rank 0.
@@ -319,6 +493,11 @@ class DistributedOptimizer(Optimizer):
         Training leaves each rank with statistics of its own samples: call this before evaluation and before saving.
         """
         average_buffers(self.model, self.comm)
+        self.keep_buffers()
+
+    def keep_buffers(self) -> None:
+        """Note that buffers were changed on purpose: a step that is skipped goes back to what they are now."""
+        self._kept_buffers.keep()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, plus the compressor's under ``"compression"``, and ``"loss_scale"`` if any.
@@ -337,51 +516,21 @@ class DistributedOptimizer(Optimizer):
         """
         inner = dict(state_dict)
         saved, loss_scale = inner.pop("compression", None), inner.pop("loss_scale", None)
+        self.reducer.forget()
         self.inner.load_state_dict(inner)
+        self._kept_buffers.keep()
         if saved is not None:
             load_state(self.reducer.buckets, saved, self.comm)
         if loss_scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(loss_scale)
-            self.reducer.scale = self.loss_scale.value
 
 
-def _named_parameters(
-    optimizer: Optimizer, model: torch.nn.Module
-) -> tuple[list[NamedParameter], list[NamedParameter]]:
-    """The optimizer's parameters by name, in the model's order: those that require a gradient, and the frozen ones."""
-    optimized: Iterable[torch.nn.Parameter] = (
-        parameter for group in optimizer.param_groups for parameter in group["params"]
-    )
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    wanted = set(optimized)
-    for parameter in wanted:
-        if parameter not in names:
-            shape = tuple(parameter.shape)
-            raise UserError(
-                f"the optimizer has a parameter of shape {shape} that is not the model's: pass its own model"
-            )
-        if parameter.is_complex():
-            raise UserError(f"parameter {names[parameter]!r} is complex: hold it as torch.view_as_real(...)")
-    trained = [(name, p) for p, name in names.items() if p in wanted and p.requires_grad]
-    if not trained:
-        raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
-    return trained, [(name, p) for p, name in names.items() if p in wanted and not p.requires_grad]
-
-
-def _warn_of_skips(in_all: int, in_a_row: int) -> None:
+def _warn_of_skips(reason: str, in_all: int, in_a_row: int) -> None:
     """Each of the first ten in a row, then ever fewer: a run that has gone astray would say nothing else."""
     if in_a_row <= 10 or in_a_row.bit_count() == 1:
         logger.warning(
-            "step skipped: a gradient was inf or NaN on some rank (%d so far)%s",
+            "step skipped: %s on some rank (%d so far)%s",
+            reason,
             in_all,
             "; more of them in a row are reported at powers of two" if in_a_row == 10 else "",
         )
-
-
-def _check_can_be_unscaled(trained: Iterable[NamedParameter]) -> None:
-    for name, parameter in trained:
-        if parameter.dtype == torch.float16:
-            raise UserError(
-                f"parameter {name!r} is float16, in which unscaled gradients would vanish: "
-                "keep parameters in float32 and compute under torch.autocast"
-            )

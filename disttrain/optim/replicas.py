@@ -41,7 +41,12 @@ def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
 
 def broadcast_model(model: torch.nn.Module, comm: Communicator) -> None:
     """Copy rank 0's parameters and buffers to all ranks."""
-    carry([*model.parameters(), *model.buffers()], comm, Broadcast)
+    broadcast_tensors([*model.parameters(), *model.buffers()], comm)
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
+    """Copy rank 0's values to all ranks."""
+    carry(tensors, comm, Broadcast)
 
 
 def average_buffers(model: torch.nn.Module, comm: Communicator) -> None:

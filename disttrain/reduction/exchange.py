@@ -20,6 +20,7 @@ class Exchange:
 
     def __init__(self, program: Program, ledger: Ledger, account: Account = AGREEMENT) -> None:
         self._program, self._ledger, self._account = program, ledger, account
+        self._device_type = "cpu" if account.bucket is None else account.bucket.device.type
         self._work: Work[Result] | None = None
         self.outcome: Outcome | None = None
         self._resume(None)
@@ -30,6 +31,10 @@ class Exchange:
         self._resume(self._work.wait())
 
     def _resume(self, result: Result | None) -> None:
+        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):  # a backward pass may be within either
+            self._run(result)
+
+    def _run(self, result: Result | None) -> None:
         try:
             self._work = self._ledger.start(self._program.send(result), self._account)
         except StopIteration as stop:

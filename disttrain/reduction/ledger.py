@@ -102,8 +102,12 @@ class Ledger:
     by_compressor: dict[str, Traffic] = field(default_factory=dict)
     _current: list[Entry] = field(default_factory=list)
 
-    def start(self, collective: Collective, account: Account = AGREEMENT, *, priority: bool = False) -> Work[Result]:
-        group = self.comm.group(collective.group)
+    def start(
+        self, collective: Collective, account: Account = AGREEMENT, comm: Communicator | None = None
+    ) -> Work[Result]:
+        """Start a collective on ``comm``, by default the ledger's own, and return at once."""
+        comm = comm or self.comm
+        group = comm.group(collective.group)
         rank, world_size = group.rank, group.world_size
         tensor = collective.chunks[0] if isinstance(collective, AllToAll) else collective.tensor
         entry = Entry(
@@ -117,7 +121,7 @@ class Ledger:
             num_messages(collective, world_size, rank),
         )
         self._current.append(entry)
-        work = self.comm.start(collective, priority=priority, account=account)
+        work = comm.start(collective, account=account)
 
         def finish() -> Result:
             result = work.wait()

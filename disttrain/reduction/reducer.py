@@ -2,58 +2,71 @@
 
 Rules that it keeps:
 
-* Collectives start in one order on all ranks - by bucket, then by program step - never by who is ready first.
-* Whether a step counts is judged on raw gradients and agreed on by all ranks before any state changes.
-* A parameter without a gradient takes part with zeros, so it cannot hold up the others.
+* Collectives of one reducer start in one order on all ranks - by bucket, then by program step - never by who is ready
+  first. Those of different reducers travel on different channels, so they cannot meet.
+* Whether gradients count is judged on raw ones and agreed on by all ranks before any state changes.
+* A parameter without a gradient takes part with zeros, so it cannot hold up the others; of one that no rank has used,
+  nothing changes.
+
+The sequencer says when: it brings the ranks together (``sequencer.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
 from disttrain.compression.base import Hierarchy
-from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, build_buckets
-from disttrain.reduction.exchange import Exchange, Outcome, finish, rehearse
+from disttrain.reduction.agreement import Use, Word, decode_use, encode_use, signed
+from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite, build_buckets
+from disttrain.reduction.exchange import Exchange, finish, rehearse
 from disttrain.reduction.ledger import Account, Ledger
 from disttrain.reduction.meter import Meter
 from disttrain.reduction.norms import Every, NormMeter, SquaredNorms
+from disttrain.reduction.sequencer import Place, Sequencer
+from disttrain.reduction.step import Ending, Phase, Step
 
-logger = logging.getLogger(__name__)
+_IDLE_EXCHANGES = 3  # in a row that no rank used it: from then on a bucket does not wait for a parameter
 
 
 class Reducer:
     """Exchanges the gradients of some parameters between ranks.
 
-    Until its bucket leaves, ``parameter.grad`` is a view of the bucket's buffer. While the bucket is on the wire it is
-    None, so nothing can write into what travels: a further backward pass leaves its gradient there, and ``synchronize``
-    sends it after the first. After ``synchronize`` it is the mean over ranks, or None where no rank had a gradient.
+    When a backward pass has ended, every ``parameter.grad`` is the mean over ranks, or what it was before if no rank
+    has used the parameter. A further pass adds the mean of what is new. With ``overlap_step`` that is so only after
+    ``synchronize``; until then ``parameter.grad`` is None where a gradient is on its way.
 
     Args:
         parameters: names and parameters, in the order of the model's modules; all require a gradient.
         comm: the ranks to exchange with.
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
-        later: those that ``add`` may bring; rules may be for them.
+        later: those that do not require a gradient yet; rules may be for them.
         norms_every: steps between two in which the gradients' norms are measured; "auto" chooses, None never does.
+        overlap_step: leave the wait for the means to ``synchronize``.
+        describe: what other ranks' errors are to call it.
 
     Attributes:
+        buckets: in the order in which they leave.
         meters: what looks at gradients in some steps; any may be added between two.
         results: of the last step, by the meters that measured it.
-        is_finite_here: whether this rank's own gradients of the last step were finite, 0-d.
-        scale: gradients from backward are so many times the true ones. They are divided by it as their bucket leaves,
-            after the look at whether they are finite, so compressors and their residuals know true units alone.
-        vote: what this rank tells the others with the next exchange, 0 to 255; it travels with what is agreed on.
-        agreed_vote: the largest vote of all ranks in the last exchange.
+        is_finite_here: whether this rank's own gradients of the last exchange were finite, 0-d.
+        loss_scale: gives how many times the true ones the gradients from backward are. They are divided by it as their
+            bucket leaves, after the look at whether they are finite, so compressors and their residuals know true units
+            alone.
+        rescales: whether the means are multiplied by it again as they arrive.
+        vote: what this rank tells the others with the next step, 0 to 255; it travels with what is agreed on.
+        agreed_vote: the largest vote of all ranks in the last step.
+        settings: gives what must be alike on all ranks where they step, as text.
+        on_unsound: called when gradients turn out to be unsound, and again when their step ends.
+        channel: what its collectives travel on.
     """
 
     def __init__(
@@ -64,65 +77,112 @@ class Reducer:
         bucket_mb: float | None = None,
         later: Sequence[NamedParameter] = (),
         norms_every: Every | None = None,
+        *,
+        overlap_step: bool = False,
+        describe: str = "the reducer",
     ) -> None:
         self.buckets: list[GradientBucket] = []
-        self.ledger = Ledger(comm)
-        self._comm, self._policy, self._bucket_mb = comm, policy, bucket_mb
-        self._all = (*parameters, *later)
-        self._hierarchy = _hierarchy(comm) if policy.hierarchical else None
-        self._slots: list[Slot] = []
+        self.overlap_step, self.description = overlap_step, describe
+        self.sequencer = Sequencer.of(comm)
+        self.channel = comm.channel()
+        self.ledger = Ledger(self.channel)
+        self._policy, self._bucket_mb = policy, bucket_mb
+        self._hierarchy = _hierarchy(self.channel) if policy.hierarchical else None
+        self._all = [*parameters, *later]
+        self._frozen: list[NamedParameter] = list(later)
+        self.slots: list[Slot] = []
         self._num_elements = 0
         self._hooks: list[RemovableHandle] = []
-        self.scale = 1.0
+        self._nodes: list[Any] = []  # kept alive, as hooks are on them
+        self.loss_scale: Callable[[], float] = lambda: 1.0
+        self.rescales = False
         self.vote = self.agreed_vote = 0
         self.is_finite_here = torch.tensor(True)
+        self.settings: Callable[[], str] = str
+        self.on_unsound: Callable[[], None] = lambda: None
         self.meters: list[Meter] = []
         self.results: dict[Meter, Any] = {}
-        self._measuring: list[Meter] = []  # of the step under way
-        self._norm_meter = None if norms_every is None else NormMeter(norms_every, self.ledger, comm)
+        self._norm_meter = None if norms_every is None else NormMeter(norms_every, self.ledger, self.channel)
         if self._norm_meter is not None:
             self.meters.append(self._norm_meter)
+        self.step = Step()
+        self.was_dropped = False  # by another rank, since this one last stepped or dropped
         self._sending = True
-        self._sent: list[Exchange] = []  # of the buckets that have left, by index
-        self._finite: list[torch.Tensor] = []  # one flag for each of them
-        self._warned_late = False
+        self._num_ready = 0  # gradients that have come in the exchange under way
+        self._is_ordered = False
         self.add(parameters)
+        self.sequencer.register(self)
+
+    # Membership
+
+    @property
+    def num_parameters(self) -> int:
+        """Of those that it exchanges, or may come to exchange."""
+        return len(self._all)
+
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether compressors have state of a rank's own, in units of the gradient."""
+        states = [bucket.state.tensors.values() for bucket in self.buckets]
+        return any(tensor.numel() and not replicated for its in states for tensor, _, replicated in its)
+
+    def exchanges(self, parameter: torch.nn.Parameter) -> bool:
+        return any(slot.parameter is parameter for slot in self.slots)
+
+    def extend(self, parameters: Sequence[NamedParameter], later: Sequence[NamedParameter]) -> None:
+        """Parameters that the optimizer did not have before; to be called by all ranks between steps."""
+        self._all += [*parameters, *later]
+        self._frozen += later
+        if parameters:
+            self.add(parameters)
+        self.sequencer.resize(self)
 
     def add(self, parameters: Sequence[NamedParameter]) -> None:
         """Exchange more parameters from now on, in buckets of their own behind the present ones.
 
-        Those keep their members, their state and, in a hierarchical exchange, their owners. Nothing may be on the wire.
+        Those keep their members, their state and, in a hierarchical exchange, their owners.
         """
-        assert not self._sent
         names = {name for name, _ in parameters}
         buckets = build_buckets(
             parameters,
             self._policy,
-            rank=self._comm.rank,
-            world_size=self._comm.world_size,
+            rank=self.channel.rank,
+            world_size=self.channel.world_size,
             bucket_mb=self._bucket_mb,
             hierarchy=self._hierarchy,
             others=[member for member in self._all if member[0] not in names],
+            indices={name: index for index, (name, _) in enumerate(self._all)},
         )
         for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in buckets}:
-            rehearse(*kind, self._comm.world_size)
+            rehearse(*kind, self.channel.world_size)
         for bucket in buckets:
             bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # ramps and warm-ups are the run's
-        slots = [slot for bucket in buckets for slot in bucket.slots]
-        self._hooks += [slot.parameter.register_post_accumulate_grad_hook(self._make_hook(slot)) for slot in slots]
+            for slot in bucket.slots:
+                self._hook(slot)
+                self.slots.append(slot)
         self.buckets = [*self.buckets, *buckets]
-        self._slots += slots
+        self._frozen = [member for member in self._frozen if member[0] not in names]
         self._num_elements += sum(bucket.description.numel for bucket in buckets)
+        self._is_ordered = False
 
-    @property
-    def has_sent(self) -> bool:
-        """Whether something is on the wire."""
-        return bool(self._sent)
+    def _hook(self, slot: Slot) -> None:
+        """Before its gradient is accumulated, after, and after the user's own hooks that come then."""
+        parameter = slot.parameter
+        with torch.enable_grad():
+            node: Any = torch.autograd.graph.get_gradient_edge(parameter).node
+        self._nodes.append(node)
+        self._hooks += [
+            node.register_prehook(lambda *_: self._before(slot)),
+            parameter.register_post_accumulate_grad_hook(lambda _: self._after(slot)),
+            node.register_hook(lambda *_: self._send_full()),
+        ]
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
+
+    # Backward
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -133,44 +193,305 @@ class Reducer:
         finally:
             self._sending = before
 
-    def _make_hook(self, slot: Slot) -> Callable[[torch.Tensor], None]:
-        def on_gradient(_: torch.Tensor) -> None:
-            bucket = slot.bucket
-            if bucket.has_left:
-                return  # this gradient is late: ``synchronize`` finds it where autograd put it
+    @torch.no_grad()
+    def _before(self, slot: Slot) -> None:
+        with self.sequencer.lock:
+            if self._sending:
+                if not self.overlap_step:
+                    self.sequencer.note_backward()
+                if self.step.phase is not Phase.OPEN:
+                    self.open()
+
+    @torch.no_grad()
+    def _after(self, slot: Slot) -> None:
+        with self.sequencer.lock:
+            if slot.bucket.has_left:
+                return  # this gradient is late: it is found where autograd put it
             slot.finite = None  # autograd may have added to what was looked at
             slot.take_in()
-            if self._sending and not slot.ready:
-                slot.ready = True
-                bucket.num_ready += 1
-                self._send_full()
+            if not self._sending:
+                slot.is_local = True
+                return
+            if self.step.phase is not Phase.OPEN:  # a module was moved to another dtype, and has new nodes
+                slot.is_local = True
+                self._before(slot)
+            if not slot.is_ready:
+                slot.is_ready, slot.position = True, self._num_ready
+                self._num_ready += 1
+            if self._has_foreign_hooks(slot):
+                slot.finite = None
 
-        return on_gradient
+    def _has_foreign_hooks(self, slot: Slot) -> bool:
+        return len(slot.parameter._post_accumulate_grad_hooks) > 1
 
+    @torch.no_grad()
     def _send_full(self) -> None:
         """Send the buckets that are next in order, as far as they are full."""
-        while len(self._sent) < len(self.buckets) and self.buckets[len(self._sent)].is_full:
-            self._send(self.buckets[len(self._sent)])
+        with self.sequencer.lock:
+            step = self.step
+            if not (self._sending and step.phase is Phase.OPEN and self.sequencer.may_leave_early(self.channel)):
+                return
+            if step.weight is not None and step.unit is None:
+                return
+            while len(step.exchanges) < len(self.buckets) and self.buckets[len(step.exchanges)].is_full:
+                self._gather(self.buckets[len(step.exchanges)])
+                self._start(self.buckets[len(step.exchanges)])
 
-    def _send(self, bucket: GradientBucket) -> None:
-        if not self._sent:
-            step = self.buckets[0].state.step
-            self._measuring = [meter for meter in self.meters if meter.is_due(step, self.buckets)]
-        for slot in bucket.slots:
-            slot.take_in()
-            slot.used = slot.parameter.grad is not None
-        bucket.hide_gradients()
-        bucket.has_left = True
-        known = [slot.finite for slot in bucket.slots]
-        self._finite.append(_all_finite(bucket.flat) if None in known else torch.tensor(all(known)))
-        self._sent.append(self._start(bucket))
+    def open(self) -> None:
+        """Begin an exchange."""
+        self.look()
+        step, self.was_dropped, self._num_ready = self.step, False, 0
+        step.phase, step.exchanges, step.finite = Phase.OPEN, [], []
+        for bucket in self.buckets:
+            bucket.open()
+        self.results, step.scale = {}, self.loss_scale()
+        first = self.buckets[0].state.step
+        step.measuring = [] if step.num_exchanges else [m for m in self.meters if m.is_due(first, self.buckets)]
 
-    def _start(self, bucket: GradientBucket) -> Exchange:
+    def thaw(self) -> None:
+        """Take in the parameters that have come to require a gradient."""
+        if thawed := [member for member in self._frozen if member[1].requires_grad]:
+            self.add(thawed)
+
+    def _gather(self, bucket: GradientBucket) -> None:
+        self.step.finite.append(bucket.close())
+
+    def gather_rest(self) -> None:
+        """Close the buckets that have not left, so that it is known what this rank has."""
+        for bucket in self.buckets:
+            if not bucket.has_left:
+                self._gather(bucket)
+
+    def send_rest(self) -> None:
+        """Start the exchange of all buckets that have not left."""
+        if self.step.phase is not Phase.OPEN:
+            self.open()
+        self.gather_rest()
+        for bucket in self.buckets[len(self.step.exchanges) :]:
+            self._start(bucket)
+
+    def _start(self, bucket: GradientBucket) -> None:
+        self.step.exchanges.append(self._exchange(bucket, self.step.measuring))
+
+    def _exchange(self, bucket: GradientBucket, measuring: Sequence[Meter]) -> Exchange:
         account = Account(bucket.present.name, self.buckets.index(bucket), bucket.description)
-        gradient = bucket.gradient(self.scale)
-        for meter in self._measuring:
+        gradient = bucket.gradient(self.step.scale * (self.step.unit or 1.0))
+        for meter in measuring:
             meter.leave(bucket, gradient)
         return Exchange(bucket.program(gradient), self.ledger, account)
+
+    # What the sequencer asks for
+
+    def look(self) -> None:
+        """Notice what the user has done since: dropped all gradients, or stepped by other means."""
+        self.thaw()
+        if self.step.phase is not Phase.LANDED:
+            return
+        if all(slot.parameter.grad is None for slot in self.slots if slot.has_mean) or self._is_zeroed():
+            self.end(Ending.DROPPED if self.step.changes == self._changes() else Ending.TAKEN)
+
+    def _is_zeroed(self) -> bool:
+        changed = [bucket for bucket in self.buckets if bucket.flat._version != bucket.version]
+        if not changed or any(bucket.flat[:64].any() for bucket in changed):
+            return False
+        return not any(
+            slot.parameter.grad.any() for slot in self.slots if slot.has_mean and slot.parameter.grad is not None
+        )
+
+    def _changes(self) -> int:
+        return sum(slot.parameter._version for slot in self.slots)
+
+    @property
+    def has_local(self) -> bool:
+        """Whether there are gradients that the other ranks have not seen, and that are not under way."""
+        return any(slot.has_local for slot in self.slots)
+
+    def word(self, place: Place, *, is_here: bool, sends: bool) -> Word:
+        """What this rank says of it. If it ``sends``, all buckets are closed."""
+        step = self.step
+        uses = [0] * self.num_parameters
+        word = Word(epoch=step.number, sends=sends, vote=self.vote, size=len(self.slots), uses=uses)
+        word.is_elsewhere = place is not Place.JOIN and not (place is Place.STEP and is_here)
+        if place is Place.STEP and is_here:
+            word.steps = 1
+            word.settings = signed(zlib.crc32(self.settings().encode()))
+            word.gradients = 0 if sends or not self._is_changed else signed(zlib.crc32(repr(self.sums()).encode()))
+        word.drops = place is Place.DROP and is_here
+        if sends:
+            finite = torch.stack([flag.cpu() for flag in step.finite]).all()
+            self.is_finite_here = finite
+            word.is_unsound = not finite
+            for slot in self.slots:
+                late = slot.bucket.has_left and slot.parameter.grad is not None
+                if late:
+                    word.is_unsound |= not _finite(slot.parameter.grad)
+                use = Use.LATE if late else Use.USED if slot.is_used else Use.UNUSED
+                uses[slot.index] = encode_use(use, slot.position)
+        word.weighs = step.weight is not None and step.unit is None and (sends or (place is Place.WEIGH and is_here))
+        word.is_unweighed = sends and step.weight is None and any(word.uses)
+        return word
+
+    @property
+    def _is_changed(self) -> bool:
+        return self.step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
+
+    def sums(self) -> list[float | None]:
+        """The sum of each bucket's gradients, and of each gradient that is not in its bucket: what ranks compare."""
+        sums: list[float | None] = [bucket.flat.sum().item() for bucket in self.buckets]
+        for slot in self.slots:
+            grad = slot.parameter.grad
+            if slot.has_mean and grad is not slot.view:
+                sums.append(None if grad is None else grad.sum().item())
+                sums.append(slot.index)
+        return sums
+
+    @torch.no_grad()
+    def land(self, word: Word, on_arrival: Callable[[GradientBucket], None] | None = None) -> None:
+        """Finish the exchange: every ``parameter.grad`` is then the mean over ranks.
+
+        Args:
+            word: what the ranks have agreed on.
+            on_arrival: called with each bucket of a sound exchange as its means arrive, while later ones are still on
+                the wire. Only the gradients of this bucket are set then. Not called if a second exchange follows.
+        """
+        step, is_sound = self.step, not word.is_unsound
+        uses = {slot: decode_use(word.uses[slot.index]) for slot in self.slots}
+        used = {bucket: [uses[slot][0] is not Use.UNUSED for slot in bucket.slots] for bucket in self.buckets}
+        late = [bucket for bucket in self.buckets if any(uses[slot][0] is Use.LATE for slot in bucket.slots)]
+        late_gradients = {slot: slot.parameter.grad for bucket in late for slot in bucket.slots}
+        arrives = on_arrival if is_sound and not late else None
+        rescale = self._rescale
+        for index, outcome in finish(step.exchanges):
+            bucket = self.buckets[index]
+            if not is_sound:
+                bucket.spoil(used[bucket])
+                continue
+            for meter in step.measuring:
+                meter.land(bucket, outcome[0])
+            bucket.land(*outcome, used[bucket], rescale)
+            if arrives is not None:
+                bucket.show()
+                arrives(bucket)
+                bucket.hide()
+        if late and is_sound:
+            self._exchange_late(late, late_gradients, word)
+        if arrives is not None:
+            for bucket in self.buckets:
+                bucket.show()
+        self.results = {meter: meter.finish(is_sound and not late) for meter in step.measuring}
+        for slot in self.slots:
+            slot.idle = slot.idle + 1 if uses[slot][0] is Use.UNUSED else 0
+            slot.rests = slot.idle >= _IDLE_EXCHANGES
+        if not self._is_ordered and is_sound:
+            self._put_in_order({slot: position for slot, (use, position) in uses.items() if use is not Use.UNUSED})
+        step.phase, step.exchanges, step.measuring = Phase.LANDED, [], []
+        step.is_sound &= is_sound
+        step.num_exchanges += 1
+        step.weight = step.unit = None
+        step.changes = self._changes()
+        if not is_sound:
+            self.on_unsound()
+
+    def _exchange_late(
+        self, buckets: Sequence[GradientBucket], gradients: dict[Slot, torch.Tensor | None], word: Word
+    ) -> None:
+        """Send what came after its bucket had left, and add its mean."""
+        for bucket in buckets:
+            bucket.open()
+            for slot in bucket.slots:
+                slot.parameter.grad = gradients[slot]
+            bucket.close()
+        for index, outcome in finish([self._exchange(bucket, ()) for bucket in buckets]):
+            bucket = buckets[index]
+            bucket.land(
+                *outcome, [decode_use(word.uses[slot.index])[0] is Use.LATE for slot in bucket.slots], self._rescale
+            )
+
+    @property
+    def _rescale(self) -> float:
+        return self.step.scale if self.rescales else 1.0
+
+    def _put_in_order(self, positions: Mapping[Slot, int]) -> None:
+        """Let buckets leave from now on in the order in which they became full in the first exchange."""
+        self._is_ordered = True
+        self.buckets.sort(key=lambda bucket: max(positions.get(slot, self.num_parameters) for slot in bucket.slots))
+
+    def end(self, ending: Ending) -> None:
+        """Begin a new step. Of one that was not taken no trace is left in the compressors' state."""
+        taken = ending is Ending.TAKEN and self.step.is_sound
+        for bucket in self.buckets:
+            if taken and self.step.num_exchanges:
+                bucket.settle()
+            else:
+                bucket.state.revert()
+        for slot in self.slots:
+            slot.has_mean = False
+        if not self.step.is_sound:
+            self.on_unsound()
+        self.step = Step(self.step.number + 1)
+        self.ledger.end_step(self._num_elements)
+
+    @property
+    def may_have_lost_parameters(self) -> bool:
+        """Whether some parameter has just come to rest: its place in the model may have been taken by another."""
+        return self.step.num_exchanges == 0 or any(slot.idle == 1 for slot in self.slots)
+
+    def weigh(self, weight: float) -> None:
+        """Give the losses of the next exchange a weight more. A collective, unless within ``no_sync``."""
+        self.step.weight = (self.step.weight or 0.0) + weight
+        if self._sending:
+            self.sequencer.meet(Place.WEIGH, self)
+
+    def forget(self) -> None:
+        """Take back what gradients that were not stepped on have changed in compressors' state."""
+        for bucket in self.buckets:
+            bucket.state.revert()
+
+    def discard(self) -> None:
+        """End the step because a rank has dropped it: no gradient of it is left."""
+        for slot in self.slots:
+            slot.parameter.grad = slot.carried = None
+            slot.has_mean = slot.is_local = False
+        self.end(Ending.DROPPED)
+
+    # What an optimizer asks for
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there are gradients between backward and step."""
+        return self.step.phase is not Phase.EMPTY
+
+    @property
+    def has_sent(self) -> bool:
+        """Whether something is on the wire."""
+        return bool(self.step.exchanges)
+
+    def synchronize(self) -> bool:
+        """Wait until every ``parameter.grad`` is the mean over ranks. A collective.
+
+        Returns:
+            Whether they are sound. If any rank had a gradient with an inf or NaN, the gradients of all ranks are NaN.
+        """
+        self.sequencer.meet(Place.SYNCHRONIZE, self)
+        return self.step.is_sound and not self.was_dropped
+
+    def take(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> Ending:
+        """Come together for a step: what all ranks are to do with it. ``finish`` follows unless it is dropped."""
+        if self.was_dropped:
+            self.was_dropped = False
+            return Ending.DROPPED
+        return self.sequencer.meet(Place.STEP, self, on_arrival)
+
+    def drop(self) -> None:
+        """Drop this rank's gradients of the step. What is on the wire is dropped by all ranks."""
+        self.was_dropped = False
+        self.look()
+        if self.step.phase is Phase.OPEN:
+            self.sequencer.meet(Place.DROP, self)
+            self.was_dropped = False
+        elif self.step.phase is Phase.LANDED:
+            self.end(Ending.DROPPED)
+        self.step.weight = self.step.unit = None
 
     @property
     def norms(self) -> SquaredNorms | None:
@@ -183,91 +504,11 @@ class Reducer:
         To be called inside ``no_sync``, after that pass. It does nothing with more processes, or if no norms are due.
         """
         meter = self._norm_meter
-        if meter is None or self._comm.world_size > 1:
+        if meter is None or self.channel.world_size > 1:
             return
         if meter.is_due(self.buckets[0].state.step, self.buckets):
-            grads = [grad for slot in self._slots if (grad := slot.parameter.grad) is not None]
-            meter.first_pass([grad.to_dense() for grad in grads], self.scale)
-
-    def synchronize(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> bool:
-        """Finish the exchange; every ``parameter.grad`` is then the mean over ranks.
-
-        Args:
-            on_arrival: called with each bucket of a sound step as its means arrive, while later ones are still on the
-                wire. Only the gradients of this bucket are set then. Not called if a second exchange has to follow.
-
-        Returns:
-            Whether the step is sound. If any rank had a gradient with an inf or NaN, no compressor state has changed,
-            and the gradients of all ranks are NaN.
-        """
-        late = [bucket.has_left and bucket.has_gradient for bucket in self.buckets]
-        for slot in self._slots:
-            if slot.bucket.has_left and slot.parameter.grad is not None:
-                slot.used = True
-                self._finite.append(_all_finite(slot.parameter.grad))
-        for bucket in self.buckets[len(self._sent) :]:
-            for slot in bucket.slots:
-                slot.finite = None  # the user may have changed gradients since backward
-            self._send(bucket)
-        agreement = self.ledger.start(AllReduce(self._local_flags(late), "max"), priority=True)
-        arrivals: Iterable[tuple[int, Outcome]] = finish(self._sent)
-        if not self._comm.priority_overtakes:
-            arrivals = list(arrivals)  # the agreement comes last anyway
-        unsound, self.agreed_vote, *flags = cast("torch.Tensor", agreement.wait()).tolist()
-        late, used = flags[: len(self.buckets)], flags[len(self.buckets) :]
-        for slot, is_used in zip(self._slots, used, strict=True):
-            slot.used = bool(is_used)
-
-        for index, outcome in arrivals:
-            bucket = self.buckets[index]
-            if unsound:
-                bucket.flat.fill_(math.nan)
-                continue
-            for meter in self._measuring:
-                meter.land(bucket, outcome[0])
-            bucket.land(*outcome)
-            if on_arrival is not None and not any(late):
-                bucket.show_gradients()
-                on_arrival(bucket)
-                bucket.hide_gradients()
-        measured, self._measuring = self._measuring, []
-        if any(late) and not unsound:
-            self._exchange_late([bucket for bucket, is_late in zip(self.buckets, late, strict=True) if is_late])
-        for bucket in self.buckets:
-            bucket.show_gradients()
-            for slot in bucket.slots:
-                slot.ready = False
-            bucket.num_ready, bucket.has_left = 0, False
-        self._sent, self._finite = [], []
-        is_whole = not unsound and not any(late)
-        self.results = {meter: meter.finish(is_whole) for meter in measured}
-        self.ledger.end_step(self._num_elements)
-        return not unsound
-
-    def _local_flags(self, late: list[bool]) -> torch.Tensor:
-        """What ranks must agree on, as one small tensor: unsound, their vote, late (by bucket), used (by parameter)."""
-        finite = torch.stack([flag.to(self._comm.control_device) for flag in self._finite]).all()
-        flags = [0, self.vote, *late, *(slot.used for slot in self._slots)]
-        agreed = torch.tensor(flags, dtype=torch.uint8, device=finite.device)
-        agreed[0] = ~finite
-        self.is_finite_here = finite
-        return agreed
-
-    def _exchange_late(self, buckets: Sequence[GradientBucket]) -> None:
-        """Send what backward passes added after their bucket had left, and add its mean."""
-        if not self._warned_late:
-            self._warned_late = True
-            logger.warning(
-                "several backward passes before one step: gradients were sent twice. "
-                "Put all but the last under optimizer.no_sync() to send their sum once."
-            )
-        first_means = [bucket.flat.clone() for bucket in buckets]
-        for bucket in buckets:
-            for slot in bucket.slots:
-                slot.take_in()
-        for index, outcome in finish([self._start(bucket) for bucket in buckets]):
-            buckets[index].land(*outcome)
-            buckets[index].flat.add_(first_means[index])
+            grads = [grad for slot in self.slots if (grad := slot.parameter.grad) is not None]
+            meter.first_pass([grad.to_dense() for grad in grads], self.loss_scale())
 
 
 def _hierarchy(comm: Communicator) -> Hierarchy:
@@ -275,14 +516,5 @@ def _hierarchy(comm: Communicator) -> Hierarchy:
     return Hierarchy(node.rank, node.world_size, across.rank, across.world_size)
 
 
-def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether there is no inf and no NaN, as a 0-d tensor on the same device (so that a GPU need not be waited for)."""
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=_wide(tensor.dtype)).item()):
-        return torch.tensor(True)  # a finite sum proves it in one pass; an overflown one needs the second look
-    return torch.isfinite(tensor).all()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _finite(grad: torch.Tensor | None) -> bool:
+    return grad is None or bool(all_finite(grad))

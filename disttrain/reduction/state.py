@@ -20,7 +20,12 @@ def state_dict(buckets: Sequence[GradientBucket], comm: Communicator, *, copy: b
 
     What is replicated is equal on all ranks; ``per_rank`` is this rank's own, and its mean over ranks is what counts.
     Without ``copy`` the tensors are views of the live ones, good until the next step.
+
+    Both this run and one that goes on from it begin without knowing which parameters rest, and so do alike.
     """
+    for bucket in buckets:
+        for slot in bucket.slots:
+            slot.idle, slot.rests = 0, False
     saved: dict[str, Any] = {
         "rank": comm.rank,
         "world_size": comm.world_size,

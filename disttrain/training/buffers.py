@@ -45,6 +45,7 @@ class Buffers:
         live = self.own()
         for name, tensor in own.items():
             live[name].copy_(tensor)
+        self._optimizer.keep_buffers()
 
     def own(self) -> dict[str, torch.Tensor]:
         """This rank's, live."""

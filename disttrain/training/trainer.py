@@ -98,6 +98,7 @@ class Trainer:
                 loss_scale=config.loss_scale.build() if config.precision == "fp16" else None,
                 clip_value=config.clip_value,
                 norms_every=self.batch.norms_every,
+                overlap_step=True,
             )
             self.health = Monitor(config.health, self.optimizer)
             self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from disttrain import compression
+from disttrain import DistributedOptimizer, compression
 from disttrain.collectives import Collective
 from disttrain.compression import Bucket, Compressor, State
 from tests.support.lockstep import lockstep
@@ -53,6 +53,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "bf16": [{}, {"error_feedback": True}],
 }  # fmt: skip
 CASES = [{"name": name, **options} for name in compression.names() for options in OPTIONS.get(name, [{}])]
+
+
+def gradient_bytes(optimizer: DistributedOptimizer) -> int:
+    """What this rank sent of gradients in the last step: without what the ranks say where they meet."""
+    entries = optimizer.wire.entries
+    return sum(entry.sent_bytes for entry in entries if entry.account.compressor != "agreement")
 
 
 def case_id(case: dict[str, Any]) -> str:

@@ -193,5 +193,5 @@ def test_the_table_names_buckets_compressors_and_collectives() -> None:
     assert "topk" not in warming
     lines = [line.split() for line in table.splitlines()]
     assert lines[0] == ["collective", "group", "dtype", "sent", "received", "sizes", "messages"]
-    assert ["bucket", "2:", "topk", "AllGather", "world", "uint8", "384", "384", "0", "1"] in lines
-    assert lines[-1][:4] == ["agreement", "AllReduce", "world", "uint8"]
+    assert ["bucket", "2:", "topk", "AllGather", "world", "int32", "384", "384", "0", "1"] in lines
+    assert lines[-1][:4] == ["agreement", "AllReduce", "world", "int32"]

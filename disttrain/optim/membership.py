@@ -1,0 +1,87 @@
+"""Which parameters a distributed optimizer exchanges, and whether all ranks see them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from disttrain.comm.base import Communicator
+from disttrain.errors import UserError
+from disttrain.reduction.bucket import NamedParameter
+
+
+def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """The optimizer's parameters by name, in the model's order: those that require a gradient, and the frozen ones.
+
+    Raises:
+        UserError: a parameter is not the model's, is complex, or lies on another device than the others.
+    """
+    wanted = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter in wanted:
+        if parameter not in names:
+            raise UserError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's: "
+                "pass its own model"
+            )
+        if parameter.is_complex():
+            raise UserError(f"parameter {names[parameter]!r} is complex: hold it as torch.view_as_real(...)")
+    members = [(name, p) for p, name in names.items() if p in wanted]
+    if len(devices := sorted({str(p.device) for _, p in members})) > 1:
+        raise UserError(f"parameters lie on several devices, {', '.join(devices)}: a worker trains on one")
+    return [member for member in members if member[1].requires_grad], [m for m in members if not m[1].requires_grad]
+
+
+def check_own(optimizer: Optimizer, model: torch.nn.Module, names: Mapping[torch.nn.Parameter, str]) -> None:
+    """Raise UserError if the model has other parameters by now than those that are trained."""
+    present = dict(model.named_parameters())
+    for parameter, name in names.items():
+        if name in present and present[name] is not parameter:
+            raise UserError(
+                f"the model's {name!r} is not the parameter that the optimizer has: something has replaced it, such as "
+                "load_state_dict(assign=True). Load without assign, or make the optimizers afterwards"
+            )
+
+
+def check_alike(what: Mapping[str, Any], comm: Communicator) -> None:
+    """Raise UserError, naming the first difference, if ranks give different JSON values. A collective."""
+    theirs = comm.all_gather_object(what)
+    for rank, other in enumerate(theirs):
+        for key in what:
+            if other.get(key) != theirs[0].get(key):
+                raise UserError(
+                    f"ranks make the optimizer with different settings: {key} is {_short(theirs[0].get(key))} on "
+                    f"rank 0 and {_short(other.get(key))} on rank {rank}; make it alike everywhere"
+                )
+
+
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers and switches of an optimizer's groups, as text."""
+    return "; ".join(
+        ", ".join(f"{key}={value}" for key, value in group.items() if _is_setting(key, value)) for group in groups
+    )
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    kinds = (bool, int, float, str)
+    return isinstance(value, kinds) or (
+        isinstance(value, tuple | list) and all(isinstance(one, kinds) for one in value)
+    )
+
+
+def check_can_be_unscaled(trained: Iterable[NamedParameter]) -> None:
+    """Raise UserError if gradients would vanish where they are divided by a loss scale."""
+    for name, parameter in trained:
+        if parameter.dtype == torch.float16:
+            raise UserError(
+                f"parameter {name!r} is float16, in which unscaled gradients would vanish: "
+                "keep parameters in float32 and compute under torch.autocast"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
