@@ -158,7 +158,7 @@ class DistributedOptimizer(Optimizer):
             describe=f"{type(optimizer).__name__} over {trained[0][0]}, ... ({len(trained)} parameters)",
         )
         reducer.settings = lambda: settings_of(optimizer.param_groups)
-        reducer.on_unsound = self._kept_buffers.restore
+        reducer.on_unsound = _restorer(self._kept_buffers)
         if loss_scale is not None:
             reducer.loss_scale = lambda: loss_scale.value
         if grad_scaler is not None:
@@ -523,6 +523,10 @@ class DistributedOptimizer(Optimizer):
             load_state(self.reducer.buckets, saved, self.comm)
         if loss_scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(loss_scale)
+
+
+def _restorer(kept: KeptBuffers) -> Callable[[bool], None]:
+    return lambda is_own: kept.restore() if is_own else kept.restore_unsound()
 
 
 def _warn_of_skips(reason: str, in_all: int, in_a_row: int) -> None:

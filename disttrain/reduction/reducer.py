@@ -65,7 +65,8 @@ class Reducer:
         vote: what this rank tells the others with the next step, 0 to 255; it travels with what is agreed on.
         agreed_vote: the largest vote of all ranks in the last step.
         settings: gives what must be alike on all ranks where they step, as text.
-        on_unsound: called when gradients turn out to be unsound, and again when their step ends.
+        on_unsound: called when gradients turn out to be unsound, and again when their step ends; with False where they
+            are another reducer's of the same communicator, whose backward pass may have gone through this one's model.
         channel: what its collectives travel on.
     """
 
@@ -99,7 +100,7 @@ class Reducer:
         self.vote = self.agreed_vote = 0
         self.is_finite_here = torch.tensor(True)
         self.settings: Callable[[], str] = str
-        self.on_unsound: Callable[[], None] = lambda: None
+        self.on_unsound: Callable[[bool], None] = lambda _: None
         self.meters: list[Meter] = []
         self.results: dict[Meter, Any] = {}
         self._norm_meter = None if norms_every is None else NormMeter(norms_every, self.ledger, self.channel)
@@ -390,7 +391,7 @@ class Reducer:
         step.weight = step.unit = None
         step.changes = self._changes()
         if not is_sound:
-            self.on_unsound()
+            self.sequencer.tell_unsound(self)
 
     def _exchange_late(
         self, buckets: Sequence[GradientBucket], gradients: dict[Slot, torch.Tensor | None], word: Word
@@ -427,7 +428,7 @@ class Reducer:
         for slot in self.slots:
             slot.has_mean = False
         if not self.step.is_sound:
-            self.on_unsound()
+            self.on_unsound(True)
         self.step = Step(self.step.number + 1)
         self.ledger.end_step(self._num_elements)
 

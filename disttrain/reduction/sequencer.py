@@ -80,6 +80,12 @@ class Sequencer:
         """Note that a reducer has got more parameters, on all ranks."""
         self._sizes[[entry() for entry in self._reducers].index(reducer)] = reducer.num_parameters
 
+    def tell_unsound(self, reducer: Reducer) -> None:
+        """Tell all reducers that gradients of one of them are unsound."""
+        for one in [entry() for entry in self._reducers]:
+            if one is not None:
+                one.on_unsound(one is reducer)
+
     def may_leave_early(self, channel: Communicator) -> bool:
         """Whether buckets may leave before the ranks have met, so in an order that other ranks may not share yet."""
         return not self._control.shares_order and (not channel.shares_order or len(self._reducers) == 1)
