@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.clipping import clip_norm_, clip_values_, mean_gradients
 from disttrain.optim.kept_buffers import KeptBuffers
 from disttrain.optim.lamb import LAMB
 from disttrain.optim.lars import LARS
@@ -27,6 +28,7 @@ from disttrain.optim.membership import (
 )
 from disttrain.optim.replicas import average_buffers, broadcast_model, broadcast_tensors, check_same_model
 from disttrain.optim.sharing import share
+from disttrain.optim.wrapper import OptimizerWrapper
 from disttrain.reduction import Ledger, Reducer, SquaredNorms
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.norms import Every
@@ -41,7 +43,7 @@ _BY_PARAMETER = {
 } | {LARS, LAMB}
 
 
-class DistributedOptimizer(Optimizer):
+class DistributedOptimizer(OptimizerWrapper):
     """Wraps an optimizer so that every rank steps on the mean of all ranks' gradients.
 
     Gradients leave while backward is still running, bucket by bucket. When ``backward`` returns, every
@@ -105,7 +107,6 @@ class DistributedOptimizer(Optimizer):
         overlap_step: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
         if isinstance(optimizer, DistributedOptimizer):
             raise UserError("the optimizer is a DistributedOptimizer already: wrap the plain torch optimizer, once")
         if isinstance(optimizer, torch.optim.SparseAdam):
@@ -117,7 +118,7 @@ class DistributedOptimizer(Optimizer):
                 raise UserError(f"{name} must be above 0; got {limit}")
         if loss_scale is not None and grad_scaler is not None:
             raise UserError("give either a loss_scale or a grad_scaler: each scales the losses by itself")
-        self.inner = optimizer
+        super().__init__(optimizer)
         self.loss_scale, self.grad_scaler = loss_scale, grad_scaler
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
@@ -165,48 +166,6 @@ class DistributedOptimizer(Optimizer):
             reducer.loss_scale, reducer.rescales = grad_scaler.get_scale, True
         comm.activity.begin_step(1)
 
-    # What is the wrapped optimizer's
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
-
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        return self.inner.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> Any:
-        return self.inner.register_step_post_hook(hook)
-
-    def __getattr__(self, name: str) -> Any:
-        """What torch's optimizers do not have, such as a method of an optimizer of the user's own."""
-        if name.startswith("_") or "inner" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        inner = self.__dict__.get("inner")
-        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or not hasattr(inner, name)
-        if inner is None or is_own:
-            super().__setattr__(name, value)
-        else:
-            setattr(inner, name, value)
-
     @property
     def norms(self) -> SquaredNorms | None:
         """Squared norms of the last step's gradients before compression, if it was measured and sound."""
@@ -231,9 +190,6 @@ class DistributedOptimizer(Optimizer):
     def __repr__(self) -> str:
         return f"DistributedOptimizer({self.inner!r}, world_size={self.comm.world_size})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a DistributedOptimizer holds live connections: save its state_dict() instead")
-
     # Backward
 
     def scale(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None) -> torch.Tensor:
@@ -253,6 +209,11 @@ class DistributedOptimizer(Optimizer):
             loss = loss * weight
             self.reducer.weigh(float(weight))
         return loss if self.loss_scale is None else self.loss_scale.scale(loss)
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of the losses' weights over all ranks in the last exchange, if they had any."""
+        return self.reducer.unit * self.comm.world_size
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
@@ -352,27 +313,16 @@ class DistributedOptimizer(Optimizer):
 
     def _step_on(self, bucket: GradientBucket) -> None:
         self._has_stepped = True
-        self._clip_values([bucket.flat])
+        if self.clip_value is not None:
+            clip_values_([bucket.flat], self.clip_value)
         self.inner.step()  # skips parameters without a gradient: all but this bucket's
 
     def _clip(self) -> None:
-        self._clip_values(self._gradients())
-        if self.clip_norm is not None:
-            self.grad_norm = self._clip_norm(self.clip_norm)
-
-    def _clip_values(self, gradients: Iterable[torch.Tensor]) -> None:
-        """Bound every entry of the means by ``clip_value``: each for itself, so bucket by bucket as they arrive."""
+        gradients = list(mean_gradients(self.reducer.buckets))
         if self.clip_value is not None:
-            for gradient in gradients:
-                gradient.clamp_(-self.clip_value, self.clip_value)
-
-    def _gradients(self) -> Iterator[torch.Tensor]:
-        """Whole buckets, and one by one those gradients that the user has put in place of theirs."""
-        for bucket in self.reducer.buckets:
-            if bucket.holds_gradients:
-                yield bucket.flat
-            else:
-                yield from (slot.parameter.grad for slot in bucket.slots if slot.parameter.grad is not None)
+            clip_values_(gradients, self.clip_value)
+        if self.clip_norm is not None:
+            self.grad_norm = clip_norm_(gradients, self.clip_norm)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -381,20 +331,7 @@ class DistributedOptimizer(Optimizer):
         The same rule as ``torch.nn.utils.clip_grad_norm_``, on whole buckets. A collective.
         """
         self.synchronize()
-        return self._clip_norm(max_norm)
-
-    def _clip_norm(self, max_norm: float) -> torch.Tensor:
-        gradients = list(self._gradients())
-        if not gradients:
-            return torch.tensor(0.0)
-        norms = [
-            torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in gradients
-        ]
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for one in gradients:
-            one.mul_(factor.to(one.device, one.dtype))
-        return total
+        return clip_norm_(list(mean_gradients(self.reducer.buckets)), max_norm)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -405,7 +342,7 @@ class DistributedOptimizer(Optimizer):
         """
         if self.reducer.overlap_step and self.reducer.has_sent:
             raise UserError("with overlap_step, call optimizer.synchronize() before scaler.unscale_ and scaler.step")
-        if self.grad_scaler is None and self.reducer.keeps_residuals:
+        if self.grad_scaler is None and self.reducer.members.keep_residuals:
             raise UserError(
                 "the compressor keeps a residual, which has to be in true units whatever the loss scale is: make the "
                 "optimizer with grad_scaler=scaler"
@@ -474,7 +411,7 @@ class DistributedOptimizer(Optimizer):
                 "before that is wrapped"
             )
         self._check_between_steps("unfrozen")
-        thawed = [(name, p) for p, name in self._names.items() if p in wanted and not self.reducer.exchanges(p)]
+        thawed = [(name, p) for p, name in self._names.items() if p in wanted and p not in self.reducer.members]
         if len(different := {tuple(n) for n in self.comm.all_gather_object([name for name, _ in thawed])}) > 1:
             raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
         if self.loss_scale is not None:

@@ -14,8 +14,9 @@ The sequencer says when: it brings the ranks together (``sequencer.py``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from torch.utils.hooks import RemovableHandle
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
-from disttrain.compression.base import Hierarchy
 from disttrain.reduction.agreement import Use, Word, decode_use, encode_use, signed
-from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite, build_buckets
-from disttrain.reduction.exchange import Exchange, finish, rehearse
+from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite
+from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Account, Ledger
+from disttrain.reduction.members import Members
 from disttrain.reduction.meter import Meter
 from disttrain.reduction.norms import Every, NormMeter, SquaredNorms
 from disttrain.reduction.sequencer import Place, Sequencer
@@ -54,13 +55,14 @@ class Reducer:
         describe: what other ranks' errors are to call it.
 
     Attributes:
-        buckets: in the order in which they leave.
+        members: the parameters and their buckets.
         meters: what looks at gradients in some steps; any may be added between two.
         results: of the last step, by the meters that measured it.
         is_finite_here: whether this rank's own gradients of the last exchange were finite, 0-d.
         loss_scale: gives how many times the true ones the gradients from backward are. They are divided by it as their
             bucket leaves, after the look at whether they are finite, so compressors and their residuals know true units
             alone.
+        unit: mean over ranks of the weights of the losses in the last exchange; 1 if they had none.
         rescales: whether the means are multiplied by it again as they arrive.
         vote: what this rank tells the others with the next step, 0 to 255; it travels with what is agreed on.
         agreed_vote: the largest vote of all ranks in the last step.
@@ -82,21 +84,16 @@ class Reducer:
         overlap_step: bool = False,
         describe: str = "the reducer",
     ) -> None:
-        self.buckets: list[GradientBucket] = []
         self.overlap_step, self.description = overlap_step, describe
         self.sequencer = Sequencer.of(comm)
         self.channel = comm.channel()
         self.ledger = Ledger(self.channel)
-        self._policy, self._bucket_mb = policy, bucket_mb
-        self._hierarchy = _hierarchy(self.channel) if policy.hierarchical else None
-        self._all = [*parameters, *later]
-        self._frozen: list[NamedParameter] = list(later)
-        self.slots: list[Slot] = []
-        self._num_elements = 0
+        self.members = Members(self.channel, policy, bucket_mb)
         self._hooks: list[RemovableHandle] = []
         self._nodes: list[Any] = []  # kept alive, as hooks are on them
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.rescales = False
+        self.unit = 1.0
         self.vote = self.agreed_vote = 0
         self.is_finite_here = torch.tensor(True)
         self.settings: Callable[[], str] = str
@@ -110,73 +107,40 @@ class Reducer:
         self.was_dropped = False  # by another rank, since this one last stepped or dropped
         self._sending = True
         self._num_ready = 0  # gradients that have come in the exchange under way
-        self._is_ordered = False
-        self.add(parameters)
+        self._hook(self.members.extend(parameters, later))
         self.sequencer.register(self)
 
-    # Membership
+    # Members
 
     @property
-    def num_parameters(self) -> int:
-        """Of those that it exchanges, or may come to exchange."""
-        return len(self._all)
+    def buckets(self) -> list[GradientBucket]:
+        """In the order in which they leave."""
+        return self.members.buckets
 
     @property
-    def keeps_residuals(self) -> bool:
-        """Whether compressors have state of a rank's own, in units of the gradient."""
-        states = [bucket.state.tensors.values() for bucket in self.buckets]
-        return any(tensor.numel() and not replicated for its in states for tensor, _, replicated in its)
-
-    def exchanges(self, parameter: torch.nn.Parameter) -> bool:
-        return any(slot.parameter is parameter for slot in self.slots)
+    def slots(self) -> list[Slot]:
+        return self.members.slots
 
     def extend(self, parameters: Sequence[NamedParameter], later: Sequence[NamedParameter]) -> None:
         """Parameters that the optimizer did not have before; to be called by all ranks between steps."""
-        self._all += [*parameters, *later]
-        self._frozen += later
-        if parameters:
-            self.add(parameters)
+        self._hook(self.members.extend(parameters, later))
         self.sequencer.resize(self)
 
-    def add(self, parameters: Sequence[NamedParameter]) -> None:
-        """Exchange more parameters from now on, in buckets of their own behind the present ones.
+    def thaw(self) -> None:
+        """Take in the parameters that have come to require a gradient."""
+        self._hook(self.members.thaw())
 
-        Those keep their members, their state and, in a hierarchical exchange, their owners.
-        """
-        names = {name for name, _ in parameters}
-        buckets = build_buckets(
-            parameters,
-            self._policy,
-            rank=self.channel.rank,
-            world_size=self.channel.world_size,
-            bucket_mb=self._bucket_mb,
-            hierarchy=self._hierarchy,
-            others=[member for member in self._all if member[0] not in names],
-            indices={name: index for index, (name, _) in enumerate(self._all)},
-        )
-        for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in buckets}:
-            rehearse(*kind, self.channel.world_size)
-        for bucket in buckets:
-            bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # ramps and warm-ups are the run's
-            for slot in bucket.slots:
-                self._hook(slot)
-                self.slots.append(slot)
-        self.buckets = [*self.buckets, *buckets]
-        self._frozen = [member for member in self._frozen if member[0] not in names]
-        self._num_elements += sum(bucket.description.numel for bucket in buckets)
-        self._is_ordered = False
-
-    def _hook(self, slot: Slot) -> None:
-        """Before its gradient is accumulated, after, and after the user's own hooks that come then."""
-        parameter = slot.parameter
-        with torch.enable_grad():
-            node: Any = torch.autograd.graph.get_gradient_edge(parameter).node
-        self._nodes.append(node)
-        self._hooks += [
-            node.register_prehook(lambda *_: self._before(slot)),
-            parameter.register_post_accumulate_grad_hook(lambda _: self._after(slot)),
-            node.register_hook(lambda *_: self._send_full()),
-        ]
+    def _hook(self, slots: Iterable[Slot]) -> None:
+        """Be called before each gradient is accumulated, after, and after the user's own hooks that come then."""
+        for slot in slots:
+            with torch.enable_grad():
+                node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
+            self._nodes.append(node)
+            self._hooks += [
+                node.register_prehook(functools.partial(self._before, slot)),
+                slot.parameter.register_post_accumulate_grad_hook(functools.partial(self._after, slot)),
+                node.register_hook(self._send_full),
+            ]
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -195,7 +159,7 @@ class Reducer:
             self._sending = before
 
     @torch.no_grad()
-    def _before(self, slot: Slot) -> None:
+    def _before(self, slot: Slot, *_: Any) -> None:
         with self.sequencer.lock:
             if self._sending:
                 if not self.overlap_step:
@@ -204,7 +168,7 @@ class Reducer:
                     self.open()
 
     @torch.no_grad()
-    def _after(self, slot: Slot) -> None:
+    def _after(self, slot: Slot, *_: Any) -> None:
         with self.sequencer.lock:
             if slot.bucket.has_left:
                 return  # this gradient is late: it is found where autograd put it
@@ -226,7 +190,7 @@ class Reducer:
         return len(slot.parameter._post_accumulate_grad_hooks) > 1
 
     @torch.no_grad()
-    def _send_full(self) -> None:
+    def _send_full(self, *_: Any) -> None:
         """Send the buckets that are next in order, as far as they are full."""
         with self.sequencer.lock:
             step = self.step
@@ -248,11 +212,6 @@ class Reducer:
         self.results, step.scale = {}, self.loss_scale()
         first = self.buckets[0].state.step
         step.measuring = [] if step.num_exchanges else [m for m in self.meters if m.is_due(first, self.buckets)]
-
-    def thaw(self) -> None:
-        """Take in the parameters that have come to require a gradient."""
-        if thawed := [member for member in self._frozen if member[1].requires_grad]:
-            self.add(thawed)
 
     def _gather(self, bucket: GradientBucket) -> None:
         self.step.finite.append(bucket.close())
@@ -310,7 +269,7 @@ class Reducer:
     def word(self, place: Place, *, is_here: bool, sends: bool) -> Word:
         """What this rank says of it. If it ``sends``, all buckets are closed."""
         step = self.step
-        uses = [0] * self.num_parameters
+        uses = [0] * self.members.num_parameters
         word = Word(epoch=step.number, sends=sends, vote=self.vote, size=len(self.slots), uses=uses)
         word.is_elsewhere = place is not Place.JOIN and not (place is Place.STEP and is_here)
         if place is Place.STEP and is_here:
@@ -383,11 +342,12 @@ class Reducer:
         for slot in self.slots:
             slot.idle = slot.idle + 1 if uses[slot][0] is Use.UNUSED else 0
             slot.rests = slot.idle >= _IDLE_EXCHANGES
-        if not self._is_ordered and is_sound:
-            self._put_in_order({slot: position for slot, (use, position) in uses.items() if use is not Use.UNUSED})
+        if is_sound:
+            self.members.put_in_order({slot: at for slot, (use, at) in uses.items() if use is not Use.UNUSED})
         step.phase, step.exchanges, step.measuring = Phase.LANDED, [], []
         step.is_sound &= is_sound
         step.num_exchanges += 1
+        self.unit = step.unit or 1.0
         step.weight = step.unit = None
         step.changes = self._changes()
         if not is_sound:
@@ -412,11 +372,6 @@ class Reducer:
     def _rescale(self) -> float:
         return self.step.scale if self.rescales else 1.0
 
-    def _put_in_order(self, positions: Mapping[Slot, int]) -> None:
-        """Let buckets leave from now on in the order in which they became full in the first exchange."""
-        self._is_ordered = True
-        self.buckets.sort(key=lambda bucket: max(positions.get(slot, self.num_parameters) for slot in bucket.slots))
-
     def end(self, ending: Ending) -> None:
         """Begin a new step. Of one that was not taken no trace is left in the compressors' state."""
         taken = ending is Ending.TAKEN and self.step.is_sound
@@ -430,7 +385,7 @@ class Reducer:
         if not self.step.is_sound:
             self.on_unsound(True)
         self.step = Step(self.step.number + 1)
-        self.ledger.end_step(self._num_elements)
+        self.ledger.end_step(self.members.num_elements)
 
     @property
     def may_have_lost_parameters(self) -> bool:
@@ -510,11 +465,6 @@ class Reducer:
         if meter.is_due(self.buckets[0].state.step, self.buckets):
             grads = [grad for slot in self.slots if (grad := slot.parameter.grad) is not None]
             meter.first_pass([grad.to_dense() for grad in grads], self.loss_scale())
-
-
-def _hierarchy(comm: Communicator) -> Hierarchy:
-    node, across = comm.group("node"), comm.group("across")
-    return Hierarchy(node.rank, node.world_size, across.rank, across.world_size)
 
 
 def _finite(grad: torch.Tensor | None) -> bool:

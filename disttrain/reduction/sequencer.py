@@ -74,11 +74,11 @@ class Sequencer:
         self._reducers = [self._reducers[index] for index in kept]
         self._sizes = [self._sizes[index] for index in kept]
         self._reducers.append(weakref.ref(reducer))
-        self._sizes.append(reducer.num_parameters)
+        self._sizes.append(reducer.members.num_parameters)
 
     def resize(self, reducer: Reducer) -> None:
         """Note that a reducer has got more parameters, on all ranks."""
-        self._sizes[[entry() for entry in self._reducers].index(reducer)] = reducer.num_parameters
+        self._sizes[[entry() for entry in self._reducers].index(reducer)] = reducer.members.num_parameters
 
     def tell_unsound(self, reducer: Reducer) -> None:
         """Tell all reducers that gradients of one of them are unsound."""

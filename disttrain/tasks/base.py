@@ -38,10 +38,12 @@ class Task(Section, ABC):
         return None
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor | tuple[torch.Tensor, float | torch.Tensor]:
         """The mean of the loss over the samples of ``batch``, as a 0-d tensor.
 
-        It must be a mean over samples, because ranks and accumulation steps are weighted by their numbers of samples.
+        A mean over something else comes with its weight, ``(loss, weight)``: the number of tokens that are no padding,
+        or the sum of the samples' class weights. Ranks and accumulation steps are weighted by that; without it, by
+        their numbers of samples. All batches of a task have weights, or none.
         """
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:

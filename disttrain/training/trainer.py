@@ -180,6 +180,7 @@ class Trainer:
         self.thawing.reach(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        is_weighted = False
         last = len(share.micro_batches) - 1
         for index, (start, stop) in enumerate(share.micro_batches):
             if start == stop:
@@ -193,16 +194,22 @@ class Trainer:
             ):
                 with autocast(self.config.precision, self.comm.device):
                     loss = self.task.loss(self.model, batch)
-                # Parts may differ in size: so weighted, the mean over ranks of the sum over parts is that over samples.
-                self.optimizer.scale(loss * ((stop - start) * self.comm.world_size / share.num_samples)).backward()
+                if isinstance(loss, tuple):
+                    loss, part = loss
+                    is_weighted = True
+                    self.optimizer.scale(loss, part).backward()
+                else:
+                    part = (stop - start) / share.num_samples
+                    # Parts may differ in size. So weighted, their sum's mean over ranks is the mean over samples.
+                    self.optimizer.scale(loss * (part * self.comm.world_size)).backward()
                 if index == 0 and index < last:
                     self.optimizer.measure_first_pass()
-            mean_loss += loss.detach() * ((stop - start) / share.num_samples)
+            mean_loss += loss.detach() * part
         activity.enter("optimizer step")
         self.learning_rate.set(self._position, self.batch.gain)
         self.optimizer.step()
         self.average.update()
-        return mean_loss
+        return mean_loss / self.optimizer.total_weight if is_weighted else mean_loss
 
     def evaluate(self) -> None:
         """Evaluate the held-out data, if there is any."""
