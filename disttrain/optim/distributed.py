@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.by_parameter import acts_by_parameter
 from disttrain.optim.clipping import clip_norm_, clip_values_, mean_gradients
 from disttrain.optim.kept_buffers import KeptBuffers
-from disttrain.optim.lamb import LAMB
-from disttrain.optim.lars import LARS
 from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.membership import (
+    add_group,
     check_alike,
     check_can_be_unscaled,
     check_own,
+    describe,
     named_parameters,
     settings_of,
+    to_thaw,
 )
-from disttrain.optim.replicas import average_buffers, broadcast_model, broadcast_tensors, check_same_model
+from disttrain.optim.replicas import average_buffers, broadcast_model, check_same_model
 from disttrain.optim.sharing import share
+from disttrain.optim.skips import Skips
 from disttrain.optim.wrapper import OptimizerWrapper
 from disttrain.reduction import Ledger, Reducer, SquaredNorms
 from disttrain.reduction.bucket import GradientBucket
-from disttrain.reduction.norms import Every
+from disttrain.reduction.norms import Every, NormMeter
 from disttrain.reduction.state import load_state, state_dict
 from disttrain.reduction.step import Ending
-
-logger = logging.getLogger(__name__)
-
-_BY_PARAMETER = {
-    getattr(torch.optim, name)
-    for name in ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Rprop")
-} | {LARS, LAMB}
 
 
 class DistributedOptimizer(OptimizerWrapper):
@@ -122,7 +116,7 @@ class DistributedOptimizer(OptimizerWrapper):
         self.loss_scale, self.grad_scaler = loss_scale, grad_scaler
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
-        self.skipped_steps = self._skipped_in_a_row = 0
+        self._skips = Skips()
         self.model, self.comm = model, comm
         self._has_stepped = False
         trained, frozen = named_parameters(optimizer, model)
@@ -132,19 +126,13 @@ class DistributedOptimizer(OptimizerWrapper):
             check_can_be_unscaled(trained)
         check_same_model(model, comm)
         policy = Policy.build(compressor)
-        settings = {"compressor": policy.to_dict(), "bucket_mb": bucket_mb, "overlap_step": overlap_step}
-        check_alike(
-            {
-                **settings,
-                "optimizer": type(optimizer).__name__,
-                "its parameters": [name for name, _ in (*trained, *frozen)],
-                "its options": settings_of(optimizer.param_groups),
-                "clip_norm": clip_norm,
-                "clip_value": clip_value,
-                "norms_every": norms_every,
-            },
-            comm,
-        )
+        settings: dict[str, Any] = {
+            "compressor": policy.to_dict(),
+            "bucket_mb": bucket_mb,
+            "overlap_step": overlap_step,
+        }
+        settings |= {"clip_norm": clip_norm, "clip_value": clip_value, "norms_every": norms_every}
+        check_alike(settings | describe(optimizer, (*trained, *frozen)), comm)
         broadcast_model(model, comm)
         self._names = {parameter: name for name, parameter in (*trained, *frozen)}
         self._kept_buffers = KeptBuffers(model)
@@ -154,12 +142,14 @@ class DistributedOptimizer(OptimizerWrapper):
             policy,
             bucket_mb,
             later=frozen,
-            norms_every=norms_every,
             overlap_step=overlap_step,
             describe=f"{type(optimizer).__name__} over {trained[0][0]}, ... ({len(trained)} parameters)",
         )
         reducer.settings = lambda: settings_of(optimizer.param_groups)
         reducer.on_unsound = _restorer(self._kept_buffers)
+        self._norm_meter = None if norms_every is None else NormMeter(norms_every, reducer.ledger, reducer.channel)
+        if self._norm_meter is not None:
+            reducer.meters.append(self._norm_meter)
         if loss_scale is not None:
             reducer.loss_scale = lambda: loss_scale.value
         if grad_scaler is not None:
@@ -167,9 +157,13 @@ class DistributedOptimizer(OptimizerWrapper):
         comm.activity.begin_step(1)
 
     @property
+    def skipped_steps(self) -> int:
+        return self._skips.in_all
+
+    @property
     def norms(self) -> SquaredNorms | None:
         """Squared norms of the last step's gradients before compression, if it was measured and sound."""
-        return self.reducer.norms
+        return None if self._norm_meter is None else self.reducer.results.get(self._norm_meter)
 
     @property
     def vote(self) -> int:
@@ -225,7 +219,9 @@ class DistributedOptimizer(OptimizerWrapper):
         Noise is measured between parts of a batch. With several processes those are the ranks' own, and this does
         nothing.
         """
-        self.reducer.measure_first_pass()
+        if self._norm_meter is not None:
+            scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+            self._norm_meter.measure_first_pass(self.reducer.buckets, scale)
 
     def synchronize(self) -> bool:
         """Wait until every ``parameter.grad`` is the mean over ranks. A collective.
@@ -274,9 +270,9 @@ class DistributedOptimizer(OptimizerWrapper):
         if ending is not Ending.TAKEN:
             self._skip(ending)
             return None
-        self._skipped_in_a_row = 0
+        self._skips.in_a_row = 0
         if self.reducer.may_have_lost_parameters:
-            check_own(self.inner, self.model, self._names)
+            check_own(self.model, self._names)
         result = None
         if not self._has_stepped:
             self._clip()
@@ -288,28 +284,15 @@ class DistributedOptimizer(OptimizerWrapper):
     def _skip(self, ending: Ending) -> None:
         if ending is Ending.UNSOUND:
             self.reducer.end(ending)
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        reason = "a gradient was inf or NaN" if ending is Ending.UNSOUND else "gradients were dropped"
-        _warn_of_skips(reason, self.skipped_steps, self._skipped_in_a_row)
+        self._skips.note("a gradient was inf or NaN" if ending is Ending.UNSOUND else "gradients were dropped")
 
     def _can_step_by_bucket(self) -> bool:
         """Whether the means may be stepped on one bucket after another, in place of all at once.
 
-        That hides the optimizer's time behind the wire. It is the same arithmetic for those that treat each parameter
-        for itself; a norm over all gradients, a user's hook or a subclass may want to see them together. On a GPU the
-        wire is done before the host could start a step.
+        That hides the optimizer's time behind the wire. On a GPU the wire is done before the host could start a step.
         """
-        inner = self.inner
-        hooks = [
-            *inner._optimizer_step_pre_hooks.values(),
-            *inner._optimizer_step_post_hooks.values(),
-            *torch_optimizer._global_optimizer_pre_hooks.values(),
-            *torch_optimizer._global_optimizer_post_hooks.values(),
-        ]
-        hooked = not all(getattr(hook, "acts_by_parameter", False) for hook in hooks)
-        by_parameter = type(inner) in _BY_PARAMETER and self.clip_norm is None and not hooked
-        return self.reducer.overlap_step and by_parameter and self.comm.device.type == "cpu"
+        may_overlap = self.reducer.overlap_step and self.comm.device.type == "cpu"
+        return may_overlap and self.clip_norm is None and acts_by_parameter(self.inner)
 
     def _step_on(self, bucket: GradientBucket) -> None:
         self._has_stepped = True
@@ -380,15 +363,7 @@ class DistributedOptimizer(OptimizerWrapper):
             UserError: they are not the model's, ranks add different ones, or a step is under way.
         """
         self._check_between_steps("added")
-        self.inner.add_param_group(param_group)
-        try:
-            trained, frozen = named_parameters(self.inner, self.model)
-        except UserError:
-            self.inner.param_groups.pop()
-            raise
-        trained, frozen = ([m for m in members if m[1] not in self._names] for members in (trained, frozen))
-        check_alike({"the added parameters": [[name, list(p.shape)] for name, p in (*trained, *frozen)]}, self.comm)
-        broadcast_tensors([parameter for _, parameter in (*trained, *frozen)], self.comm)
+        trained, frozen = add_group(self.inner, self.model, param_group, self._names, self.comm)
         self._names |= {parameter: name for name, parameter in (*trained, *frozen)}
         self.reducer.extend(trained, frozen)
 
@@ -403,17 +378,8 @@ class DistributedOptimizer(OptimizerWrapper):
         Raises:
             UserError: a parameter is not the wrapped optimizer's, ranks thaw different ones, or a step is under way.
         """
-        wanted = set(parameters)
-        if foreign := wanted - self._names.keys():
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            raise UserError(
-                f"{sorted(names.get(p, '?') for p in foreign)[0]!r} cannot be unfrozen: give it to the torch optimizer "
-                "before that is wrapped"
-            )
         self._check_between_steps("unfrozen")
-        thawed = [(name, p) for p, name in self._names.items() if p in wanted and p not in self.reducer.members]
-        if len(different := {tuple(n) for n in self.comm.all_gather_object([name for name, _ in thawed])}) > 1:
-            raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
+        thawed = to_thaw(parameters, self.model, self._names, self.comm)
         if self.loss_scale is not None:
             check_can_be_unscaled(thawed)
         for _, parameter in thawed:
@@ -464,14 +430,3 @@ class DistributedOptimizer(OptimizerWrapper):
 
 def _restorer(kept: KeptBuffers) -> Callable[[bool], None]:
     return lambda is_own: kept.restore() if is_own else kept.restore_unsound()
-
-
-def _warn_of_skips(reason: str, in_all: int, in_a_row: int) -> None:
-    """Each of the first ten in a row, then ever fewer: a run that has gone astray would say nothing else."""
-    if in_a_row <= 10 or in_a_row.bit_count() == 1:
-        logger.warning(
-            "step skipped: %s on some rank (%d so far)%s",
-            reason,
-            in_all,
-            "; more of them in a row are reported at powers of two" if in_a_row == 10 else "",
-        )

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from disttrain.comm.base import Communicator
 from disttrain.errors import UserError
+from disttrain.optim.replicas import broadcast_tensors
 from disttrain.reduction.bucket import NamedParameter
 
 
@@ -35,7 +36,7 @@ def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list
     return [member for member in members if member[1].requires_grad], [m for m in members if not m[1].requires_grad]
 
 
-def check_own(optimizer: Optimizer, model: torch.nn.Module, names: Mapping[torch.nn.Parameter, str]) -> None:
+def check_own(model: torch.nn.Module, names: Mapping[torch.nn.Parameter, str]) -> None:
     """Raise UserError if the model has other parameters by now than those that are trained."""
     present = dict(model.named_parameters())
     for parameter, name in names.items():
@@ -44,6 +45,58 @@ def check_own(optimizer: Optimizer, model: torch.nn.Module, names: Mapping[torch
                 f"the model's {name!r} is not the parameter that the optimizer has: something has replaced it, such as "
                 "load_state_dict(assign=True). Load without assign, or make the optimizers afterwards"
             )
+
+
+def add_group(
+    optimizer: Optimizer,
+    model: torch.nn.Module,
+    group: dict[str, Any],
+    known: Mapping[torch.nn.Parameter, str],
+    comm: Communicator,
+) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """Add a group to a torch optimizer, with rank 0's values on all ranks. A collective.
+
+    Returns:
+        Its parameters by name, as ``named_parameters`` gives them.
+
+    Raises:
+        UserError: they are not the model's, or ranks add different ones.
+    """
+    optimizer.add_param_group(group)
+    try:
+        both = named_parameters(optimizer, model)
+    except UserError:
+        optimizer.param_groups.pop()
+        raise
+    trained, frozen = ([member for member in members if member[1] not in known] for members in both)
+    added = [*trained, *frozen]
+    check_alike({"the added parameters": [[name, list(parameter.shape)] for name, parameter in added]}, comm)
+    broadcast_tensors([parameter for _, parameter in added], comm)
+    return trained, frozen
+
+
+def to_thaw(
+    parameters: Iterable[torch.nn.Parameter],
+    model: torch.nn.Module,
+    known: Mapping[torch.nn.Parameter, str],
+    comm: Communicator,
+) -> list[NamedParameter]:
+    """Those of the parameters that are frozen, in the model's order. A collective.
+
+    Raises:
+        UserError: one is not the optimizer's, or ranks name different ones.
+    """
+    wanted = set(parameters)
+    if foreign := wanted - known.keys():
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        raise UserError(
+            f"{sorted(names.get(parameter, '?') for parameter in foreign)[0]!r} cannot be unfrozen: give it to the "
+            "torch optimizer before that is wrapped"
+        )
+    thawed = [(name, p) for name, p in model.named_parameters() if p in wanted and not p.requires_grad]
+    if len(different := {tuple(names) for names in comm.all_gather_object([name for name, _ in thawed])}) > 1:
+        raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
+    return thawed
 
 
 def check_alike(what: Mapping[str, Any], comm: Communicator) -> None:
@@ -56,6 +109,15 @@ def check_alike(what: Mapping[str, Any], comm: Communicator) -> None:
                     f"ranks make the optimizer with different settings: {key} is {_short(theirs[0].get(key))} on "
                     f"rank 0 and {_short(other.get(key))} on rank {rank}; make it alike everywhere"
                 )
+
+
+def describe(optimizer: Optimizer, parameters: Sequence[NamedParameter]) -> dict[str, Any]:
+    """What must be alike of a torch optimizer, as JSON values."""
+    return {
+        "optimizer": type(optimizer).__name__,
+        "its parameters": [name for name, _ in parameters],
+        "its options": settings_of(optimizer.param_groups),
+    }
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]]) -> str:

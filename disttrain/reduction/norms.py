@@ -56,9 +56,14 @@ class NormMeter:
             every = 1 if is_free else _RARELY
         return step % every == 0
 
-    def first_pass(self, gradients: list[torch.Tensor], scale: float) -> None:
-        """Note what the first of several backward passes gave."""
-        self._first_pass = _square(gradients) / scale**2
+    def measure_first_pass(self, buckets: Sequence[GradientBucket], scale: float) -> None:
+        """In one process: note what the first of a step's backward passes gave, ``scale`` times the true gradients.
+
+        Nothing with more processes, or if no norms are due.
+        """
+        if self._comm.world_size == 1 and self.is_due(buckets[0].state.step, buckets):
+            grads = [slot.parameter.grad for bucket in buckets for slot in bucket.slots]
+            self._first_pass = _square([grad.to_dense() for grad in grads if grad is not None]) / scale**2
 
     def leave(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
         """Look at what a bucket sends."""

@@ -24,13 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
+from disttrain.reduction import changes
 from disttrain.reduction.agreement import Use, Word, decode_use, encode_use, signed
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.ledger import Account, Ledger
 from disttrain.reduction.members import Members
 from disttrain.reduction.meter import Meter
-from disttrain.reduction.norms import Every, NormMeter, SquaredNorms
 from disttrain.reduction.sequencer import Place, Sequencer
 from disttrain.reduction.step import Ending, Phase, Step
 
@@ -50,7 +50,6 @@ class Reducer:
         policy: which compressor exchanges which of them.
         bucket_mb: MiB of gradient in a bucket; None leaves it to the compressor.
         later: those that do not require a gradient yet; rules may be for them.
-        norms_every: steps between two in which the gradients' norms are measured; "auto" chooses, None never does.
         overlap_step: leave the wait for the means to ``synchronize``.
         describe: what other ranks' errors are to call it.
 
@@ -79,7 +78,6 @@ class Reducer:
         policy: Policy,
         bucket_mb: float | None = None,
         later: Sequence[NamedParameter] = (),
-        norms_every: Every | None = None,
         *,
         overlap_step: bool = False,
         describe: str = "the reducer",
@@ -100,9 +98,6 @@ class Reducer:
         self.on_unsound: Callable[[bool], None] = lambda _: None
         self.meters: list[Meter] = []
         self.results: dict[Meter, Any] = {}
-        self._norm_meter = None if norms_every is None else NormMeter(norms_every, self.ledger, self.channel)
-        if self._norm_meter is not None:
-            self.meters.append(self._norm_meter)
         self.step = Step()
         self.was_dropped = False  # by another rank, since this one last stepped or dropped
         self._sending = True
@@ -247,19 +242,8 @@ class Reducer:
         self.thaw()
         if self.step.phase is not Phase.LANDED:
             return
-        if all(slot.parameter.grad is None for slot in self.slots if slot.has_mean) or self._is_zeroed():
-            self.end(Ending.DROPPED if self.step.changes == self._changes() else Ending.TAKEN)
-
-    def _is_zeroed(self) -> bool:
-        changed = [bucket for bucket in self.buckets if bucket.flat._version != bucket.version]
-        if not changed or any(bucket.flat[:64].any() for bucket in changed):
-            return False
-        return not any(
-            slot.parameter.grad.any() for slot in self.slots if slot.has_mean and slot.parameter.grad is not None
-        )
-
-    def _changes(self) -> int:
-        return sum(slot.parameter._version for slot in self.slots)
+        if changes.are_dropped(self.buckets):
+            self.end(Ending.DROPPED if self.step.version == changes.version(self.slots) else Ending.TAKEN)
 
     @property
     def has_local(self) -> bool:
@@ -275,7 +259,8 @@ class Reducer:
         if place is Place.STEP and is_here:
             word.steps = 1
             word.settings = signed(zlib.crc32(self.settings().encode()))
-            word.gradients = 0 if sends or not self._is_changed else signed(zlib.crc32(repr(self.sums()).encode()))
+            is_changed = step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
+            word.gradients = signed(zlib.crc32(repr(changes.sums(self.buckets)).encode())) if is_changed else 0
         word.drops = place is Place.DROP and is_here
         if sends:
             finite = torch.stack([flag.cpu() for flag in step.finite]).all()
@@ -290,20 +275,6 @@ class Reducer:
         word.weighs = step.weight is not None and step.unit is None and (sends or (place is Place.WEIGH and is_here))
         word.is_unweighed = sends and step.weight is None and any(word.uses)
         return word
-
-    @property
-    def _is_changed(self) -> bool:
-        return self.step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
-
-    def sums(self) -> list[float | None]:
-        """The sum of each bucket's gradients, and of each gradient that is not in its bucket: what ranks compare."""
-        sums: list[float | None] = [bucket.flat.sum().item() for bucket in self.buckets]
-        for slot in self.slots:
-            grad = slot.parameter.grad
-            if slot.has_mean and grad is not slot.view:
-                sums.append(None if grad is None else grad.sum().item())
-                sums.append(slot.index)
-        return sums
 
     @torch.no_grad()
     def land(self, word: Word, on_arrival: Callable[[GradientBucket], None] | None = None) -> None:
@@ -349,7 +320,7 @@ class Reducer:
         step.num_exchanges += 1
         self.unit = step.unit or 1.0
         step.weight = step.unit = None
-        step.changes = self._changes()
+        step.version = changes.version(self.slots)
         if not is_sound:
             self.sequencer.tell_unsound(self)
 
@@ -448,23 +419,6 @@ class Reducer:
         elif self.step.phase is Phase.LANDED:
             self.end(Ending.DROPPED)
         self.step.weight = self.step.unit = None
-
-    @property
-    def norms(self) -> SquaredNorms | None:
-        """Of the last step, if it was measured and sound."""
-        return None if self._norm_meter is None else self.results.get(self._norm_meter)
-
-    def measure_first_pass(self) -> None:
-        """In one process, where several backward passes make a step: take what the first gave as a part of the batch.
-
-        To be called inside ``no_sync``, after that pass. It does nothing with more processes, or if no norms are due.
-        """
-        meter = self._norm_meter
-        if meter is None or self.channel.world_size > 1:
-            return
-        if meter.is_due(self.buckets[0].state.step, self.buckets):
-            grads = [grad for slot in self.slots if (grad := slot.parameter.grad) is not None]
-            meter.first_pass([grad.to_dense() for grad in grads], self.loss_scale())
 
 
 def _finite(grad: torch.Tensor | None) -> bool:

@@ -21,6 +21,7 @@ import torch
 from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.errors import UserError
+from disttrain.reduction import changes
 from disttrain.reduction.agreement import Word, from_tensor, to_tensor
 from disttrain.reduction.step import Ending, Phase
 
@@ -223,7 +224,7 @@ class Sequencer:
 
     def _compare_gradients(self, reducer: Reducer, place: Place) -> None:
         """Ranks have changed their gradients: raise UserError unless they differ by rounding alone."""
-        own = None if place is Place.JOIN else [repr(entry) for entry in reducer.sums()]
+        own = None if place is Place.JOIN else [repr(entry) for entry in changes.sums(reducer.buckets)]
         theirs = {rank: sums for rank, sums in enumerate(self._control.all_gather_object(own)) if sums is not None}
         first = min(theirs)
         for rank, sums in theirs.items():

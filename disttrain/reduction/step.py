@@ -44,7 +44,7 @@ class Step:
         weight: of this rank's losses since the last exchange; None if they have none.
         unit: the mean over ranks of ``weight``, which the gradients are divided by, once it is known.
         scale: what the losses of the exchange under way were multiplied by.
-        changes: the sum of the parameters' versions when means last landed: another shows that somebody has stepped.
+        version: of the parameters when means last landed (``changes.version``).
     """
 
     number: int = 0
@@ -57,4 +57,4 @@ class Step:
     weight: float | None = None
     unit: float | None = None
     scale: float = 1.0
-    changes: int = 0
+    version: int = 0
