@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 
 import torch
@@ -81,6 +82,7 @@ def init(
     if placed.type == "cpu":
         keep_freed_memory()
     comm = _join(engine, environment, placed, timeout)
+    atexit.register(comm.leave_at_exit)
     if guard and comm.world_size > 1:
         watch = watch or Watch()
         comm.guard = Guard(

@@ -6,9 +6,11 @@ empty and non-contiguous tensors, means, half precision, sizes that differ by ra
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -36,6 +38,11 @@ _REDUCTIONS: dict[ReduceOp, Callable[[torch.Tensor], torch.Tensor]] = {
     "min": lambda rows: rows.amin(0),
     "max": lambda rows: rows.amax(0),
 }
+# What only moves needs no type: it travels in one of the same width, or a part of it, that every engine knows.
+_CARRIERS = {1: torch.uint8, 2: torch.uint8, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+# What engines add up. Other integers and floats are summed by exchange.
+_REDUCIBLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_REDUCIBLE |= {torch.uint8, torch.int8, torch.int32, torch.int64}
 
 
 class Work(Protocol[T]):
@@ -94,7 +101,8 @@ class Communicator(ABC):
         """What this rank is doing, which the guard tells the others: steps, phases, collectives."""
         return Activity()
 
-    # What an engine supplies: flat contiguous tensors in, flat tensors out.
+    # What an engine supplies: flat contiguous tensors in, flat tensors out. All but ``_all_reduce`` are given uint8,
+    # int32 or int64, whatever the collective's dtype.
 
     @abstractmethod
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp, priority: bool) -> Work[torch.Tensor]:
@@ -116,7 +124,7 @@ class Communicator(ABC):
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
         """Whether ``_all_reduce`` takes this dtype. If not, the base sums by all-to-all and all-gather."""
-        return True
+        return dtype in _REDUCIBLE
 
     @property
     def control_device(self) -> torch.device:
@@ -204,12 +212,15 @@ class Communicator(ABC):
                     raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}; got {root}")
                 if self.world_size == 1 or tensor.numel() == 0:
                     return Finished(tensor)
-                flat = tensor.contiguous().view(-1)
-                return _then(self._broadcast(flat, root), lambda result: result.view(tensor.shape))
+                return _then(
+                    self._broadcast(_carrier(tensor), root), lambda result: result.view(tensor.dtype).view(tensor.shape)
+                )
 
     def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp, priority: bool) -> Work[torch.Tensor]:
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"all_reduce takes integers and real floats, not {tensor.dtype}: convert it first")
+        if tensor.dtype == torch.uint64 and op != "sum":
+            raise ValueError(f"the {op} of uint64 is not defined: convert it first")
         if op == "mean" and not tensor.is_floating_point():
             raise ValueError(f"the mean of {tensor.dtype} is not defined: use op='sum', or a floating dtype")
         if self.world_size == 1 or tensor.numel() == 0:
@@ -233,12 +244,12 @@ class Communicator(ABC):
         padded = flat.new_zeros(chunk * self.world_size)
         padded[: flat.numel()] = flat
         sizes = [chunk] * self.world_size
-        first = self._all_to_all(padded, sizes, sizes)
+        first = self._exchange(padded, sizes, sizes)
 
         def finish() -> torch.Tensor:
             rows = first.wait().view(self.world_size, chunk)
-            reduced = _REDUCTIONS[op](rows.float() if rows.is_floating_point() else rows).to(flat.dtype)
-            return self._all_gather(reduced, sizes).wait()[: flat.numel()]
+            reduced = _REDUCTIONS[op](rows.float() if rows.is_floating_point() else rows.long()).to(flat.dtype)
+            return self._gather(reduced, sizes).wait()[: flat.numel()]
 
         return Pending(finish)
 
@@ -262,14 +273,14 @@ class Communicator(ABC):
         if same_size or tensor.dim() == 0 or sizes is not None:
             if sum(counts) * width == 0:
                 return Finished(split(flat, counts))
-            return _then(self._all_gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
+            return _then(self._gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
         size_work = self._all_gather(self._control_tensor([rows]), [1] * self.world_size)
 
         def finish() -> list[torch.Tensor]:
             counts: list[int] = size_work.wait().tolist()
             if sum(counts) * width == 0:
                 return split(flat.new_empty(0), counts)
-            return split(self._all_gather(flat, [count * width for count in counts]).wait(), counts)
+            return split(self._gather(flat, [count * width for count in counts]).wait(), counts)
 
         return Pending(finish)
 
@@ -286,7 +297,7 @@ class Communicator(ABC):
         flat = torch.cat([chunk.reshape(-1) for chunk in chunks])
 
         def exchange(receive: Sequence[int]) -> Work[torch.Tensor]:
-            return self._all_to_all(flat, [n * width for n in send], [n * width for n in receive])
+            return self._exchange(flat, [n * width for n in send], [n * width for n in receive])
 
         def split(result: torch.Tensor, receive: Sequence[int]) -> list[torch.Tensor]:
             parts = result.split([count * width for count in receive])
@@ -304,6 +315,18 @@ class Communicator(ABC):
             return split(exchange(receive).wait(), receive)
 
         return Pending(finish)
+
+    def _gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        carrier = _carrier(flat)
+        width = flat.itemsize // carrier.itemsize
+        work = self._all_gather(carrier, [size * width for size in sizes])
+        return _then(work, lambda result: result.view(flat.dtype))
+
+    def _exchange(self, flat: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> Work[torch.Tensor]:
+        carrier = _carrier(flat)
+        width = flat.itemsize // carrier.itemsize
+        work = self._all_to_all(carrier, [size * width for size in send], [size * width for size in receive])
+        return _then(work, lambda result: result.view(flat.dtype))
 
     def _check_sizes(self, sizes: Sequence[int], own: int) -> None:
         if len(sizes) != self.world_size or sizes[self.rank] != own:
@@ -328,7 +351,8 @@ class Communicator(ABC):
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        self.start(AllReduce(self._control_tensor([1]), "sum")).wait()
+        # Read back: on a GPU, to have waited is to have put the wait into the stream.
+        self.start(AllReduce(self._control_tensor([1]), "sum")).wait().item()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Values are what JSON can hold: nothing that arrives is ever executed."""
@@ -341,10 +365,22 @@ class Communicator(ABC):
         return self.all_gather_object(value if self.rank == root else None)[root]
 
     def close(self) -> None:
-        """Say goodbye to the other ranks and leave. Pending work must have been waited for."""
+        """Say goodbye to the other ranks and leave. Pending work must have been waited for.
+
+        The normal end of a program does the same for a communicator that ``init`` has made.
+        """
+        atexit.unregister(self.leave_at_exit)
         if self.guard is not None:
             self.guard.close()
         self._close()
+
+    def leave_at_exit(self) -> None:
+        """``init`` has this called at the end of the program: an engine left to the interpreter's end may abort."""
+        failed = getattr(sys, "last_value", None) is not None or (
+            self.guard is not None and self.guard.lost is not None
+        )
+        if not failed:  # the engine's orderly end could wait for a rank that is gone
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -354,8 +390,10 @@ class Communicator(ABC):
     ) -> None:
         if error is None:
             self.close()
-        elif self.guard is not None:
-            # The engine is left as it is: closing it could wait for a rank that is gone.
+            return
+        # The engine is left as it is: closing it could wait for a rank that is gone.
+        atexit.unregister(self.leave_at_exit)
+        if self.guard is not None:
             self.guard.fail(error)
 
     def __repr__(self) -> str:
@@ -365,6 +403,12 @@ class Communicator(ABC):
 def _rows(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """Length along dimension 0 and the shape of one row; a 0-d tensor is one row of one element."""
     return (tensor.shape[0], tuple(tensor.shape[1:])) if tensor.dim() else (1, ())
+
+
+def _carrier(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, flat, in a type that every engine moves; a copy where it is not contiguous."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.view(-1).view(_CARRIERS[tensor.itemsize])
 
 
 def _then(work: Work[Any], change: Callable[[Any], Any]) -> Work[Any]:

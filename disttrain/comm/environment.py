@@ -126,8 +126,8 @@ def _by_hand_or(launcher: Launcher, environ: Mapping[str, str]) -> Launcher:
         return _TORCHRUN
     raise UserError(
         f"RANK={environ['RANK']} and WORLD_SIZE={by_hand} contradict {launcher.name}, which says {launcher.rank}="
-        f"{environ[launcher.rank]} and {size_name}={size}: unset RANK and WORLD_SIZE if they are left over from elsewhere, "
-        f"or else unset {launcher.rank}"
+        f"{environ[launcher.rank]} and {size_name}={size}: unset RANK and WORLD_SIZE if they are left over from "
+        f"elsewhere, or else unset {launcher.rank}"
     )
 
 
