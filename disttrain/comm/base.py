@@ -21,6 +21,7 @@ import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
 from disttrain.comm.activity import Activity, Watched
+from disttrain.comm.dtypes import REDUCIBLE, carrier, reduce_rows
 from disttrain.comm.nodes import describe, partitions
 from disttrain.errors import UserError
 
@@ -31,18 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", covariant=True)
 EngineOp = Literal["sum", "min", "max"]
-
-_REDUCTIONS: dict[ReduceOp, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sum": lambda rows: rows.sum(0),
-    "mean": lambda rows: rows.div(len(rows)).sum(0),  # divided first: the sum might overflow
-    "min": lambda rows: rows.amin(0),
-    "max": lambda rows: rows.amax(0),
-}
-# What only moves needs no type: it travels in one of the same width, or a part of it, that every engine knows.
-_CARRIERS = {1: torch.uint8, 2: torch.uint8, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-# What engines add up. Other integers and floats are summed by exchange.
-_REDUCIBLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_REDUCIBLE |= {torch.uint8, torch.int8, torch.int32, torch.int64}
 
 
 class Work(Protocol[T]):
@@ -124,7 +113,7 @@ class Communicator(ABC):
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
         """Whether ``_all_reduce`` takes this dtype. If not, the base sums by all-to-all and all-gather."""
-        return dtype in _REDUCIBLE
+        return dtype in REDUCIBLE
 
     @property
     def control_device(self) -> torch.device:
@@ -170,7 +159,11 @@ class Communicator(ABC):
             UserError: the group is not the world, and nodes differ in their number of ranks.
         """
         call = self.activity.starts(type(collective).__name__, account)
-        work = self.group(collective.group)._carry(collective, priority)
+        try:
+            work = self.group(collective.group)._carry(collective, priority)
+        except RuntimeError:
+            self.activity.begins_to_wait(call)  # the engine's error leaves a note, as one in waiting does
+            raise
         return work if isinstance(work, Finished) else Watched(work, self.activity, call)
 
     def group(self, name: Group) -> Communicator:
@@ -213,7 +206,7 @@ class Communicator(ABC):
                 if self.world_size == 1 or tensor.numel() == 0:
                     return Finished(tensor)
                 return _then(
-                    self._broadcast(_carrier(tensor), root), lambda result: result.view(tensor.dtype).view(tensor.shape)
+                    self._broadcast(carrier(tensor), root), lambda result: result.view(tensor.dtype).view(tensor.shape)
                 )
 
     def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp, priority: bool) -> Work[torch.Tensor]:
@@ -248,7 +241,7 @@ class Communicator(ABC):
 
         def finish() -> torch.Tensor:
             rows = first.wait().view(self.world_size, chunk)
-            reduced = _REDUCTIONS[op](rows.float() if rows.is_floating_point() else rows.long()).to(flat.dtype)
+            reduced = reduce_rows(rows, op)
             return self._gather(reduced, sizes).wait()[: flat.numel()]
 
         return Pending(finish)
@@ -317,15 +310,15 @@ class Communicator(ABC):
         return Pending(finish)
 
     def _gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
-        carrier = _carrier(flat)
-        width = flat.itemsize // carrier.itemsize
-        work = self._all_gather(carrier, [size * width for size in sizes])
+        moved = carrier(flat)
+        width = flat.itemsize // moved.itemsize
+        work = self._all_gather(moved, [size * width for size in sizes])
         return _then(work, lambda result: result.view(flat.dtype))
 
     def _exchange(self, flat: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> Work[torch.Tensor]:
-        carrier = _carrier(flat)
-        width = flat.itemsize // carrier.itemsize
-        work = self._all_to_all(carrier, [size * width for size in send], [size * width for size in receive])
+        moved = carrier(flat)
+        width = flat.itemsize // moved.itemsize
+        work = self._all_to_all(moved, [size * width for size in send], [size * width for size in receive])
         return _then(work, lambda result: result.view(flat.dtype))
 
     def _check_sizes(self, sizes: Sequence[int], own: int) -> None:
@@ -403,12 +396,6 @@ class Communicator(ABC):
 def _rows(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """Length along dimension 0 and the shape of one row; a 0-d tensor is one row of one element."""
     return (tensor.shape[0], tuple(tensor.shape[1:])) if tensor.dim() else (1, ())
-
-
-def _carrier(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, flat, in a type that every engine moves; a copy where it is not contiguous."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.view(-1).view(_CARRIERS[tensor.itemsize])
 
 
 def _then(work: Work[Any], change: Callable[[Any], Any]) -> Work[Any]:

@@ -23,6 +23,8 @@ from disttrain.errors import UserError
 # torch 2.13 renamed it.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_LONGEST_SECONDS = 365.0 * 24 * 3600  # torch.distributed counts milliseconds
+
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -31,7 +33,8 @@ class TorchCommunicator(Communicator):
 
     engine = "torch"
 
-    def __init__(self, environment: Environment, device: torch.device, timeout: float) -> None:
+    def __init__(self, environment: Environment, device: torch.device, timeout: float, patience: float) -> None:
+        self._patience = timedelta(seconds=min(patience, _LONGEST_SECONDS))  # of a collective
         self.rank, self.world_size = environment.rank, environment.world_size
         self.local_rank, self.local_size = environment.local_rank, environment.local_size
         self.device = device
@@ -51,8 +54,8 @@ class TorchCommunicator(Communicator):
         self._num_started = 0
         self._ranks: Sequence[int] = range(self.world_size)
         if self.backend == "gloo" and self.world_size > 1:
-            self._lanes.append(dist.new_group(backend="gloo"))
-            self._priority_lane = dist.new_group(backend="gloo")
+            self._lanes.append(dist.new_group(backend="gloo", timeout=self._patience))
+            self._priority_lane = dist.new_group(backend="gloo", timeout=self._patience)
             self.priority_overtakes = True
             _let_event_loops_wait()
 
@@ -71,7 +74,7 @@ class TorchCommunicator(Communicator):
             if is_agents:
                 store = fresh_part(store, self.rank, self.world_size, timeout)
             dist.init_process_group(
-                self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
+                self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._patience
             )
         except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
             raise _explain(error, host, port, self.rank, self.world_size, timeout) from error
@@ -114,7 +117,7 @@ class TorchCommunicator(Communicator):
 
     def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
         # Every rank takes part in making all groups, its own or not, in one order.
-        lanes = [[dist.new_group(list(part), backend=self.backend) for part in parts] for _ in self._lanes]
+        lanes = [[dist.new_group(list(part), self._patience, self.backend) for part in parts] for _ in self._lanes]
         self._ranks, self._num_started = parts[own], 0
         self._lanes = [groups[own] for groups in lanes]
         self._priority_lane, self.priority_overtakes = self._lanes[0], False
