@@ -358,10 +358,7 @@ class Communicator(ABC):
         return self.all_gather_object(value if self.rank == root else None)[root]
 
     def close(self) -> None:
-        """Say goodbye to the other ranks and leave. Pending work must have been waited for.
-
-        The normal end of a program does the same for a communicator that ``init`` has made.
-        """
+        """Say goodbye to the others and leave, as a program does at its end. Pending work must have been waited for."""
         atexit.unregister(self.leave_at_exit)
         if self.guard is not None:
             self.guard.close()

@@ -124,6 +124,9 @@ class TorchCommunicator(Communicator):
         _let_event_loops_wait()
 
     def _close(self) -> None:
+        # Without the references, destroying the groups ends gloo's threads. One that still let go of a tensor while the
+        # interpreter ends would abort the process.
+        self._lanes, self._priority_lane, self._groups = [], None, {}
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -226,10 +227,17 @@ def test_an_error_leaves_word_of_where_it_came() -> None:
 def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall: Any) -> None:
     communicator = SimulatedCommunicator(SimulatedWorld(2), 0)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(comm, "_join", lambda *_: communicator)
+    patiences = []
+
+    def join(engine: str, environment: Any, device: Any, timeout: float, patience: float) -> Communicator:
+        patiences.append(patience)
+        return communicator
+
+    monkeypatch.setattr(comm, "_join", join)
     monkeypatch.setattr(comm, "Guard", lambda _, **options: given.update(options))
     watch = {"silence_seconds": 5, "grace_seconds": 2, "stall_seconds": None, "late_seconds": 7, "straggler_factor": 3}
     comm.init("torch", "cpu", watch=comm.Watch(on_stall=on_stall, **watch))
+    assert patiences == [math.inf], "an engine must not give up before the guard"
     assert given == {
         "silence": 5,
         "grace": 2,
