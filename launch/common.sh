@@ -15,9 +15,19 @@ if [ "$(id -u)" = 0 ]; then # Open MPI refuses to run as root otherwise
 fi
 # torchrun kills workers that are not done so many seconds after a signal; its default is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-# What a worker on another host needs of this environment, where it is set.
-forwarded=(PATH PYTHONPATH OMP_NUM_THREADS MASTER_ADDR MASTER_PORT GLOO_SOCKET_IFNAME HOROVOD_GLOO_IFACE
-    NCCL_SOCKET_IFNAME NCCL_DEBUG TORCH_ELASTIC_SHUTDOWN_TIMEOUT)
+# What a worker on another host needs of this environment: by name, and by prefix what settings go by. Not the ranks that
+# an outer launcher may have left.
+forwarded=()
+while read -r name; do
+    case $name in
+    HOROVOD_RANK | HOROVOD_SIZE | HOROVOD_LOCAL_* | HOROVOD_CROSS_* | DISTTRAIN_SSH) ;;
+    PATH | PYTHONPATH | LD_LIBRARY_PATH | LD_PRELOAD | MASTER_ADDR | MASTER_PORT | *_proxy | *_PROXY) forwarded+=("$name") ;;
+    CUBLAS_* | CUDA_* | DISTTRAIN_* | FI_* | GLOO_* | GOMP_* | HOROVOD_* | KMP_* | MALLOC_* | MKL_* | NCCL_* | NUMBA_* | \
+        NVIDIA_* | OMP_* | OPENBLAS_* | PYTHON* | PYTORCH_* | TORCH_* | TORCHINDUCTOR_* | TRITON_* | UCX_* | XDG_CACHE_HOME)
+        forwarded+=("$name")
+        ;;
+    esac
+done < <(compgen -e)
 
 fail() {
     echo "error: $*" >&2

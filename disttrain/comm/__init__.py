@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 
 import torch
 
-from disttrain.comm.base import Communicator, Work
+from disttrain.comm.base import Communicator
 from disttrain.comm.environment import Environment, detect
 from disttrain.comm.liveness import Guard
 from disttrain.comm.memory import keep_freed_memory
@@ -14,6 +15,7 @@ from disttrain.comm.rejoin import ask_for_rank
 from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.single import SingleProcess
 from disttrain.comm.watch import Watch
+from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
 ENGINES = ("single", "torch", "horovod", "mpi")
@@ -53,7 +55,8 @@ def init(
         engine: one of ``ENGINES``, or ``auto`` for the one that fits the launcher (torchrun, horovodrun, mpirun, srun;
             without a launcher: one process).
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. ``cuda`` means the GPU of this local rank.
-        timeout: seconds to wait for the others, here and in any later collective of torch.distributed.
+        timeout: seconds to wait for the others here. In later collectives torch.distributed waits as long, or for as
+            long as ``watch`` lets ranks wait if that is longer.
         guard: watch the other ranks. Without it, what happens when one dies is up to the engine and the launcher.
         watch: how to; None for the defaults.
 
@@ -80,9 +83,10 @@ def init(
     placed = _place(device, environment)
     if placed.type == "cpu":
         keep_freed_memory()
-    comm = _join(engine, environment, placed, timeout)
+    watch = watch or Watch()
+    comm = _join(engine, environment, placed, timeout, max(timeout, watch.patience) if guard else timeout)
+    atexit.register(comm.leave_at_exit)
     if guard and comm.world_size > 1:
-        watch = watch or Watch()
         comm.guard = Guard(
             comm,
             silence=watch.silence_seconds,
@@ -91,16 +95,17 @@ def init(
             stall=watch.stall_seconds,
             ends_stalled=watch.on_stall == "end",
             slow=watch.straggler_factor,
+            late=watch.late_seconds,
         )
     return comm
 
 
-def _join(engine: str, environment: Environment, device: torch.device, timeout: float) -> Communicator:
+def _join(engine: str, environment: Environment, device: torch.device, timeout: float, patience: float) -> Communicator:
     match engine:
         case "torch":
             from disttrain.comm.torch_dist import TorchCommunicator
 
-            return TorchCommunicator(environment, device, timeout)
+            return TorchCommunicator(environment, device, timeout, patience)
         case "horovod":
             from disttrain.comm.horovod import HorovodCommunicator
 

@@ -6,20 +6,24 @@ empty and non-contiguous tensors, means, half precision, sizes that differ by ra
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
 from disttrain.comm.activity import Activity, Watched
+from disttrain.comm.dtypes import REDUCIBLE, carrier, reduce_rows
 from disttrain.comm.nodes import describe, partitions
+from disttrain.comm.work import Finished, Pending, Work
 from disttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,45 +31,7 @@ if TYPE_CHECKING:
 
     from disttrain.comm.liveness import Guard
 
-T = TypeVar("T", covariant=True)
 EngineOp = Literal["sum", "min", "max"]
-
-_REDUCTIONS: dict[ReduceOp, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sum": lambda rows: rows.sum(0),
-    "mean": lambda rows: rows.div(len(rows)).sum(0),  # divided first: the sum might overflow
-    "min": lambda rows: rows.amin(0),
-    "max": lambda rows: rows.amax(0),
-}
-
-
-class Work(Protocol[T]):
-    """A collective under way."""
-
-    def wait(self) -> T:
-        """Block until it is done; the result. Calling it again gives the same result."""
-
-
-class Finished(Generic[T]):
-    """Work that needed no crossing."""
-
-    def __init__(self, result: T) -> None:
-        self._result = result
-
-    def wait(self) -> T:
-        return self._result
-
-
-class Pending(Generic[T]):
-    """Work whose end is a function to call once."""
-
-    def __init__(self, finish: Callable[[], T]) -> None:
-        self._finish: Callable[[], T] | None = finish
-
-    def wait(self) -> T:
-        if self._finish is not None:
-            self._result = self._finish()
-            self._finish = None
-        return self._result
 
 
 class Communicator(ABC):
@@ -89,6 +55,7 @@ class Communicator(ABC):
     guard: Guard | None = None
     shares_order = False
     _num_channels = 0
+    _channels: tuple[Communicator, ...] = ()
     _groups: Mapping[Group, Communicator] = {}
 
     @cached_property
@@ -96,7 +63,8 @@ class Communicator(ABC):
         """What this rank is doing, which the guard tells the others: steps, phases, collectives."""
         return Activity()
 
-    # What an engine supplies: flat contiguous tensors in, flat tensors out.
+    # What an engine supplies: flat contiguous tensors in, flat tensors out. All but ``_all_reduce`` are given uint8,
+    # int32 or int64, whatever the collective's dtype.
 
     @abstractmethod
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
@@ -118,7 +86,7 @@ class Communicator(ABC):
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
         """Whether ``_all_reduce`` takes this dtype. If not, the base sums by all-to-all and all-gather."""
-        return True
+        return dtype in REDUCIBLE
 
     @property
     def control_device(self) -> torch.device:
@@ -162,7 +130,11 @@ class Communicator(ABC):
             UserError: the group is not the world, and nodes differ in their number of ranks.
         """
         call = self.activity.starts(type(collective).__name__, account)
-        work = self.group(collective.group)._carry(collective)
+        try:
+            work = self.group(collective.group)._carry(collective)
+        except RuntimeError:
+            self.activity.begins_to_wait(call)  # the engine's error leaves a note, as one in waiting does
+            raise
         return work if isinstance(work, Finished) else Watched(work, self.activity, call)
 
     def channel(self, *, is_small: bool = False) -> Communicator:
@@ -179,7 +151,8 @@ class Communicator(ABC):
         _ = self.activity  # one, also for the channel
         self._num_channels += 1
         channel = copy.copy(self)
-        channel.guard, channel._groups = None, {}
+        self._channels = (*self._channels, channel)
+        channel.guard, channel._groups, channel._channels = None, {}, ()
         channel._open_channel(is_small)
         return channel
 
@@ -222,12 +195,15 @@ class Communicator(ABC):
                     raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}; got {root}")
                 if self.world_size == 1 or tensor.numel() == 0:
                     return Finished(tensor)
-                flat = tensor.contiguous().view(-1)
-                return _then(self._broadcast(flat, root), lambda result: result.view(tensor.shape))
+                return _then(
+                    self._broadcast(carrier(tensor), root), lambda result: result.view(tensor.dtype).view(tensor.shape)
+                )
 
     def _start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work[torch.Tensor]:
         if tensor.dtype == torch.bool or tensor.is_complex():
             raise ValueError(f"all_reduce takes integers and real floats, not {tensor.dtype}: convert it first")
+        if tensor.dtype == torch.uint64 and op != "sum":
+            raise ValueError(f"the {op} of uint64 is not defined: convert it first")
         if op == "mean" and not tensor.is_floating_point():
             raise ValueError(f"the mean of {tensor.dtype} is not defined: use op='sum', or a floating dtype")
         if self.world_size == 1 or tensor.numel() == 0:
@@ -249,12 +225,12 @@ class Communicator(ABC):
         padded = flat.new_zeros(chunk * self.world_size)
         padded[: flat.numel()] = flat
         sizes = [chunk] * self.world_size
-        first = self._all_to_all(padded, sizes, sizes)
+        first = self._exchange(padded, sizes, sizes)
 
         def finish() -> torch.Tensor:
             rows = first.wait().view(self.world_size, chunk)
-            reduced = _REDUCTIONS[op](rows.float() if rows.is_floating_point() else rows).to(flat.dtype)
-            return self._all_gather(reduced, sizes).wait()[: flat.numel()]
+            reduced = reduce_rows(rows, op)
+            return self._gather(reduced, sizes).wait()[: flat.numel()]
 
         return Pending(finish)
 
@@ -278,14 +254,14 @@ class Communicator(ABC):
         if same_size or tensor.dim() == 0 or sizes is not None:
             if sum(counts) * width == 0:
                 return Finished(split(flat, counts))
-            return _then(self._all_gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
+            return _then(self._gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
         size_work = self._all_gather(self._control_tensor([rows]), [1] * self.world_size)
 
         def finish() -> list[torch.Tensor]:
             counts: list[int] = size_work.wait().tolist()
             if sum(counts) * width == 0:
                 return split(flat.new_empty(0), counts)
-            return split(self._all_gather(flat, [count * width for count in counts]).wait(), counts)
+            return split(self._gather(flat, [count * width for count in counts]).wait(), counts)
 
         return Pending(finish)
 
@@ -302,7 +278,7 @@ class Communicator(ABC):
         flat = torch.cat([chunk.reshape(-1) for chunk in chunks])
 
         def exchange(receive: Sequence[int]) -> Work[torch.Tensor]:
-            return self._all_to_all(flat, [n * width for n in send], [n * width for n in receive])
+            return self._exchange(flat, [n * width for n in send], [n * width for n in receive])
 
         def split(result: torch.Tensor, receive: Sequence[int]) -> list[torch.Tensor]:
             parts = result.split([count * width for count in receive])
@@ -320,6 +296,18 @@ class Communicator(ABC):
             return split(exchange(receive).wait(), receive)
 
         return Pending(finish)
+
+    def _gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        moved = carrier(flat)
+        width = flat.itemsize // moved.itemsize
+        work = self._all_gather(moved, [size * width for size in sizes])
+        return _then(work, lambda result: result.view(flat.dtype))
+
+    def _exchange(self, flat: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> Work[torch.Tensor]:
+        moved = carrier(flat)
+        width = flat.itemsize // moved.itemsize
+        work = self._all_to_all(moved, [size * width for size in send], [size * width for size in receive])
+        return _then(work, lambda result: result.view(flat.dtype))
 
     def _check_sizes(self, sizes: Sequence[int], own: int) -> None:
         if len(sizes) != self.world_size or sizes[self.rank] != own:
@@ -344,7 +332,8 @@ class Communicator(ABC):
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        self.start(AllReduce(self._control_tensor([1]), "sum")).wait()
+        # Read back: on a GPU, to have waited is to have put the wait into the stream.
+        self.start(AllReduce(self._control_tensor([1]), "sum")).wait().item()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Values are what JSON can hold: nothing that arrives is ever executed."""
@@ -357,10 +346,19 @@ class Communicator(ABC):
         return self.all_gather_object(value if self.rank == root else None)[root]
 
     def close(self) -> None:
-        """Say goodbye to the other ranks and leave. Pending work must have been waited for."""
+        """Say goodbye to the others and leave, as a program does at its end. Pending work must have been waited for."""
+        atexit.unregister(self.leave_at_exit)
         if self.guard is not None:
             self.guard.close()
         self._close()
+
+    def leave_at_exit(self) -> None:
+        """``init`` has this called at the end of the program: an engine left to the interpreter's end may abort."""
+        failed = getattr(sys, "last_value", None) is not None or (
+            self.guard is not None and self.guard.lost is not None
+        )
+        if not failed:  # the engine's orderly end could wait for a rank that is gone
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -370,8 +368,10 @@ class Communicator(ABC):
     ) -> None:
         if error is None:
             self.close()
-        elif self.guard is not None:
-            # The engine is left as it is: closing it could wait for a rank that is gone.
+            return
+        # The engine is left as it is: closing it could wait for a rank that is gone.
+        atexit.unregister(self.leave_at_exit)
+        if self.guard is not None:
             self.guard.fail(error)
 
     def __repr__(self) -> str:

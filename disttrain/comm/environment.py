@@ -74,7 +74,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     Raises UserError, naming the variable, where the variables contradict each other or are not numbers.
     """
     environ = {name: value for name, value in environ.items() if value.strip()}  # an empty variable is an unset one
-    launcher = next((row for row in LAUNCHERS if row.rank in environ and row.when(environ)), None)
+    launcher = _started_by(environ)
     if launcher is None:
         return Environment("none", "single", num_hosts=1)
 
@@ -97,6 +97,37 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
     engine = "single" if launcher.name.startswith("srun") and world_size == 1 else launcher.engine
     return Environment(
         launcher.name, engine, rank, world_size, local_rank, local_size, num_hosts, master_addr, master_port
+    )
+
+
+def _started_by(environ: Mapping[str, str]) -> Launcher | None:
+    """The launcher whose variables are to be believed."""
+    present = [row for row in LAUNCHERS if row.rank in environ and row.when(environ)]
+    if present[:1] == [_TORCHRUN] and "TORCHELASTIC_RUN_ID" not in environ and present[1:]:
+        return _by_hand_or(present[1], environ)
+    return present[0] if present else None
+
+
+def _by_hand_or(launcher: Launcher, environ: Mapping[str, str]) -> Launcher:
+    """RANK and WORLD_SIZE, but not by torchrun, in a process of another launcher's: which of the two to believe.
+
+    They are a script's own (what the launcher started has started workers itself, or has named the ranks again), or are
+    left over from a pod (Kubernetes sets RANK=0 and WORLD_SIZE=1), an image or a profile.
+    """
+    if "WORLD_SIZE" not in environ:
+        return launcher
+    size_name = _first_set(environ, launcher.world_size, needed_by=launcher)
+    size, by_hand = _number(environ, size_name, minimum=1), _number(environ, "WORLD_SIZE", minimum=1)
+    if size == 1 or by_hand > size:
+        return _TORCHRUN
+    if by_hand == 1:
+        return launcher
+    if by_hand == size and _number(environ, "RANK") == _number(environ, launcher.rank):
+        return _TORCHRUN
+    raise UserError(
+        f"RANK={environ['RANK']} and WORLD_SIZE={by_hand} contradict {launcher.name}, which says {launcher.rank}="
+        f"{environ[launcher.rank]} and {size_name}={size}: unset RANK and WORLD_SIZE if they are left over from "
+        f"elsewhere, or else unset {launcher.rank}"
     )
 
 
@@ -148,6 +179,15 @@ def _srun_row(name: str, engine: str, variable: str) -> Launcher:
     )
 
 
+_TORCHRUN = Launcher(
+    name="torchrun",
+    engine="torch",
+    rank="RANK",
+    world_size=("WORLD_SIZE",),
+    local_rank="LOCAL_RANK",
+    local_size="LOCAL_WORLD_SIZE",
+    num_hosts=("GROUP_WORLD_SIZE",),
+)
 _OPEN_MPI = Launcher(
     name="mpirun (Open MPI)",
     engine="mpi",
@@ -169,15 +209,7 @@ LAUNCHERS = (
         local_size="HOROVOD_LOCAL_SIZE",
         num_hosts=("HOROVOD_CROSS_SIZE",),
     ),
-    Launcher(
-        name="torchrun",
-        engine="torch",
-        rank="RANK",
-        world_size=("WORLD_SIZE",),
-        local_rank="LOCAL_RANK",
-        local_size="LOCAL_WORLD_SIZE",
-        num_hosts=("GROUP_WORLD_SIZE",),
-    ),
+    _TORCHRUN,
     replace(_OPEN_MPI, name="horovodrun --mpi", engine="horovod", when=_by_horovodrun),
     _OPEN_MPI,
     Launcher(
@@ -222,11 +254,16 @@ def _master(environ: Mapping[str, str], launcher: Launcher, num_hosts: int | Non
         port = _number(environ, "MASTER_PORT", minimum=1)
         if port > 65535:
             raise UserError(f"MASTER_PORT={port} must be at most 65535")
-    if "MASTER_ADDR" in environ:
-        return environ["MASTER_ADDR"], port
-    if num_hosts == 1:
-        return "127.0.0.1", port
-    return (first_slurm_host(node_list), port) if node_list else (None, None)
+    address = environ.get("MASTER_ADDR")
+    if launcher is not _TORCHRUN and (num_hosts == 1 or address in _LOCALHOST):
+        address = (
+            None  # perhaps left over: one host's ranks need none, and several hosts do not meet on their loopbacks
+        )
+    if address is None and num_hosts == 1:
+        address = "127.0.0.1"
+    elif address is None and node_list:
+        address = first_slurm_host(node_list)
+    return (None, None) if address is None else (address, port)
 
 
 def _first_set(environ: Mapping[str, str], names: tuple[str, ...], needed_by: Launcher | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
-from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.environment import Environment
 from disttrain.comm.rejoin import can_rejoin
+from disttrain.comm.work import Pending, Work
 from disttrain.errors import UserError
 
 # The reducer hands over whole buckets: fusing them again would only copy them once more. Over MPI it still pays, as one
@@ -36,6 +38,7 @@ class HorovodCommunicator(Communicator):
 
         if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", _FUSION_OVER_GLOO)
+            _check_host_name()
         hvd.init()
         self._hvd = hvd
         self._ops = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max}
@@ -91,27 +94,25 @@ class HorovodCommunicator(Communicator):
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
         return self._submit(
             f"all_gather.{flat.dtype}",
-            lambda name: self._hvd.allgather_async(_movable(flat), name=name, process_set=self._set),
-            lambda result: result.view(flat.dtype),
+            lambda name: self._hvd.allgather_async(flat, name=name, process_set=self._set),
+            lambda result: result,
         )
 
     def _all_to_all(
         self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
     ) -> Work[torch.Tensor]:
-        movable = _movable(flat)
-        width = flat.itemsize // movable.itemsize
-        splits = torch.tensor([size * width for size in send_sizes], dtype=torch.int32)
+        splits = torch.tensor(send_sizes, dtype=torch.int32)
         return self._submit(
             f"all_to_all.{flat.dtype}",
-            lambda name: self._hvd.alltoall_async(movable, splits=splits, name=name, process_set=self._set),
-            lambda result: result[0].view(flat.dtype),
+            lambda name: self._hvd.alltoall_async(flat, splits=splits, name=name, process_set=self._set),
+            lambda result: result[0],
         )
 
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
         world_root = self._set.ranks[root]  # Horovod counts roots in the world, also those of a process set
         return self._submit(
             f"broadcast.{flat.dtype}.{flat.numel()}.{root}",
-            lambda name: self._hvd.broadcast_async_(_movable(flat), world_root, name=name, process_set=self._set),
+            lambda name: self._hvd.broadcast_async_(flat, world_root, name=name, process_set=self._set),
             lambda result: flat,
         )
 
@@ -147,6 +148,13 @@ class HorovodCommunicator(Communicator):
         self._hvd.shutdown()
 
 
-def _movable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a type that Horovod moves (it knows no bfloat16)."""
-    return tensor.view(torch.uint8) if tensor.dtype in (torch.bfloat16, torch.bool, torch.int16) else tensor
+def _check_host_name() -> None:
+    # gloo, as Horovod has it, asks for this address whatever interface it is to use, and reads the answer unseen.
+    name = socket.gethostname()
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        raise UserError(
+            f"this host's own name, {name!r}, has no address, without which Horovod over gloo crashes: add the line "
+            f"'127.0.1.1 {name}' to /etc/hosts, or start with horovodrun --mpi"
+        ) from None

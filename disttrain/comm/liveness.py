@@ -53,6 +53,7 @@ class Guard:
         activity: what this rank is doing; None: it does not tell.
         stall: seconds that ranks may wait in a collective that another one, alive, has not started; None: any time.
         ends_stalled: whether that ends all ranks, as a loss does. If not, rank 0 prints a warning.
+        late: seconds after which rank 0 prints a warning that ranks wait so; None: it prints none.
         slow: a rank whose steps take so many times what those of the others do is warned about; None: none is.
 
     Attributes:
@@ -70,16 +71,18 @@ class Guard:
         stall: float | None = None,
         ends_stalled: bool = True,
         slow: float | None = None,
+        late: float | None = None,
     ) -> None:
         self.rank = group.rank
         self.lost: str | None = None
         self.warning: str | None = None
         self.straggler: tuple[int, float] | None = None
         self._silence, self._grace = silence, grace
-        self._interval = min(silence, stall or math.inf) / _BEATS_PER_SILENCE
+        self._interval = min(silence, stall or math.inf, late or math.inf) / _BEATS_PER_SILENCE
         self._activity, self._ends_stalled = activity or Activity(), ends_stalled
         self._news, self._noticed = threading.Event(), threading.Event()
         self._leave_by = math.inf
+        self._troubled = False
         self._peers: dict[int, Connection] = {}
         if group.world_size == 1:
             return
@@ -87,7 +90,7 @@ class Guard:
             f"rank {rank} (host {host}, pid {pid})"
             for rank, (host, pid) in enumerate(group.all_gather_object([socket.gethostname(), os.getpid()]))
         ]
-        self._watchdog = Watchdog(self._names, stall, slow)
+        self._watchdog = Watchdog(self._names, stall, slow, late)
         self._peers, self.warning = connect(group)
         if self.warning is not None:
             if self.rank == 0:
@@ -119,14 +122,19 @@ class Guard:
             raise PeerLostError(self.lost)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank leaves because of ``error``.
+        """Tell the others that this rank leaves because of ``error``; ``sys.exit(0)`` is a goodbye.
 
         Raises:
-            PeerLostError: the error is the consequence of another rank's loss.
+            PeerLostError: the error is the consequence of another rank's loss, or of its end.
         """
         if not self._peers:
             return
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            self.close()
+            return
         if isinstance(error, Exception) and not isinstance(error, UserError | PeerLostError):
+            self._troubled = True
+            self._wake.send(b"x")
             self._news.wait(_ECHO_SECONDS)
         if self.lost is not None and not isinstance(error, UserError):
             self._noticed.set()
@@ -136,7 +144,7 @@ class Guard:
     def close(self) -> None:
         """Say goodbye: this rank's end from here on is no loss."""
         if self._peers:
-            self._leave({"kind": "goodbye"})
+            self._leave({"kind": "goodbye", "report": self._activity.report()})
 
     def __enter__(self) -> Self:
         return self
@@ -190,8 +198,10 @@ class Guard:
             selector.register(self._woken, selectors.EVENT_READ)
             for rank, peer in peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
-            while heard and self.lost is None and previous < self._leave_by:
+            while self.lost is None and previous < self._leave_by:
                 leaving = self._leave_by < math.inf
+                if leaving and not heard:
+                    break
                 events = selector.select(_FAREWELL_SECONDS if leaving else self._interval)
                 now = time.monotonic()
                 watched += min(now - previous, self._interval)
@@ -205,6 +215,14 @@ class Guard:
                         selector.unregister(peers[rank])
                         peers[rank].close()
                         del heard[rank]
+                if self._troubled and not leaving:
+                    self._troubled = False
+                    report = self._activity.report()
+                    self._watchdog.hear(self.rank, report)
+                    self._watchdog.trouble(self.rank)
+                    for rank in heard:
+                        peers[rank].send({"kind": "trouble", "report": report})
+                    self._judge_leaving()
                 if watched >= next_beat:
                     next_beat = watched + 0.9 * self._interval
                     report = self._activity.report()
@@ -214,8 +232,10 @@ class Guard:
                     silent = [rank for rank, moment in heard.items() if watched - moment > self._silence]
                     if silent:
                         self._lose_rank(silent[0], f"was lost: no sign of life for {self._silence:g} s")
-                    elif self.rank == 0:
-                        self._judge()
+                    else:
+                        self._judge_leaving()
+                        if self.rank == 0 and self.lost is None:
+                            self._judge()
         if self.lost is not None and not self._noticed.wait(self._grace):
             _exit()
 
@@ -231,6 +251,9 @@ class Guard:
                 case "goodbye":
                     self._watchdog.end(rank)
                     return True
+                case "trouble":
+                    self._watchdog.trouble(rank)
+                    self._judge_leaving()
                 case "failed":
                     self._lose_rank(rank, f"failed: {message.get('reason')}")
                     return True  # it knows, and prints its own error
@@ -238,10 +261,17 @@ class Guard:
                     self._lose(str(message.get("message")))
         return False
 
+    def _judge_leaving(self) -> None:
+        """Has a rank ended without the others? Rank 0 sees it of all, and every rank of rank 0."""
+        if (message := self._watchdog.abandoned()) is not None:
+            self._lose(message)
+
     def _judge(self) -> None:
         """On rank 0, with every beat: is one rank late for what the others wait in, is one slow?"""
         self.straggler = self._watchdog.slowest()
         if (message := self._watchdog.slow()) is not None:
+            _print(f"warning: {message}")
+        if (message := self._watchdog.late()) is not None:
             _print(f"warning: {message}")
         if (message := self._watchdog.stalled()) is not None:
             if self._ends_stalled:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.environment import Environment
+from disttrain.comm.work import Pending, Work
 from disttrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.base import Communicator, EngineOp
+from disttrain.comm.work import Pending, Work
 
 R = TypeVar("R")
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from disttrain.comm.base import Communicator, EngineOp, Finished, Work
+from disttrain.comm.base import Communicator, EngineOp
+from disttrain.comm.work import Finished, Work
 
 
 class SingleProcess(Communicator):

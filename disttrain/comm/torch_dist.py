@@ -16,12 +16,15 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
 from disttrain.comm.attempt import fresh_part
-from disttrain.comm.base import Communicator, EngineOp, Pending, Work
+from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.environment import Environment
+from disttrain.comm.work import Pending, Work
 from disttrain.errors import UserError
 
 # torch 2.13 renamed it.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_LONGEST_SECONDS = 365.0 * 24 * 3600  # torch.distributed counts milliseconds
 
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
@@ -31,7 +34,8 @@ class TorchCommunicator(Communicator):
 
     engine = "torch"
 
-    def __init__(self, environment: Environment, device: torch.device, timeout: float) -> None:
+    def __init__(self, environment: Environment, device: torch.device, timeout: float, patience: float) -> None:
+        self._patience = timedelta(seconds=min(patience, _LONGEST_SECONDS))  # of a collective
         self.rank, self.world_size = environment.rank, environment.world_size
         self.local_rank, self.local_size = environment.local_rank, environment.local_size
         self.device = device
@@ -64,7 +68,7 @@ class TorchCommunicator(Communicator):
             if is_agents:
                 store = fresh_part(store, self.rank, self.world_size, timeout)
             dist.init_process_group(
-                self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=limit
+                self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._patience
             )
         except (dist.DistError, RuntimeError, ValueError, TimeoutError) as error:
             raise _explain(error, host, port, self.rank, self.world_size, timeout) from error
@@ -107,7 +111,7 @@ class TorchCommunicator(Communicator):
 
     def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
         # Every rank takes part in making all groups, its own or not, in one order.
-        lanes = [[dist.new_group(list(part), backend=self.backend) for part in parts] for _ in self._lanes]
+        lanes = [[dist.new_group(list(part), self._patience, self.backend) for part in parts] for _ in self._lanes]
         self._ranks, self._num_started = parts[own], 0
         self._lanes = [groups[own] for groups in lanes]
         _let_event_loops_wait()
@@ -119,11 +123,16 @@ class TorchCommunicator(Communicator):
         # gloo works off a group's collectives in the order of their start, two at a time. A second group takes every
         # other all-reduce, so that the next one is under way while one waits for its last phase.
         self.backend = "gloo"
-        self._lanes = [dist.new_group(backend="gloo") for _ in range(1 if is_small else 2)]
+        self._lanes = [dist.new_group(backend="gloo", timeout=self._patience) for _ in range(1 if is_small else 2)]
         self._num_started = 0
         _let_event_loops_wait()
 
     def _close(self) -> None:
+        # Without the references, destroying the groups ends gloo's threads. One that still let go of a tensor while the
+        # interpreter ends would abort the process.
+        for one in (self, *self._channels):
+            assert isinstance(one, TorchCommunicator)
+            one._lanes, one._groups = [], {}
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -50,12 +50,23 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> No
 
 
 def average_buffers(model: torch.nn.Module, comm: Communicator) -> None:
-    """Average floating-point buffers over ranks; copy the others (counters, masks) from rank 0."""
+    """Average floating-point and complex buffers over ranks; copy the others (counters, masks) from rank 0."""
     buffers = list(model.buffers())
-    average_tensors((buffer for buffer in buffers if buffer.is_floating_point()), comm)
-    carry([buffer for buffer in buffers if not buffer.is_floating_point()], comm, Broadcast)
+    average_tensors((buffer for buffer in buffers if _has_mean(buffer)), comm)
+    carry([buffer for buffer in buffers if not _has_mean(buffer)], comm, Broadcast)
 
 
 def average_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
-    """Replace floating-point tensors by their means over ranks."""
-    carry(tensors, comm, lambda flat: AllReduce(flat, "mean"))
+    """Replace floating-point and complex tensors by their means over ranks."""
+    carry(map(_as_real, tensors), comm, lambda flat: AllReduce(flat, "mean"))
+
+
+def _has_mean(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor's memory as pairs of reals, whose means are those of its parts."""
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from disttrain.collectives import Result
-from disttrain.comm.base import Work
+from disttrain.comm.work import Work
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, dry_run
 from disttrain.reduction.ledger import AGREEMENT, Account, Ledger
 

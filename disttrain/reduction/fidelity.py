@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, Result
-from disttrain.comm.base import Communicator, Work
+from disttrain.comm.base import Communicator
+from disttrain.comm.work import Work
 from disttrain.compression import Dense
 from disttrain.compression.repay import OWED
 from disttrain.reduction.bucket import GradientBucket

@@ -18,7 +18,8 @@ from disttrain.collectives import (
     sent_bytes,
     size_bytes,
 )
-from disttrain.comm.base import Communicator, Pending, Work
+from disttrain.comm.base import Communicator
+from disttrain.comm.work import Pending, Work
 from disttrain.compression import Bucket
 
 

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, Result
-from disttrain.comm.base import Communicator, Work
+from disttrain.comm.base import Communicator
+from disttrain.comm.work import Work
 from disttrain.compression import Dense
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.ledger import Ledger

@@ -16,7 +16,8 @@ from disttrain.comm.nodes import NODE_SIZE
 
 CHECKS: dict[str, Callable[[Communicator], None]] = {}
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-INTEGERS = [torch.uint8, torch.int32, torch.int64]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+ONLY_MOVED = [torch.bool, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128]
 SHAPES = [(0,), (1,), (), (3, 5), (1001,)]
 
 
@@ -84,6 +85,8 @@ def refuses_what_has_no_meaning(comm: Communicator) -> None:
         comm.all_reduce(torch.tensor([True]))
     with pytest.raises(ValueError, match="complex"):
         comm.all_reduce(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="uint64"):
+        comm.all_reduce(torch.ones(2, dtype=torch.uint64), "max")
     with pytest.raises(ValueError, match="root"):
         comm.broadcast(torch.ones(1), root=comm.world_size)
     with pytest.raises(ValueError, match="chunk"):
@@ -154,6 +157,32 @@ def broadcasts_from_every_root(comm: Communicator) -> None:
             for shape in SHAPES:
                 result = comm.broadcast(values(comm.rank, shape, dtype), root)
                 assert torch.equal(result, values(root, shape, dtype))
+
+
+@check
+def moves_every_dtype(comm: Communicator) -> None:
+    """Also those that engines know nothing of."""
+
+    def bits(tensor: torch.Tensor) -> list[int]:
+        result: list[int] = tensor.contiguous().view(-1).view(torch.uint8).tolist()
+        return result
+
+    for dtype in ONLY_MOVED:
+        for shape in SHAPES:
+            for root in range(comm.world_size):
+                copied = comm.broadcast(values(comm.rank, shape, dtype), root)
+                assert (copied.dtype, copied.shape) == (dtype, shape)
+                assert bits(copied) == bits(values(root, shape, dtype))
+            for rank, part in enumerate(comm.all_gather(values(comm.rank, shape, dtype))):
+                assert (part.dtype, part.shape) == (dtype, shape)
+                assert bits(part) == bits(values(rank, shape, dtype))
+        chunks = [values(10 * comm.rank + rank, (comm.rank + 1, 3), dtype) for rank in range(comm.world_size)]
+        for rank, part in enumerate(comm.all_to_all(chunks)):
+            assert (part.dtype, part.shape) == (dtype, (rank + 1, 3))
+            assert bits(part) == bits(values(10 * rank + comm.rank, (rank + 1, 3), dtype))
+    mine = torch.complex(torch.ones(3), torch.full((3,), 1.0 + comm.rank))
+    for rank, part in enumerate(comm.all_gather(mine.conj())):  # conjugated by a flag alone
+        assert part.tolist() == [complex(1, -1 - rank)] * 3
 
 
 @check

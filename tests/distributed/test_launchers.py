@@ -250,12 +250,17 @@ def test_host_file_and_options_reach_the_launcher(config, tmp_path):
     (tmp_path / "mpirun").chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("# the lab\nnode-a slots=2\nnode-b:1\n\nnode-c   # one\n")
-    environ = {**worker_environment(), "VIRTUAL_ENV": str(BIN.parent), "GLOO_SOCKET_IFNAME": "lo"}
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_IB_HCA": "mlx5", "DISTTRAIN_NODE_SIZE": "2", "OMP_PROC_BIND": "true"}
+    left_over = {"HOROVOD_LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    environ = {**worker_environment(), "VIRTUAL_ENV": str(BIN.parent), **settings, **left_over}
     environ["PATH"] = f"{tmp_path}:{environ['PATH']}"
     arguments = ["--hostfile", hosts, "seed=4", "--", "--mca", "btl", "tcp,self"]
     done = run([ROOT / "launch" / "mpi.sh", config, *arguments], timeout=60, env=environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mpirun -n 4 ")
     assert " -H node-a:2,node-b:1,node-c " in done.stdout
-    assert " -x GLOO_SOCKET_IFNAME " in done.stdout
+    for name in (*settings, "PATH", "PYTHONPATH"):
+        assert f" -x {name} " in done.stdout
+    for name in left_over:
+        assert f" -x {name} " not in done.stdout
     assert re.search(rf"--mca btl tcp,self \S+ -m disttrain train {config} engine=mpi seed=4\n", done.stdout)

@@ -202,7 +202,7 @@ def test_rank_that_others_wait_for_is_named_with_where_it_is_and_all_end(tmp_pat
         _, errors = results[0]
         assert results == [(13, errors)] * 3, "the late one too"
         assert errors.startswith(f"error: {name(workers, 2)} has been in step 4's data loading for ")
-        assert errors.endswith(f" s; the others wait in {CALL}\n")
+        assert f" s; the others wait in {CALL}: if that is right, raise watch.stall_seconds" in errors
 
 
 def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
@@ -214,7 +214,7 @@ def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
         first = workers[0].stderr.readline()
         (tmp_path / "enough").touch()
         assert first.startswith(f"warning: {name(workers, 1)} has been in step 4's data loading for ")
-        assert first.endswith(f" s; rank 0 waits in {CALL}\n")
+        assert f" s; rank 0 waits in {CALL}: if that is right, raise watch.stall_seconds" in first
         assert [ends(worker) for worker in workers] == [(0, "")] * 2
 
 
@@ -240,6 +240,32 @@ def test_loss_is_told_with_what_the_rank_did(tmp_path, body, how):
         assert (code, errors) == (
             13,
             f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 waits in {CALL}\n",
+        )
+
+
+ENDS = "activity.begin_step(4, 'data loading')\n    activity.starts('AllReduce', 'bucket 0: dense')"
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("end", ["", "\n    sys.exit(0)", "\n    sys.exit()"])
+def test_a_rank_that_has_ended_is_named_by_those_that_wait_for_it(tmp_path, victim, end):
+    """Stuck ones within some beats; those whose engine tells them of it by an error at once."""
+    fails = WAITING.replace("stuck()", "time.sleep(1)\n    raise RuntimeError('connection closed by peer')")
+    bodies = [watched("silence=3", body) for body in (WAITING, WAITING, fails)]
+    if victim == 2:
+        bodies[0] = watched("silence=3", fails)
+    bodies[victim] = watched("silence=3", ENDS + end)
+    with ExitStack() as stack:
+        workers = start(stack, tmp_path, *bodies)
+        results = [ends(worker) for worker in workers]
+    assert results.pop(victim) == (0, "")
+    for code, errors in results:
+        assert code != 0
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, errors
+        assert lines[0].startswith(f"error: {name(workers, victim)} has ended; ")
+        assert lines[0].endswith(
+            f"in {CALL}: give all ranks equally many steps, or let them finish uneven data with optimizer.join()"
         )
 
 

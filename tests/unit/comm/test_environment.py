@@ -16,6 +16,7 @@ TORCHRUN = {
     "MASTER_PORT": "41257",
     "RANK": "2",
     "ROLE_RANK": "2",
+    "TORCHELASTIC_RUN_ID": "none",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
     "WORLD_SIZE": "4",
 }
@@ -149,6 +150,57 @@ def test_rendezvous_over_hosts_needs_an_address():
     with pytest.raises(UserError, match="export MASTER_ADDR"):
         several_hosts.rendezvous()
     assert detect({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a"}).rendezvous() == ("a", 29500)
+
+
+# What Kubernetes gives a pod of one worker, and an image or a profile may.
+POD = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+STARTED = {name: recorded for name, recorded in RECORDED.items() if recorded[1].world_size > 1}
+
+
+@pytest.mark.parametrize(
+    "left_over", [POD, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0"}], ids=["pod", "two", "rank"]
+)
+@pytest.mark.parametrize("launcher", STARTED)
+def test_a_launcher_wins_over_variables_left_over_from_one_process(launcher, left_over):
+    environ, expected = STARTED[launcher]
+    found = detect({**left_over, **environ})
+    # A port that was asked for is used; an address only where it can be of use.
+    assert dataclasses.replace(found, master_port=expected.master_port) == expected
+
+
+def test_ranks_of_one_host_meet_on_it_whatever_address_is_left_over():
+    assert detect({**OPEN_MPI, "MASTER_ADDR": "another-pod"}).rendezvous() == LOCAL
+
+
+@pytest.mark.parametrize("launcher", ["openmpi", "horovodrun-mpi", "mpich", "srun", "srun-pmi2", "srun-pmix"])
+def test_ranks_by_hand_that_contradict_the_launchers_are_an_error(launcher):
+    environ, expected = RECORDED[launcher]
+    for rank, world_size in ((expected.rank - 1, expected.world_size), (0, expected.world_size - 1)):
+        by_hand = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        if world_size > 1:
+            with pytest.raises(UserError, match=f"RANK={rank} and WORLD_SIZE={world_size} contradict .*unset RANK"):
+                detect({**environ, **by_hand})
+
+
+@pytest.mark.parametrize(
+    ("outer", "by_hand"),
+    [
+        (SRUN, {"RANK": "2", "WORLD_SIZE": "3"}),  # a script under srun has named them for torch
+        (OPEN_MPI, {"RANK": "1", "WORLD_SIZE": "2"}),
+        (SRUN, {"RANK": "5", "WORLD_SIZE": "12"}),  # one process a node has started four workers
+        (OPEN_MPI, {"RANK": "0", "WORLD_SIZE": "8"}),
+        (SRUN_ONE_TASK, {"RANK": "1", "WORLD_SIZE": "2"}),  # by hand, in a shell that srun has opened
+    ],
+)
+def test_ranks_by_hand_inside_another_launcher(outer, by_hand):
+    found = detect({**outer, **by_hand, "MASTER_ADDR": "node-a"})
+    assert (found.engine, found.rank, found.world_size) == ("torch", int(by_hand["RANK"]), int(by_hand["WORLD_SIZE"]))
+    assert found.master_addr == "node-a"
+
+
+def test_torchrun_of_one_worker_is_alone_though_srun_started_several():
+    alone = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
+    assert detect({**SRUN, **alone}).world_size == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from disttrain import DistributedOptimizer, comm
 from disttrain.collectives import AllGather, AllReduce
 from disttrain.comm import Communicator, SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.activity import Activity, Report
-from disttrain.comm.watchdog import _BEATS_TO_BE_SURE, _SLOW_BEATS, Watchdog
+from disttrain.comm.watchdog import _BEATS_TO_BE_SURE, _EVEN, _LONGER, _SLOW_BEATS, Watchdog
 
 NAMES = ["rank 0 (a)", "rank 1 (b)", "rank 2 (c)", "rank 3 (d)"]
 
@@ -43,7 +44,7 @@ def test_the_rank_that_has_not_come_is_named(late: int) -> None:
     reports[late] = loading(106)
     assert judge(reports) == [
         f"{NAMES[late]} has been in step 5's data loading for 61 s; the others wait in all_reduce 7 (bucket 2: topk) "
-        "of step 5's optimizer step"
+        f"of step 5's optimizer step: {_LONGER}"
     ]
     assert judge(reports, beats=_BEATS_TO_BE_SURE - 1) == [], "a report may be older than the other"
     assert len(judge(reports, beats=20)) == 1, "told once"
@@ -76,15 +77,47 @@ def test_progress_is_no_stall() -> None:
         assert dog.stalled() is None
 
 
-def test_a_rank_that_has_ended_is_named_if_the_others_wait_for_it() -> None:
-    dog = Watchdog(NAMES[:2], stall=60.0)
-    messages = set()
-    for _ in range(_BEATS_TO_BE_SURE):
-        dog.hear(0, waiting(107))
-        dog.hear(1, loading(106))
-        dog.end(1)
-        messages.add(dog.stalled())
-    assert "rank 1 (b) has ended; rank 0 waits in all_reduce 7" in str(messages)
+def test_lateness_is_told_before_it_is_a_stall() -> None:
+    dog = Watchdog(NAMES[:2], stall=60.0, late=10.0)
+    found = []
+    for seconds in range(0, 90, 5):
+        dog.hear(0, waiting(107, seconds))
+        dog.hear(1, loading(106, seconds))
+        found += [(seconds, kind) for kind, message in (("late", dog.late()), ("stalled", dog.stalled())) if message]
+    beats = 5 * (_BEATS_TO_BE_SURE - 1)
+    assert found == [(10 + beats, "late"), (60 + beats, "stalled")]
+
+
+def test_a_rank_that_has_ended_is_named_within_some_beats_if_the_others_wait_for_it() -> None:
+    dog = Watchdog(NAMES[:3], stall=None)
+    for beat in range(6):
+        dog.hear(0, waiting(107, beat))
+        dog.hear(1, loading(106, beat))
+        dog.hear(2, waiting(107, beat))
+        assert dog.abandoned() is None, "it has not ended"
+    dog.end(1)
+    messages = [dog.abandoned() for _ in range(2 * _BEATS_TO_BE_SURE)]
+    told = f"rank 1 (b) has ended; the others wait in all_reduce 7 (bucket 2: topk) of step 5's optimizer step: {_EVEN}"
+    assert messages == [None] * (_BEATS_TO_BE_SURE - 1) + [told] + [None] * _BEATS_TO_BE_SURE
+
+
+def test_a_rank_whose_engine_has_failed_is_told_at_once_who_has_ended() -> None:
+    dog = Watchdog(NAMES[:2])
+    dog.hear(0, waiting(107, 0.0))
+    dog.hear(1, loading(106))
+    dog.trouble(0)
+    assert dog.abandoned() is None, "nobody has ended: it is something else"
+    dog.end(1)
+    assert "rank 1 (b) has ended; rank 0 waits in all_reduce 7" in str(dog.abandoned())
+
+
+def test_a_rank_that_has_ended_with_all_its_collectives_started_holds_up_nobody() -> None:
+    dog = Watchdog(NAMES[:2])
+    dog.hear(0, waiting(107))
+    dog.hear(1, loading(107))
+    dog.end(1)
+    dog.trouble(0)
+    assert [dog.abandoned() for _ in range(2 * _BEATS_TO_BE_SURE)] == [None] * 2 * _BEATS_TO_BE_SURE
 
 
 def test_what_is_no_report_changes_nothing() -> None:
@@ -194,14 +227,22 @@ def test_an_error_leaves_word_of_where_it_came() -> None:
 def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall: Any) -> None:
     communicator = SimulatedCommunicator(SimulatedWorld(2), 0)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(comm, "_join", lambda *_: communicator)
+    patiences = []
+
+    def join(engine: str, environment: Any, device: Any, timeout: float, patience: float) -> Communicator:
+        patiences.append(patience)
+        return communicator
+
+    monkeypatch.setattr(comm, "_join", join)
     monkeypatch.setattr(comm, "Guard", lambda _, **options: given.update(options))
-    watch = {"silence_seconds": 5, "grace_seconds": 2, "stall_seconds": None, "straggler_factor": 3}
+    watch = {"silence_seconds": 5, "grace_seconds": 2, "stall_seconds": None, "late_seconds": 7, "straggler_factor": 3}
     comm.init("torch", "cpu", watch=comm.Watch(on_stall=on_stall, **watch))
+    assert patiences == [math.inf], "an engine must not give up before the guard"
     assert given == {
         "silence": 5,
         "grace": 2,
         "stall": None,
+        "late": 7,
         "slow": 3,
         "ends_stalled": on_stall == "end",
         "activity": communicator.activity,

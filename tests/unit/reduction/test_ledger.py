@@ -13,7 +13,7 @@ from torch import nn
 from disttrain import DistributedOptimizer
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
 from disttrain.comm import SimulatedCommunicator, simulate
-from disttrain.comm.base import Work
+from disttrain.comm.work import Work
 from disttrain.reduction import Ledger, Traffic
 from tests.support.compressing import case_id
 

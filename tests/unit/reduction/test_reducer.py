@@ -17,7 +17,7 @@ from torch import nn
 from disttrain import DistributedOptimizer, compression
 from disttrain.collectives import AllReduce, Collective
 from disttrain.comm import Communicator, SimulatedCommunicator, SimulatedWorld, SingleProcess, simulate
-from disttrain.comm.base import Work
+from disttrain.comm.work import Work
 
 with torch.random.fork_rng():
     torch.manual_seed(0)
