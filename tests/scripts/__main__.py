@@ -1,4 +1,4 @@
-"""``python -m tests.scripts [WORD ...]``: the table of loops and forms, of all or those whose names hold a WORD.
+"""``python -m tests.scripts [WORD ...]``: the table of loops and forms, of all or those whose names hold a WORD."""
 
 from __future__ import annotations
 

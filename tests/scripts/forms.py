@@ -116,9 +116,8 @@ def judge(loop: Loop, form: Form, outcomes: Sequence[Outcome]) -> None:
 def run_threads(loop: Loop, form: Form) -> None:
     """Run the loop on virtual ranks and judge it."""
     with settings():
-        judge(
-            loop, form, simulate(form.world_size, lambda comm: run_rank(loop, form, comm), timeout=20.0, in_turns=True)
-        )
+        ranks = simulate(form.world_size, lambda comm: run_rank(loop, form, comm), timeout=20.0, in_turns=True)
+        judge(loop, form, ranks)
 
 
 @contextlib.contextmanager

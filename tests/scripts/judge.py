@@ -73,6 +73,6 @@ def check_balance(by_rank: Sequence[Numbers], tolerance: float = 1e-6) -> None:
         servers = torch.cat([numbers[name]["server_residual"] for numbers in by_rank]).double()
         if servers.numel():
             total = total + servers.view(shape)
-        error = ((total - mean).norm() / mean.norm().clamp(min=1e-12)).item()
-        if not error <= tolerance:
-            raise DifferenceError(f"{name}: received and owed miss the sum of gradients by {error:.2g} of it")
+        error, size = (total - mean).norm().item(), mean.norm().item()
+        if not error <= tolerance * max(size, 1.0):
+            raise DifferenceError(f"{name}: received and owed miss the sum of gradients by {error:.2g} of {size:.2g}")

@@ -61,11 +61,15 @@ def _launch(cases: Sequence[Case], launcher: str, deadline: float) -> dict[str, 
             _watch(command, env, folder, log, deadline)
             log.seek(0)
             text = log.read()
-        return {
-            case_name(case): verdict
-            for case in cases
-            if (verdict := _verdict(case, folder, text, world_size)) != "not started"
-        }
+        verdicts = {}
+        for case in cases:
+            if not any(folder.glob(f"{case_name(case)}.started.*")):
+                break
+            is_done = len(list(folder.glob(f"{case_name(case)}.done.*"))) == world_size
+            verdicts[case_name(case)] = _verdict(case, folder, text, world_size)
+            if not is_done:
+                break  # some ranks may have begun the next one, which is not to blame
+        return verdicts
 
 
 def _watch(command: list[str], env: dict[str, str], folder: Path, log: IO[str], deadline: float) -> None:
@@ -75,8 +79,7 @@ def _watch(command: list[str], env: dict[str, str], folder: Path, log: IO[str], 
     )
     try:
         while process.poll() is None:
-            last = max((file.stat().st_mtime for file in folder.iterdir()), default=0.0)
-            if time.time() - last > QUIET_LIMIT or time.monotonic() > deadline:
+            if time.time() - folder.stat().st_mtime > QUIET_LIMIT or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
     finally:
@@ -86,8 +89,6 @@ def _watch(command: list[str], env: dict[str, str], folder: Path, log: IO[str], 
 
 def _verdict(case: Case, folder: Path, log: str, world_size: int) -> str | None:
     name = case_name(case)
-    if not any(folder.glob(f"{name}.started.*")):
-        return "not started"
     records: list[Outcome | str] = []
     for rank in range(world_size):
         path = folder / f"{name}.done.{rank}"
