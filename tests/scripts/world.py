@@ -24,11 +24,6 @@ class World:
     def __init__(self, size: int, ranks: Sequence[int]) -> None:
         self.size, self.ranks = size, ranks
 
-    @property
-    def plays_all(self) -> bool:
-        """Whether this is the reference: one process in place of all."""
-        return len(self.ranks) == self.size
-
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """The rows of a batch that this process's ranks get."""
         parts = whole.chunk(self.size)

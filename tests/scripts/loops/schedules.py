@@ -200,12 +200,12 @@ def resumed(world: Any, *, stop: bool) -> Any:
     return model
 
 
-@loop(reference=lambda world: resumed(world, stop=False), engines=("mpi", "horovod"))
+@loop(reference=lambda world: resumed(world, stop=False), without_ddp="it has no state", engines=("mpi", "horovod"))
 def saved_and_loaded(world: Any) -> Any:
     return resumed(world, stop=True)
 
 
-@loop()
+@loop(without_ddp="a copy of its model has its hooks too")
 def copied_model(world: Any) -> Any:
     """A copy of a model in training, as for evaluation or a lookahead, is a model of its own."""
     model = mlp()
