@@ -48,7 +48,7 @@ def programs(draw: st.DrawFn, world_size: int) -> Program:
 
 @st.composite
 def programs_by_rank(draw: st.DrawFn, world_size: int) -> list[Program]:
-    """Programs of which one rank's differs in up to two lines. All have equally many steps, which keep ranks together."""
+    """Programs of which one rank's differs in up to two lines. All have equally many steps, where ranks meet."""
     base = draw(programs(world_size))
     odd, program = draw(st.integers(0, world_size - 1)), list(base)
     for _ in range(draw(st.integers(1, 2))):
