@@ -22,7 +22,7 @@ from tests.support.compressing import CASES, case_id, make_bucket
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 SIZES = st.integers(2, 3)
-TIMEOUT = 3.0  # seconds after which ranks that wait for each other are in a deadlock
+TIMEOUT = 5.0  # seconds after which ranks that wait for each other are in a deadlock
 BUCKETS = st.sampled_from([None, 1e-6])  # MiB: one bucket, or one a parameter
 
 

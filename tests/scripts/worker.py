@@ -25,7 +25,7 @@ from disttrain.comm import Communicator
 from tests.scripts.forms import Form, form_of, run_rank, settings
 from tests.scripts.registry import load
 
-CASE_LIMIT = 40.0  # seconds a case may take; collectives wait half of that
+CASE_LIMIT = 60.0  # seconds a case may take; collectives wait half of that
 
 
 def main(folder: Path) -> None:
