@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from disttrain.errors import UserError
+from disttrain.tasks import text_files
 from disttrain.tasks.paths import expand_home, resolve
-from disttrain.tasks.text import Text
 from disttrain.training.start_from import load_weights
 from tests.unit.test_cli import CONFIG, call
 from tests.unit.test_cli import config as _config
@@ -49,7 +49,7 @@ def test_a_run_whose_every_path_is_in_the_home_folder(config: str, home: Path) -
 
 def test_data_and_weights_in_the_home_folder(home: Path) -> None:
     (home / "book.txt").write_text("to be or not to be " * 500)
-    assert Text(path="~/*.txt", context=16)._files() == [("home/book.txt", home / "book.txt")]
+    assert text_files.find("~/*.txt") == [("home/book.txt", home / "book.txt")]
     model = torch.nn.Linear(2, 2)
     torch.save(model.state_dict(), home / "weights.pt")
     assert load_weights(model, "~/weights.pt").loaded == ["weight", "bias"]
