@@ -91,9 +91,10 @@ def checkpoints(
     """Show what a run has saved, and whether it is whole."""
     from pathlib import Path
 
+    from disttrain.tasks.paths import expand_home
     from disttrain.training.checkpoint_table import show
 
-    show(Path(run), _wide_console(), verify=verify, keep=prune, as_json=as_json)
+    show(Path(expand_home(run)), _wide_console(), verify=verify, keep=prune, as_json=as_json)
 
 
 @app.command()

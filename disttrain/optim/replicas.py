@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from disttrain.collectives import AllReduce, Broadcast
 from disttrain.comm.base import Communicator
@@ -14,8 +15,22 @@ from disttrain.comm.together import carry
 from disttrain.errors import UserError
 
 
+def check_has_values(model: torch.nn.Module) -> None:
+    """Raise UserError, naming the first one, if parameters or buffers have no values yet.
+
+    Those of lazy modules, such as ``nn.LazyLinear``, get shapes and values in the first forward pass.
+    """
+    if problem := _without_values(model):
+        raise UserError(problem)
+
+
 def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
-    """Raise UserError, naming the first difference, if names, shapes or dtypes differ between ranks."""
+    """Raise UserError, naming the first difference, if names, shapes or dtypes differ between ranks.
+
+    If parameters or buffers have no values yet on any rank, all ranks raise it too.
+    """
+    if problem := next(filter(None, comm.all_gather_object(_without_values(model))), ""):
+        raise UserError(problem)
     mine = [
         f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{'' if needs_grad else ' frozen'}"
         for name, tensor, needs_grad in (
@@ -37,6 +52,16 @@ def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
             raise UserError(
                 f"the model differs between ranks: rank 0 has {here}, rank {odd} has {there}; build it alike everywhere"
             )
+
+
+def _without_values(model: torch.nn.Module) -> str:
+    """What to do about the first parameter or buffer that has no values yet; empty if all have."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            return f"{name!r} is of a lazy module and has no shape yet: run one forward pass on a batch before training"
+        if tensor.is_meta:
+            return f"{name!r} is on the meta device and has no values: call model.to_empty and set them before training"
+    return ""
 
 
 def broadcast_model(model: torch.nn.Module, comm: Communicator) -> None:

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from disttrain.errors import UserError
 from disttrain.tasks.base import Task, TensorData
+from disttrain.tasks.paths import LocalPath
 from disttrain.validation import Registry
 
-__all__ = ["Task", "TensorData", "registry"]
+__all__ = ["LocalPath", "Task", "TensorData", "registry"]
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,8 @@ from disttrain.validation import Section
 class Task(Section, ABC):
     """One thing to train. Its fields are the config's ``task:`` section, so give them bounds and descriptions.
 
+    The type of a field that holds a path is ``disttrain.tasks.LocalPath``, a string in which ``~`` is expanded.
+
     >>> class Line(Task):
     ...     slope: float = Field(2.0, description="what the model has to find")
     ...     def build_model(self): return nn.Linear(1, 1)

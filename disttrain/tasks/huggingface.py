@@ -12,10 +12,7 @@ says what it took and what not::
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,14 +26,16 @@ from torch.utils.data import Dataset
 from disttrain.errors import UserError
 from disttrain.tasks.base import Task, TensorData
 from disttrain.tasks.paths import resolve
+from disttrain.tasks.samples import read_samples as _read_samples
 
 
 class HuggingFace(Task):
     """Text classification by the mean over a text's tokens of the last hidden state, and a linear head.
 
     Samples are lines ``{"text": ..., "label": ...}`` of a .jsonl file, rows of a .csv file with these columns, or the
-    paragraphs of the files of a folder, whose labels are the files' names without suffix. A part of the texts, chosen
-    by a hash of the text, is held out.
+    paragraphs of the files of a folder, whose labels are the files' names without suffix. Files are UTF-8; empty texts
+    are passed over, any other that lacks its text or label is an error. A part of the texts, chosen by a hash of the
+    text, is held out.
     """
 
     model: str = Field(
@@ -86,8 +85,9 @@ class HuggingFace(Task):
         if not path.exists():
             raise UserError(f"task.data={self.data!r} does not exist")
         found = sorted({(text.strip(), label): None for text, label in _read_samples(path, self.data) if text.strip()})
-        if len({label for _, label in found}) < 2:
-            raise UserError(f"task.data={self.data!r} has {len(found)} texts of one class at most: two are needed")
+        if len(classes := sorted({label for _, label in found})) < 2:
+            its = f"all of class {classes[0]!r}" if classes else "so no class"
+            raise UserError(f"task.data={self.data!r} has {len(found)} texts, {its}: two classes are needed")
         return found
 
     @cached_property
@@ -110,7 +110,8 @@ class HuggingFace(Task):
         held_out = torch.tensor([_hash(text) < self.held_out for text, _ in self._samples])
         if held_out.all() or not held_out.any():
             raise UserError(
-                f"task.held_out={self.held_out}: of {len(labels)} texts, nothing is left to train on or to hold out"
+                f"task.held_out={self.held_out} leaves nothing to {'train on' if held_out.all() else 'hold out'} of "
+                f"{len(labels)} texts: change it, or add texts"
             )
         parts = [
             TensorData(encoded["input_ids"][mask], encoded["attention_mask"][mask], labels[mask])
@@ -157,23 +158,6 @@ def _read(load: Any, task: HuggingFace) -> Any:
         return load(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"task.model={task.model!r} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _read_samples(path: Path, shown: str) -> Iterator[tuple[str, str]]:
-    if path.is_dir():
-        for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith((".", "_"))):
-            for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
-                yield " ".join(paragraph.split()), file.stem
-        return
-    if path.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"task.data={shown!r} should be a .jsonl or .csv file, or a folder with a file a class")
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
-        try:
-            for row in rows:
-                yield str(row["text"]), str(row["label"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"task.data={shown!r}: every sample needs text and label ({error!r})") from error
 
 
 def _hash(text: str) -> float:

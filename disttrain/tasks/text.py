@@ -5,13 +5,10 @@ The default text is the Python standard library's own source code: real text tha
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import logging
 import math
-import sysconfig
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from disttrain.errors import UserError
+from disttrain.tasks import text_files
 from disttrain.tasks.base import Task
-from disttrain.tasks.paths import resolve
 
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-_END_OF_FILE = b"\0"
+logger = logging.getLogger(__name__)
 
 
 class Text(Task):
-    """Byte-level language modelling. Whole files are held out, chosen by a hash of their path."""
+    """Byte-level language modelling.
+
+    Whole files are held out, chosen by a hash of their path. Where that leaves nothing to train on or nothing to hold
+    out, as with a single file, the end of each file is held out instead.
+    """
 
     path: str | None = Field(
         default=None,
@@ -38,7 +38,10 @@ class Text(Task):
         "installed package; null: the standard library's .py files",
     )
     held_out: float = Field(
-        default=0.05, gt=0, lt=1, description="share of the files that is evaluated, not trained on"
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="share of the files that is evaluated, not trained on; of one or few files, of each one's end",
     )
     eval_windows: int | None = Field(
         default=1024,
@@ -82,37 +85,18 @@ class Text(Task):
     @cached_property
     def _split(self) -> tuple[bytes, bytes]:
         """All training text, and all held-out text, files in the order of their paths."""
-        parts: tuple[list[bytes], list[bytes]] = ([], [])
-        for name, file in self._files():
-            is_held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < self.held_out
-            parts[is_held_out].append(file.read_bytes() + _END_OF_FILE)
-        train, held_out = (b"".join(part) for part in parts)
+        files = text_files.read(text_files.find(self.path))
+        train, held_out = text_files.split_by_file(files, self.held_out)
+        if min(len(train), len(held_out)) <= self.context:
+            train, held_out = text_files.split_within(files, self.held_out)
+            logger.info("task.path=%r: with so few files, the last %g of each is held out", self.path, self.held_out)
         for text, which in ((train, "train on"), (held_out, "hold out")):
             if len(text) <= self.context:
                 raise UserError(
                     f"task.path={self.path!r} has {len(text)} bytes to {which}, too few for one window of "
-                    f"{self.context + 1}: add files, or change task.held_out={self.held_out} or task.context"
+                    f"{self.context + 1}: add text, or change task.held_out={self.held_out} or task.context"
                 )
         return train, held_out
-
-    def _files(self) -> list[tuple[str, Path]]:
-        """The files and their names relative to where the search began: equal wherever the folder lies."""
-        path = self.path and resolve(self.path, "task.path")
-        if path is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            files = [file for file in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(file.relative_to(root).parts)]
-        elif Path(path).is_dir():
-            root = Path(path)
-            files = [file for file in root.rglob("*") if "/." not in f"/{file.relative_to(root).as_posix()}"]
-        else:
-            files = [Path(name) for name in glob.glob(path, recursive=True)]
-            root = Path(path.split("*")[0]).parent
-        found = sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
-        if not found:
-            raise UserError(
-                f"task.path={self.path!r} matches no file: give a folder, a file, or a glob like 'texts/*.txt'"
-            )
-        return found
 
 
 class Windows(Dataset[torch.Tensor]):

@@ -23,11 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from disttrain.errors import UserError
+from disttrain.training import strict_json
 
 NAME = "manifest.json"
 _FORMAT = 2
 _MAX_BYTES = 32 * 2**20
 _MAX_DEPTH = 32
+_NUMBERS = ("progress", "optimizer", "loss_scale", "metrics")  # may be NaN or infinite, which JSON has as strings
 _FILES = re.compile(r"(model|optimizer|compression|average|best|rank-\d{5,9})\.safetensors", re.ASCII)
 
 
@@ -91,8 +93,8 @@ class Manifest(BaseModel):
 
     def dump(self) -> bytes:
         """The file's content: JSON, with the hash of all the rest under ``checksum``."""
-        body = self.model_dump()
-        return json.dumps({"checksum": _checksum(body), **body}, indent=1).encode()
+        body = {key: strict_json.encode(value) for key, value in self.model_dump().items()}
+        return json.dumps({"checksum": _checksum(body), **body}, indent=1, allow_nan=False).encode()
 
 
 def read(folder: Path) -> Manifest:
@@ -185,7 +187,7 @@ def _parse(content: bytes) -> Manifest:
     if body.pop("checksum", None) != _checksum(body):
         raise UserError(f"is damaged: {NAME} is not what was written")
     try:
-        return Manifest.model_validate(body)
+        return Manifest.model_validate({k: strict_json.decode(v) if k in _NUMBERS else v for k, v in body.items()})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from disttrain.errors import UserError
-from disttrain.training import checkpoint_folder, checkpoint_manifest
+from disttrain.training import checkpoint_folder, checkpoint_manifest, strict_json
 from disttrain.training.checkpoint_folder import Best, checkpoints_in, prune, verified
 from disttrain.training.checkpoint_manifest import Manifest
 from disttrain.validation import validate
@@ -38,7 +37,7 @@ def show(path: Path, console: Console, *, verify: bool = False, keep: int | None
     chosen = best and best.of([one for one in looked_at.values() if isinstance(one, Manifest)])
     rows = [_row(path, found, found is chosen, verify) for path, found in looked_at.items()]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(strict_json.dumps(rows, indent=1))
     else:
         console.print(_table(rows, path))
     if all(isinstance(found, UserError) for found in looked_at.values()):

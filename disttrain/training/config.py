@@ -27,6 +27,8 @@ from disttrain.optim.build import OptimizerSection, optimizers
 from disttrain.optim.groups import Layers
 from disttrain.optim.schedules import ReduceOnPlateau, Schedule, schedules
 from disttrain.tasks import Task
+from disttrain.tasks.paths import LocalPath, expand_home
+from disttrain.training import yaml_values
 from disttrain.training.checkpoint_folder import Best
 from disttrain.training.early_stopping import EarlyStopping
 from disttrain.training.health import Health
@@ -79,7 +81,7 @@ class Config(Section):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     name: str = Field(default="run", description="the run directory is <output>/<name>")
-    output: str = "runs"
+    output: LocalPath = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
     engine: Literal["auto", "single", "torch", "horovod", "mpi"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -137,7 +139,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
-    resume: str = Field(
+    resume: LocalPath = Field(
         default="never", description="never, auto (the newest whole checkpoint, if any), or a checkpoint's path"
     )
     log_every: int = Field(default=10, ge=1, description="steps between two records in metrics.jsonl")
@@ -214,7 +216,7 @@ class Config(Section):
         return values
 
     def to_yaml(self) -> str:
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        return yaml_values.dump(self.to_dict())
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -226,7 +228,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file is missing or no YAML, an override is malformed, or a key or value is wrong.
     """
-    config = _read(Path(path))
+    config = _read(Path(expand_home(os.fspath(path))))
     changes = _parse_overrides(overrides)
     for key in _NAMED:
         if _section_name(changes.get(key)) not in (None, _section_name(config.get(key))):
@@ -278,7 +280,10 @@ def _read(path: Path) -> DictConfig:
     if path.is_dir():
         raise UserError(f"config {str(path)!r} is a folder; {_nearby(path / path.name)}")
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(path)  # refuses keys that are given twice, and aliases that expand without end
+        if isinstance(config, DictConfig):
+            with path.open(encoding="utf-8") as file:
+                config = OmegaConf.create(yaml_values.read(file) or {})
     except FileNotFoundError:
         raise UserError(f"config {str(path)!r} does not exist; {_nearby(path)}") from None
     except (OSError, ValueError) as error:  # no UTF-8, or no path
@@ -303,7 +308,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
             raise UserError(f"override {override!r} should be key=value, such as optimizer.lr=0.1")
     try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+        parsed = OmegaConf.from_dotlist(list(overrides))
+        for key, _, value in (override.partition("=") for override in overrides):
+            OmegaConf.update(parsed, key, yaml_values.read(value))
+        changes = OmegaConf.to_container(parsed, resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"overrides {' '.join(overrides)!r}: {' '.join(str(error).split())}") from error
     assert isinstance(changes, dict)

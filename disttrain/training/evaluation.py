@@ -9,10 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from disttrain.comm import Communicator
+from disttrain.errors import UserError
 from disttrain.tasks import Task
-from disttrain.training.data import to_device
+from disttrain.training.data import num_samples_of, to_device
+
+
+def num_held_out_of(data: Dataset[Any] | None) -> int:
+    """Samples of the held-out data that a task gives; 0 if it gives None.
+
+    Raises:
+        UserError: the data has no length, or no sample.
+    """
+    if data is None:
+        return 0
+    try:
+        return num_samples_of(data)
+    except UserError as error:
+        raise UserError(f"held-out data: {error}; eval_data may return None, and nothing is evaluated") from error
 
 
 @contextlib.contextmanager

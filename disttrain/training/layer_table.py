@@ -7,6 +7,7 @@ from rich.table import Table
 
 from disttrain.errors import UserError
 from disttrain.training.config import Config
+from disttrain.training.setup import build_model
 
 
 def layer_table(config: Config) -> Table:
@@ -15,7 +16,7 @@ def layer_table(config: Config) -> Table:
     Raises:
         UserError: rules of layers or of the compressor do not fit the model.
     """
-    model = config.task.build_model()
+    model = build_model(config.task)
     config.layers.freeze(model)
     optimizer = config.optimizer.build(config.layers.groups(model, config.optimizer.lr))
     groups = {p: (index, group) for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from disttrain.training import strict_json
+
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -112,7 +114,7 @@ class Recorder:
 
     def _write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         with self._going_on():
-            self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+            self._file.write(strict_json.dumps({"kind": kind, "step": step, **record}) + "\n")
             self._file.flush()
 
     @contextlib.contextmanager
@@ -163,7 +165,7 @@ def _step_of(line: str) -> int | None:
 
 def _write_json(path: Path, value: Any) -> None:
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.write_text(strict_json.dumps(value, indent=1) + "\n")
     os.replace(aside, path)
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from disttrain.errors import UserError
 from disttrain.optim.learning_rate import LearningRate
+from disttrain.tasks.paths import expand_home
 from disttrain.training.config import Config
 from disttrain.training.data import num_samples_of
 from disttrain.training.horizon import Horizon
@@ -121,7 +122,7 @@ def show(config: Config, num_workers: int, output: str | None, console: Console)
     """Print the preview, and write it if ``output`` names a file."""
     found = preview(config, num_workers)
     if output is not None:
-        found.write(output)
+        found.write(expand_home(output))
     for remark in found.remarks:
         console.print(remark, highlight=False, soft_wrap=True)
     console.print(found.table())

@@ -1,12 +1,30 @@
-"""What a process sets before it trains."""
+"""What a process sets and makes before it trains."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import nn
 
 from disttrain.comm import Communicator
+from disttrain.errors import UserError
+from disttrain.optim.replicas import check_has_values
+from disttrain.tasks import Task
+
+
+def build_model(task: Task) -> nn.Module:
+    """The task's model.
+
+    Raises:
+        UserError: parameters or buffers have no values yet.
+    """
+    model = task.build_model()
+    try:
+        check_has_values(model)
+    except UserError as error:
+        raise UserError(f"{type(task).__name__}.build_model: {error}") from error
+    return model
 
 
 def set_up_torch(comm: Communicator, num_threads: int | None, deterministic: bool) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
-from disttrain.optim.replicas import broadcast_model
+from disttrain.optim.replicas import broadcast_model, check_has_values
 from disttrain.tasks.paths import resolve
 from disttrain.training import checkpoint_folder
 from disttrain.training.agreement import agreement
@@ -117,8 +117,10 @@ def load_weights(
 
     Raises:
         UserError: the file cannot be read, or matches nothing; a pattern of ``reset`` or ``rename`` matches nothing;
-            names or shapes do not match and ``strict`` is set. The model is as it was then.
+            names or shapes do not match and ``strict`` is set; the model has parameters without values yet. The model
+            is as it was then.
     """
+    check_has_values(model)
     found = _rename(read_weights(Path(path)), rename or {}, path)
     own = {
         name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
@@ -173,7 +175,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if (path / name).is_file():
             return _read_file(path / name)
         if (index := path / f"{name}.index.json").is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise UserError(f"weights {str(index)!r} cannot be read: no weight_map of names to files") from error
             return {key: tensor for file in files for key, tensor in _read_file(path / file).items()}
     raise UserError(
         f"weights {str(path)!r}: the folder has no whole checkpoint, model.safetensors or pytorch_model.bin"

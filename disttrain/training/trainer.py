@@ -32,7 +32,7 @@ from disttrain.training.data import (
     train_loader,
 )
 from disttrain.training.early_stopping import NoStopper, Stopper
-from disttrain.training.evaluation import evaluate, evaluating
+from disttrain.training.evaluation import evaluate, evaluating, num_held_out_of
 from disttrain.training.health import Monitor
 from disttrain.training.horizon import Horizon
 from disttrain.training.interruption import Interruption
@@ -42,7 +42,7 @@ from disttrain.training.precision import autocast
 from disttrain.training.progress import WIRE, Progress
 from disttrain.training.random_state import seed_everything
 from disttrain.training.resuming import Saving
-from disttrain.training.setup import set_up_torch
+from disttrain.training.setup import build_model, set_up_torch
 
 _BUILDING = threading.Lock()  # virtual ranks are threads, which share the random generators
 
@@ -62,10 +62,9 @@ class Trainer:
             set_up_torch(comm, config.num_threads, config.deterministic)
             with _BUILDING:
                 seed_everything(config.seed)  # alike on all ranks, so that models are
-                self.model = self.task.build_model().to(comm.device, self.dtype)
+                self.model = build_model(self.task).to(comm.device, self.dtype)
             self.train_data, self.eval_data = self.task.train_data(), self.task.eval_data()
-            num_samples = num_samples_of(self.train_data)
-            num_held_out = num_samples_of(self.eval_data) if self.eval_data is not None else 0
+            num_samples, num_held_out = num_samples_of(self.train_data), num_held_out_of(self.eval_data)
         with agreement(comm):
             if len(sizes := {tuple(sizes) for sizes in comm.all_gather_object([num_samples, num_held_out])}) > 1:
                 raise UserError(f"ranks have different data, (training, held-out) samples are {sorted(sizes)}")

@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from disttrain import cli
-from tests.support import tiny_task  # noqa: F401 - code that is imported already is not announced
+from tests.support import odd_tasks, tiny_task  # noqa: F401 - code that is imported already is not announced
 from tests.support.workers import ROOT, worker_environment
 
 CONFIG = """
@@ -250,6 +250,14 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
         "rank=7 is more than any matrix has rows or columns, the most being 6",
     ),
     "no data": (["task.num_samples=0"], "TensorData is empty"),
+    "held-out data without a sample": (
+        ["task.name=tests.support.odd_tasks:NothingHeldOut"],
+        "held-out data: TensorData is empty: the task's data holds no sample; eval_data may return None",
+    ),
+    "lazy modules": (
+        ["task.name=tests.support.odd_tasks:Lazy"],
+        "Lazy.build_model: '0.weight' is of a lazy module and has no shape yet: run one forward pass on a batch before",
+    ),
     "output cannot be written": (["output=digits.yaml"], "Not a directory: digits.yaml/run"),
 }
 

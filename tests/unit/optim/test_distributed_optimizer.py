@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -277,6 +278,36 @@ def test_models_that_differ_are_named() -> None:
 
     with pytest.raises(UserError, match=r"0\.weight.*rank 1 has"):
         simulate(2, run)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.LazyLinear(2), "'0.weight' is of a lazy module and has no shape yet: run one forward pass"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), "'0.running_mean' is of a lazy module and has no shape yet"),
+        (lambda: nn.Linear(3, 2, device="meta"), "'0.weight' is on the meta device and has no values: call model.to_e"),
+    ],
+)
+def test_a_model_without_values_is_refused_on_all_ranks(make: Callable[[], nn.Module], message: str) -> None:
+    def run(comm: Communicator) -> str:
+        first = make() if comm.rank == 1 else nn.Linear(3, 2)
+        model = nn.Sequential(first, nn.Linear(2, 2))
+        with pytest.raises(UserError) as caught:
+            DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=comm)
+        return str(caught.value)
+
+    for found in simulate(2, run):
+        assert found.startswith(message)
+
+
+def test_a_lazy_model_trains_after_one_forward_pass() -> None:
+    model = nn.Sequential(nn.LazyLinear(2))
+    model(torch.ones(1, 3))
+    optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, comm=SingleProcess())
+    before = model[0].weight.detach().clone()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight, before - 0.1)
 
 
 def test_dropping_gradients_that_are_on_the_wire() -> None:

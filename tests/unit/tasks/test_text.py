@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disttrain.errors import UserError
+from disttrain.tasks import text_files
 from disttrain.tasks.text import GPT, Text, Windows
 
 
@@ -64,8 +65,39 @@ def test_a_glob_and_a_single_folder_level(tmp_path: Path) -> None:
     assert sum(text.count(b"\0") for text in task._split) == 20
 
 
+BOOK = "".join(f"line {number} of the book\n" for number in range(2000)).encode()
+
+
+@pytest.mark.parametrize("path", ["book/input.txt", "book", "book/*.txt", "book/inpu?.txt", "b[ao]ok/*.txt"])
+@pytest.mark.parametrize("held_out", [0.05, 0.3, 0.999])  # by its path, the file is among the held-out ones with 0.999
+def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, path: str, held_out: float) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/input.txt").write_bytes(BOOK)
+    train, rest = Text(path=f"{tmp_path}/{path}", held_out=held_out, context=16)._split
+    assert train.removesuffix(b"\0") + rest.removesuffix(b"\0") == BOOK
+    assert len(rest) == pytest.approx(held_out * len(BOOK), abs=2)
+
+
+def test_the_ends_of_few_files_are_held_out_where_none_is_as_a_whole(tmp_path: Path) -> None:
+    for name, size in {"a.txt": 1000, "b.txt": 3000, "empty.txt": 0}.items():
+        (tmp_path / name).write_bytes(name[:1].encode() * size)
+    train, rest = Text(path=str(tmp_path), held_out=0.01, context=16)._split
+    assert train == b"a" * 990 + b"\0" + b"b" * 2970 + b"\0"
+    assert rest == b"a" * 10 + b"\0" + b"b" * 30 + b"\0"
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "book[1].txt").write_bytes(BOOK)
+    assert text_files.find(f"{tmp_path}/book[1].txt") == [("book[1].txt", tmp_path / "book[1].txt")]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task.path: '.*gone.txt' cannot be read: No such file or directory"):
+        text_files.read([("gone.txt", tmp_path / "gone.txt")])
+
+
 def test_the_default_is_the_standard_library() -> None:
-    names = [name for name, _ in Text()._files()]
+    names = [name for name, _ in text_files.find(None)]
     assert "argparse.py" in names
     assert names == sorted(names)
     assert not any("site-packages" in name or name.startswith("test/") for name in names)
@@ -75,7 +107,7 @@ def test_text_that_is_missing_or_too_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"matches no file: give a folder, a file, or a glob"):
         Text(path=str(tmp_path / "*.txt")).train_data()
     make_files(tmp_path, 2)
-    with pytest.raises(UserError, match=r"bytes to hold out, too few for one window of 129: add files, or change"):
+    with pytest.raises(UserError, match=r"bytes to hold out, too few for one window of 129: add text, or change"):
         Text(path=str(tmp_path), held_out=0.0001).train_data()
 
 
@@ -117,7 +149,7 @@ def test_dropout_is_off_in_evaluation() -> None:
 
 
 def test_text_of_an_installed_package_is_found_by_its_name() -> None:
-    names = [name for name, _ in Text(path="package:disttrain/tasks/*.py")._files()]
+    names = [name for name, _ in text_files.find("package:disttrain/tasks/*.py")]
     assert {"tasks/base.py", "tasks/text.py"} <= set(names)
     with pytest.raises(UserError, match="there is no installed package 'nosuchthing'"):
         Text(path="package:nosuchthing/*.py").train_data()

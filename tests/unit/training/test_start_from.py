@@ -238,3 +238,12 @@ def test_all_ranks_report_the_same(
 
     with pytest.raises(UserError, match=message):
         run()
+
+
+def test_a_model_without_values_and_a_broken_index_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^'weight' is of a lazy module and has no shape yet"):
+        load_weights(nn.LazyLinear(2), saved(tmp_path, "torch"))
+    for content in ("{", "[]", '{"weight_map": 3}', "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match=r"model.safetensors.index.json' cannot be read: no weight_map"):
+            load_weights(make(2), tmp_path)
