@@ -129,7 +129,7 @@ class Trainer:
                 self.progress.step,
                 self.num_steps,
                 console or Console(),
-                position=self._position if self.horizon.may_take_fewer_steps else None,
+                position=self._position if self._counts_data else None,
             )
 
     def run(self) -> dict[str, Any]:
@@ -277,6 +277,11 @@ class Trainer:
     def _position(self) -> float:
         """Where schedules stand: the number of optimizer steps, unless the batch grows."""
         return self.horizon.position(self.progress, self.batch.scale_invariant_steps)
+
+    @property
+    def _counts_data(self) -> bool:
+        """Whether the run's length is no number of optimizer steps: the batch grows, or was another one before."""
+        return self.horizon.may_take_fewer_steps or self._position != self.progress.step
 
     @property
     def epochs(self) -> float:
