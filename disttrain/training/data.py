@@ -6,8 +6,10 @@ accumulation, trains on the same batches, and a run that goes on from a checkpoi
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Listener
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,21 @@ def eval_loader(config: Config, data: Dataset[Any], comm: Communicator) -> DataL
     return _loader(config, data, batches, comm, torch.Generator())
 
 
+def check_loader_workers() -> None:
+    """Raise UserError if processes that load data could not hand over what they have loaded.
+
+    They do so through sockets in the folder of temporary files, whose paths may have about 100 characters. A process
+    that cannot make its socket prints a traceback, and would be waited for.
+    """
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise UserError(
+            f"loader_workers need sockets in the folder of temporary files, {tempfile.gettempdir()!r}, which fails "
+            f"({error}): set TMPDIR to a folder with a short path, such as /tmp, or loader_workers=0"
+        ) from error
+
+
 def first_batch(config: Config, data: Dataset[Any]) -> Any:
     """A batch of the first sample alone, to see what a task makes of it."""
     return next(iter(DataLoader(data, batch_sampler=[[0]], collate_fn=config.task.collate)))
@@ -150,6 +167,7 @@ def _loader(
     return DataLoader(
         data,
         batch_sampler=batches,
+        timeout=config.timeout if config.loader_workers else 0,  # one that hangs would be waited for without end
         collate_fn=config.task.collate,
         num_workers=config.loader_workers,
         worker_init_fn=ignore_signals,

@@ -253,6 +253,6 @@ def _check_base(path: Path, saved: dict[str, Any], batch: dict[str, Any], config
         )
     if now is not None and config.epochs is not None and saved["num_samples"] != num_samples:
         raise UserError(
-            f"checkpoint {str(path)!r} has counted epochs of {saved['num_samples']} samples in steps of AdaScale's base "
+            f"checkpoint {str(path)!r} has counted epochs of {saved['num_samples']} samples in AdaScale's base "
             f"batch, now there are {num_samples}: keep them, or bound the run by max_steps alone, with epochs=null"
         )

@@ -25,6 +25,7 @@ from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import (
     ShardedSampler,
     Share,
+    check_loader_workers,
     eval_loader,
     first_batch,
     num_samples_of,
@@ -59,6 +60,8 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         with agreement(comm):
             config.check_world_size(comm.world_size)
+            if config.loader_workers:
+                check_loader_workers()
             set_up_torch(comm, config.num_threads, config.deterministic)
             with _BUILDING:
                 seed_everything(config.seed)  # alike on all ranks, so that models are
