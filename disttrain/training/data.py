@@ -6,6 +6,7 @@ accumulation, trains on the same batches, and a run that goes on from a checkpoi
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -123,8 +124,8 @@ class ShardedSampler(Sampler[list[int]]):
                     yield permutation[start:stop].tolist()
 
 
-def train_loader(config: Config, data: Dataset[Any], sampler: ShardedSampler, comm: Communicator) -> DataLoader[Any]:
-    """A loader of this rank's micro-batches from the sampler's position to the end of the epoch.
+def train_batches(config: Config, data: Dataset[Any], sampler: ShardedSampler, comm: Communicator) -> Iterator[Any]:
+    """This rank's micro-batches from the sampler's position to the end of the epoch.
 
     It draws the seeds of its processes from a private generator, so that iterating leaves torch's global one alone.
     """
@@ -133,8 +134,8 @@ def train_loader(config: Config, data: Dataset[Any], sampler: ShardedSampler, co
     return _loader(config, data, sampler, comm, generator)
 
 
-def eval_loader(config: Config, data: Dataset[Any], comm: Communicator) -> DataLoader[Any]:
-    """A loader of every ``world_size``-th batch: the same batches are evaluated, whatever the number of workers."""
+def eval_batches(config: Config, data: Dataset[Any], comm: Communicator) -> Iterator[Any]:
+    """Every ``world_size``-th batch: the same batches are evaluated, whatever the number of workers."""
     num_samples, size = num_samples_of(data), config.evaluation.batch_size
     starts = range(comm.rank * size, num_samples, comm.world_size * size)
     batches = [list(range(start, min(start + size, num_samples))) for start in starts]
@@ -163,8 +164,13 @@ def first_batch(config: Config, data: Dataset[Any]) -> Any:
 
 def _loader(
     config: Config, data: Dataset[Any], batches: Iterable[list[int]], comm: Communicator, generator: torch.Generator
-) -> DataLoader[Any]:
-    return DataLoader(
+) -> Iterator[Any]:
+    """The batches.
+
+    Raises:
+        UserError: a process that loads data has died, or has given nothing within ``timeout``.
+    """
+    loader = DataLoader(
         data,
         batch_sampler=batches,
         timeout=config.timeout if config.loader_workers else 0,  # one that hangs would be waited for without end
@@ -174,6 +180,27 @@ def _loader(
         pin_memory=comm.device.type == "cuda",
         generator=generator,
     )
+    if not config.loader_workers:
+        return iter(loader)
+    return _watched(loader, config.timeout)
+
+
+def _watched(loader: DataLoader[Any], timeout: float) -> Iterator[Any]:
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        yield from batches
+    except RuntimeError as error:
+        # Of those that the dataset raises, torch says where they come from, and they are the user's to read.
+        if not str(error).startswith("DataLoader "):
+            raise
+        for worker in workers:
+            worker.kill()  # they ignore gentler signals, and would outlive this process
+        raise UserError(
+            f"a process that loads data has died, or has given no batch within timeout={timeout:g} s ({error}): see "
+            "whether memory runs out, raise timeout, or set loader_workers=0 to see what fails"
+        ) from error
 
 
 def num_samples_of(data: Dataset[Any]) -> int:

@@ -26,11 +26,11 @@ from disttrain.training.data import (
     ShardedSampler,
     Share,
     check_loader_workers,
-    eval_loader,
+    eval_batches,
     first_batch,
     num_samples_of,
     to_device,
-    train_loader,
+    train_batches,
 )
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating
@@ -221,7 +221,7 @@ class Trainer:
 
     def _measure(self) -> dict[str, float]:
         assert self.eval_data is not None
-        batches = eval_loader(self.config, self.eval_data, self.comm)
+        batches = eval_batches(self.config, self.eval_data, self.comm)
         with autocast(self.config.precision, self.comm.device):
             return evaluate(self.task, self.model, batches, self.comm, self.dtype)
 
@@ -297,7 +297,7 @@ class Trainer:
         if self._has_ended():
             return
         while True:
-            batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
+            batches = train_batches(self.config, self.train_data, self.sampler, self.comm)
             for share in self.sampler.shares():
                 size = self.sampler.batch_size
                 yield share, batches
