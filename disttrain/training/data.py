@@ -6,6 +6,7 @@ accumulation, trains on the same batches, and a run that goes on from a checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -197,6 +198,9 @@ def _watched(loader: DataLoader[Any], timeout: float) -> Iterator[Any]:
             raise
         for worker in workers:
             worker.kill()  # they ignore gentler signals, and would outlive this process
+            while worker.is_alive():
+                with contextlib.suppress(RuntimeError):  # torch raises that one was killed wherever the news come
+                    worker.join()
         raise UserError(
             f"a process that loads data has died, or has given no batch within timeout={timeout:g} s ({error}): see "
             "whether memory runs out, raise timeout, or set loader_workers=0 to see what fails"

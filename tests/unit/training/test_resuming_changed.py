@@ -87,18 +87,22 @@ def test_growth_that_no_milestone_remembers_is_kept(tmp_path: Path) -> None:
         assert (after.batch_size, after.gain) == (batch_size, batch_size / initial)
 
 
-def test_adascale_counts_in_steps_of_its_base_batch(tmp_path: Path) -> None:
-    def adascale(base: int) -> dict[str, Any]:
-        return {"batch": {"name": "adascale", "base_batch_size": base}, "accumulation": 2}
+def adascale(base: int) -> dict[str, Any]:
+    return {"batch": {"name": "adascale", "base_batch_size": base}, "accumulation": 2}
 
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (adascale(10), "AdaScale counts a run in steps of that batch"),
+        ({"accumulation": 2}, "AdaScale counts a run in steps of that batch"),
+        ({"task": {"num_samples": 60}, **adascale(5)}, "keep them, or bound the run by max_steps alone"),
+    ],
+)
+def test_adascale_counts_in_steps_of_its_base_batch(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     train_records(tmp_path, max_steps=5, **adascale(5))
-    for change in (adascale(10), {"accumulation": 2}):
-        with pytest.raises(UserError, match="AdaScale counts a run in steps of that batch"):
-            train_records(tmp_path, resume="auto", **change)
-    with pytest.raises(UserError, match="keep them, or bound the run by max_steps alone"):
-        train_records(
-            tmp_path, resume=str(tmp_path / "test/checkpoints/step-00000005"), task={"num_samples": 60}, **adascale(5)
-        )
+    with pytest.raises(UserError, match=message):
+        train_records(tmp_path, resume="auto", **change)
 
 
 def test_metrics_that_are_nan_are_never_the_best_and_do_not_keep_a_run_from_going_on(
