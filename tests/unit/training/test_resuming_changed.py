@@ -126,3 +126,9 @@ def test_metrics_that_are_nan_are_never_the_best_and_do_not_keep_a_run_from_goin
     assert math.isfinite(summary["best"]["value"])
     found = [path.name for path in checkpoint_folder.checkpoints_in(tmp_path / "test/checkpoints")]
     assert found == ["step-00000005", "step-00000020"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_that_names_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/test' cannot be written: Not a directory; set output to a folder"):
+        train_records(tmp_path / "file")
