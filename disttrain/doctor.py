@@ -25,6 +25,7 @@ from disttrain.comm.environment import Environment
 
 HOROVOD_COMMAND = "launch/install-horovod.sh"
 MPI_COMMAND = "pip install 'disttrain[mpi]'"
+NUMBA_COMMAND = "pip install numba"
 _IMPORT_SECONDS = 120.0
 _SMALL, _LARGE = 1, 4 * 2**20  # float32 elements: 4 B and 16 MiB
 _REPEATS = {_SMALL: 50, _LARGE: 7}
@@ -40,6 +41,11 @@ import json, mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
 print(json.dumps([mpi4py.__version__, MPI.Get_library_version().split(",")[0].split(chr(10))[0].strip(chr(0))]))
+"""
+_NUMBA = """
+import json, numba
+from disttrain.kernels.compiling import report
+print(json.dumps([numba.__version__, report()]))
 """
 
 
@@ -62,7 +68,7 @@ def run(probe: bool) -> int:
     environment = detect()
     console = Console(quiet=environment.rank != 0)
     if environment.rank == 0:
-        for table in (_machine(), _engines(), _launchers(), _interfaces(), _environment(environment)):
+        for table in (_machine(), _engines(), _kernels(), _launchers(), _interfaces(), _environment(environment)):
             console.print(table)
     if not probe:
         return 0
@@ -87,6 +93,11 @@ def examine_engines() -> list[Finding]:
         Finding("torch", "ready" if gloo else "broken", torch.__version__, "built with " + ", ".join(parts)),
         *[finish() for finish in pending],
     ]
+
+
+def examine_kernels() -> list[Finding]:
+    """What compiles the loops over gradients, and whether it can keep them on disk."""
+    return [_import("numba", _NUMBA, NUMBA_COMMAND)()]
 
 
 def examine_launchers() -> list[Finding]:
@@ -193,6 +204,10 @@ def _machine() -> Table:
 
 def _engines() -> Table:
     return _findings("Engines", examine_engines())
+
+
+def _kernels() -> Table:
+    return _findings("Kernels", examine_kernels())
 
 
 def _launchers() -> Table:

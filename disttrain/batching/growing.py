@@ -141,12 +141,25 @@ class GrowingBatch:
             is_measured = norms is not None and self.noise.update(norms, sizes or self._parts(num_samples), num_samples)
         if self.noise.num_measured and math.isfinite(self.noise.scale):
             self.metrics["noise_scale"] = self.noise.scale
+        losses = self._end_epoch() if ends_epoch and self.policy.needs_losses else None
+        return self._choose(step, epochs, losses, is_measured)
+
+    def go_on(self, step: int, epochs: float) -> None:
+        """Choose the next step's batch and gain in a run that goes on, after ``load_state_dict`` if it had this policy.
+
+        Where nothing has changed that is the choice that the run had made. Where it goes on with another initial batch,
+        another limit or another policy, the batch and its gain fit each other again.
+        """
+        self._choose(step, epochs, None, False)
+
+    def _choose(self, step: int, epochs: float, epoch_losses: tuple[float, float] | None, is_measured: bool) -> bool:
+        """Ask the policy, and carry it out; whether the batch size has changed."""
         situation = Situation(
             batch_size=self.batch_size,
             initial=self._initial,
             step=step,
             epochs=epochs,
-            epoch_losses=self._end_epoch() if ends_epoch and self.policy.needs_losses else None,
+            epoch_losses=epoch_losses,
             noise=self.noise,
             is_measured=is_measured,
         )
@@ -205,11 +218,11 @@ class GrowingBatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, on as many ranks or another number.
 
-        Its batch size counts if the run began with the same; if not, that of the beginning.
+        If the run began with another batch size, what counts is how many times it has grown since.
         """
         self._memory.load_state_dict(state.get("memory"))  # absent from older checkpoints
-        if state["initial"] == self._initial:
-            self.resize(min(state["batch_size"], self._limit))
+        grown = state["batch_size"] * self._initial // state["initial"]
+        self.resize(max(1, min(grown, self._limit)))
         self.gain, self.scale_invariant_steps = state["gain"], state["scale_invariant_steps"]
         self.noise.load_state_dict(state["noise"])
         losses = state["losses"]

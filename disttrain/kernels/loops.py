@@ -7,19 +7,19 @@ and use SIMD lanes. Each kernel lends its arrays to the function of its loops: s
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from disttrain.kernels.compiling import compiled
 from disttrain.kernels.intrinsics import borrow, from_bits, keep, magnitude_bits
 
-_jit = numba.njit(nogil=True, cache=True)
+_jit = compiled()
 # No NaN and no -0 to care for (finiteness is judged elsewhere): clamping runs in SIMD lanes, still exactly.
-_finite = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-_reordered_nan = numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
-_reordered = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
-_inline = numba.njit(nogil=True, cache=True, inline="always")
+_finite = compiled(fastmath={"nnan", "nsz"})
+_reordered_nan = compiled(fastmath={"reassoc"})
+_reordered = compiled(fastmath={"nnan", "nsz", "reassoc"})
+_inline = compiled(inline="always")
 # Inlined by LLVM, which then knows that nothing of what is lent has to be counted.
-_lent = numba.njit(nogil=True, cache=True, forceinline=True)
+_lent = compiled(forceinline=True)
 
 
 @_inline

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from disttrain.kernels.compiling import compiled
 from disttrain.kernels.intrinsics import borrow, keep
 from disttrain.kernels.loops import _copy, _inline, _jit, _largest, _lent, _reordered
 
 # Products and sums in one rounding where a processor can: for what an all-reduce makes alike on all ranks afterwards.
-_contracted = numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+_contracted = compiled(fastmath={"nnan", "nsz", "reassoc", "contract"})
 
 
 @_jit

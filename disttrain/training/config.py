@@ -86,7 +86,10 @@ class Config(Section):
     engine: Literal["auto", "single", "torch", "horovod", "mpi"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = Field(
-        default=300.0, gt=0, description="seconds that torch.distributed waits for the others, to start and later"
+        default=300.0,
+        gt=0,
+        description="seconds that torch.distributed waits for the others, to start and later, and a worker for a batch "
+        "of its loader_workers",
     )
     watch: Watch = Watch()
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and floating-point inputs")

@@ -6,8 +6,12 @@ accumulation, trains on the same batches, and a run that goes on from a checkpoi
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Listener
 from typing import Any
 
 import numpy as np
@@ -121,8 +125,8 @@ class ShardedSampler(Sampler[list[int]]):
                     yield permutation[start:stop].tolist()
 
 
-def train_loader(config: Config, data: Dataset[Any], sampler: ShardedSampler, comm: Communicator) -> DataLoader[Any]:
-    """A loader of this rank's micro-batches from the sampler's position to the end of the epoch.
+def train_batches(config: Config, data: Dataset[Any], sampler: ShardedSampler, comm: Communicator) -> Iterator[Any]:
+    """This rank's micro-batches from the sampler's position to the end of the epoch.
 
     It draws the seeds of its processes from a private generator, so that iterating leaves torch's global one alone.
     """
@@ -131,12 +135,27 @@ def train_loader(config: Config, data: Dataset[Any], sampler: ShardedSampler, co
     return _loader(config, data, sampler, comm, generator)
 
 
-def eval_loader(config: Config, data: Dataset[Any], comm: Communicator) -> DataLoader[Any]:
-    """A loader of every ``world_size``-th batch: the same batches are evaluated, whatever the number of workers."""
+def eval_batches(config: Config, data: Dataset[Any], comm: Communicator) -> Iterator[Any]:
+    """Every ``world_size``-th batch: the same batches are evaluated, whatever the number of workers."""
     num_samples, size = num_samples_of(data), config.evaluation.batch_size
     starts = range(comm.rank * size, num_samples, comm.world_size * size)
     batches = [list(range(start, min(start + size, num_samples))) for start in starts]
     return _loader(config, data, batches, comm, torch.Generator())
+
+
+def check_loader_workers() -> None:
+    """Raise UserError if processes that load data could not hand over what they have loaded.
+
+    They do so through sockets in the folder of temporary files, whose paths may have about 100 characters. A process
+    that cannot make its socket prints a traceback, and would be waited for.
+    """
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise UserError(
+            f"loader_workers need sockets in the folder of temporary files, {tempfile.gettempdir()!r}, which fails "
+            f"({error}): set TMPDIR to a folder with a short path, such as /tmp, or loader_workers=0"
+        ) from error
 
 
 def first_batch(config: Config, data: Dataset[Any]) -> Any:
@@ -146,16 +165,46 @@ def first_batch(config: Config, data: Dataset[Any]) -> Any:
 
 def _loader(
     config: Config, data: Dataset[Any], batches: Iterable[list[int]], comm: Communicator, generator: torch.Generator
-) -> DataLoader[Any]:
-    return DataLoader(
+) -> Iterator[Any]:
+    """The batches.
+
+    Raises:
+        UserError: a process that loads data has died, or has given nothing within ``timeout``.
+    """
+    loader = DataLoader(
         data,
         batch_sampler=batches,
+        timeout=config.timeout if config.loader_workers else 0,  # one that hangs would be waited for without end
         collate_fn=config.task.collate,
         num_workers=config.loader_workers,
         worker_init_fn=ignore_signals,
         pin_memory=comm.device.type == "cuda",
         generator=generator,
     )
+    if not config.loader_workers:
+        return iter(loader)
+    return _watched(loader, config.timeout)
+
+
+def _watched(loader: DataLoader[Any], timeout: float) -> Iterator[Any]:
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    try:
+        yield from batches
+    except RuntimeError as error:
+        # Of those that the dataset raises, torch says where they come from, and they are the user's to read.
+        if not str(error).startswith("DataLoader "):
+            raise
+        for worker in workers:
+            worker.kill()  # they ignore gentler signals, and would outlive this process
+            while worker.is_alive():
+                with contextlib.suppress(RuntimeError):  # torch raises that one was killed wherever the news come
+                    worker.join()
+        raise UserError(
+            f"a process that loads data has died, or has given no batch within timeout={timeout:g} s ({error}): see "
+            "whether memory runs out, raise timeout, or set loader_workers=0 to see what fails"
+        ) from error
 
 
 def num_samples_of(data: Dataset[Any]) -> int:

@@ -1,4 +1,8 @@
-"""How long a run is, and where it stands: what schedules count where the batch, and so the number of steps, changes."""
+"""How long a run is, and where it stands: what schedules count where the batch, and so the number of steps, changes.
+
+The batch may grow in a run, and a run may go on with another batch or other data than it began with. So where epochs
+bound a run, its length and its position follow the data; the number of steps that it took says nothing about either.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from disttrain.training.progress import Progress
 class Horizon:
     """A run of so many epochs or steps, in steps of its initial batch.
 
-    While the batch stays as it is these are optimizer steps. Where it grows and ``epochs`` bounds the run, a position
-    is the number of initial batches that the data seen so far would have made, so a schedule follows the data and ends
-    with it; where ``max_steps`` bounds it, that of steps; of both, whichever is further. Under AdaScale it is the sum
-    of the steps' gains.
+    Where ``epochs`` bounds the run, a position is the number of initial batches that the data seen so far would have
+    made, so a schedule follows the data and ends with it; where ``max_steps`` bounds it, that of steps; of both,
+    whichever is further. While the batch stays as it is, that is always the number of optimizer steps. Under AdaScale
+    it is the sum of the steps' gains.
 
     Args:
         policy: of the batch.
@@ -64,19 +68,17 @@ class Horizon:
         """Where the run stands, from 0 to ``num_steps``."""
         if self._clock == "gains":
             return min(float(self.num_steps), scale_invariant_steps)
-        if self._clock == "steps" or self._epochs is None:
-            return progress.step
-        by_data = progress.epoch * self.steps_per_epoch + progress.offset // self._batch_size
-        if self._max_steps is None:
-            return by_data
-        done = max(by_data / (self._epochs * self.steps_per_epoch), progress.step / self._max_steps)
-        return min(1.0, done) * self.num_steps
+        done = [0.0]  # products first: integers, so a division by num_steps leaves exactly the steps
+        if self._epochs is not None:
+            by_data = progress.epoch * self.steps_per_epoch + progress.offset // self._batch_size
+            done.append(by_data * self.num_steps / (self._epochs * self.steps_per_epoch))
+        if self._max_steps is not None:
+            done.append(progress.step * self.num_steps / self._max_steps)
+        return min(float(self.num_steps), max(done))
 
     def is_over(self, progress: Progress, scale_invariant_steps: float) -> bool:
         """Whether the run has come to its end."""
-        if self._clock == "samples":
-            by_epoch = self._epochs is not None and progress.epoch >= self._epochs
-            return by_epoch or (self._max_steps is not None and progress.step >= self._max_steps)
-        # Gains are 1 at least, so more steps than the base run's were skipped ones.
-        gained = self._clock == "gains" and scale_invariant_steps >= self.num_steps - 1e-6
-        return gained or progress.step >= self.num_steps
+        if self._clock == "gains":  # they are 1 at least, so more steps than the base run's were skipped ones
+            return scale_invariant_steps >= self.num_steps - 1e-6 or progress.step >= self.num_steps
+        by_epoch = self._epochs is not None and progress.epoch >= self._epochs
+        return by_epoch or (self._max_steps is not None and progress.step >= self._max_steps)

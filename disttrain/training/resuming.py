@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
+from disttrain.batching import AdaScale
 from disttrain.errors import UserError
 from disttrain.training import checkpoint, elastic
 from disttrain.training.agreement import agreement
@@ -178,8 +179,8 @@ class Saving:
                 trainer.buffers.load(checkpoint.load_buffers(path, comm.rank))
             self._take_over(saved, manifest)
         logger.info("going on from %s: step %d, %.2f epochs", path, saved.step, trainer.epochs)
-        if not restored:
-            logger.info("%s", self._changes(manifest))
+        for change in self._changes(manifest):
+            logger.info("%s", change)
         return restored
 
     def _take_over(self, saved: Progress, manifest: Manifest) -> None:
@@ -191,16 +192,21 @@ class Saving:
         sampler.epoch, sampler.offset = saved.epoch, saved.offset
         if manifest.config.get("batch", {}).get("name") == self._config.to_dict()["batch"]["name"]:
             batch.load_state_dict(saved.batch)
-            sampler.resize(batch.batch_size, batch.accumulation)
-            saved.epoch, saved.offset = sampler.epoch, sampler.offset
+        batch.go_on(saved.step, sampler.epoch + sampler.offset / sampler.num_samples)
+        sampler.resize(batch.batch_size, batch.accumulation)
+        saved.epoch, saved.offset = sampler.epoch, sampler.offset
 
-    def _changes(self, manifest: Manifest) -> str:
-        """What is not as it was, on another number of workers."""
+    def _changes(self, manifest: Manifest) -> Iterator[str]:
+        """What is not as it was, for the user to know."""
         new, old, batch = self._comm.world_size, manifest.world_size, self._trainer.batch.batch_size
-        return (
-            f"{new} workers in place of {old}: a batch of {batch} is now {batch / new:g} samples a worker, was "
-            f"{batch / old:g}; every worker gets the mean of what all had still to send; random generators begin anew"
-        )
+        was = manifest.progress.get("batch", {}).get("batch_size", batch)
+        if batch != was:
+            yield f"a batch of {batch} in place of {was}: schedules go on at the same part of the run"
+        if new != old:
+            yield (
+                f"{new} workers in place of {old}: a batch of {batch} is now {batch / new:g} samples a worker, was "
+                f"{was / old:g}; every worker gets the mean of what all had still to send; random generators begin anew"
+            )
 
 
 def _progress_of(manifest: Manifest) -> tuple[Progress, dict[str, Any]]:
@@ -216,7 +222,7 @@ def _progress_of(manifest: Manifest) -> tuple[Progress, dict[str, Any]]:
 
 
 def check_fits(path: Path, manifest: Manifest, config: Config, num_samples: int) -> None:
-    """Raise UserError if the checkpoint's optimizer is another, or its place in an epoch is not the same now."""
+    """Raise UserError if the checkpoint's optimizer is another, or its place in the run is not the same now."""
     saved, old = manifest.progress, manifest.config
     optimizer = config.to_dict()["optimizer"]
     for key in ("name", "momentum_correction"):  # what the optimizer's state means
@@ -224,9 +230,29 @@ def check_fits(path: Path, manifest: Manifest, config: Config, num_samples: int)
         if was != now:
             message = f"optimizer.{key}={now!r}, but checkpoint {str(path)!r} was made with {was!r}: keep that"
             raise UserError(message)
+    _check_base(path, saved, old.get("batch", {}), config, num_samples)
     order = (old["seed"], saved["num_samples"])
     if saved["offset"] and order != (config.seed, num_samples):
         raise UserError(
             f"checkpoint {str(path)!r} lies within an epoch of seed={order[0]} and {order[1]} samples, now it is "
             f"{config.seed} and {num_samples}: keep them, or resume from an epoch's end"
+        )
+
+
+def _check_base(path: Path, saved: dict[str, Any], batch: dict[str, Any], config: Config, num_samples: int) -> None:
+    """Raise UserError if AdaScale's steps, in which it counts how far a run has come, do not mean what they did."""
+    was = batch.get("base_batch_size")  # no other policy has any
+    now = config.batch.base_batch_size if isinstance(config.batch, AdaScale) else None
+    if was != now:
+        wanted = (
+            "batch.name=adascale only if the run begins with it" if was is None else f"batch.name=adascale and {was}"
+        )
+        raise UserError(
+            f"batch.base_batch_size={now}, but checkpoint {str(path)!r} was made with {was}, and AdaScale counts a run "
+            f"in steps of that batch: set {wanted}"
+        )
+    if now is not None and config.epochs is not None and saved["num_samples"] != num_samples:
+        raise UserError(
+            f"checkpoint {str(path)!r} has counted epochs of {saved['num_samples']} samples in AdaScale's base "
+            f"batch, now there are {num_samples}: keep them, or bound the run by max_steps alone, with epochs=null"
         )

@@ -51,11 +51,16 @@ def open_run(config: Config, launches: list[str]) -> RunDirectory:
             aside = _free(path)
             path.rename(aside)
             logger.info("the earlier run %s is now %s", path, aside)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(config.to_yaml())
+    except OSError as error:
+        raise UserError(
+            f"the run's folder {str(path)!r} cannot be written: {error.strerror}; set output to a folder that can be"
+        ) from error
     if is_own and resumed is not None:
         for newer in checkpoint_folder.later_than(resumed.path):
             newer.rename(_free(newer.with_name(f"{newer.name}.superseded")))
-    (path / "config.yaml").write_text(config.to_yaml())
     elastic.claim(path, launches)
     lock, attempt = _lock(path), uuid.uuid4().hex
     checkpoint_folder.remove_partial(path / "checkpoints")

@@ -25,11 +25,12 @@ from disttrain.training.config import Checkpoint, Config, Evaluation
 from disttrain.training.data import (
     ShardedSampler,
     Share,
-    eval_loader,
+    check_loader_workers,
+    eval_batches,
     first_batch,
     num_samples_of,
     to_device,
-    train_loader,
+    train_batches,
 )
 from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating, num_held_out_of
@@ -59,6 +60,8 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         with agreement(comm):
             config.check_world_size(comm.world_size)
+            if config.loader_workers:
+                check_loader_workers()
             set_up_torch(comm, config.num_threads, config.deterministic)
             with _BUILDING:
                 seed_everything(config.seed)  # alike on all ranks, so that models are
@@ -129,7 +132,7 @@ class Trainer:
                 self.progress.step,
                 self.num_steps,
                 console or Console(),
-                position=self._position if self.horizon.may_take_fewer_steps else None,
+                position=self._position if self._counts_data else None,
             )
 
     def run(self) -> dict[str, Any]:
@@ -225,7 +228,7 @@ class Trainer:
 
     def _measure(self) -> dict[str, float]:
         assert self.eval_data is not None
-        batches = eval_loader(self.config, self.eval_data, self.comm)
+        batches = eval_batches(self.config, self.eval_data, self.comm)
         with autocast(self.config.precision, self.comm.device):
             return evaluate(self.task, self.model, batches, self.comm, self.dtype)
 
@@ -286,6 +289,11 @@ class Trainer:
         return self.horizon.position(self.progress, self.batch.scale_invariant_steps)
 
     @property
+    def _counts_data(self) -> bool:
+        """Whether the run's length is no number of optimizer steps: the batch grows, or was another one before."""
+        return self.horizon.may_take_fewer_steps or self._position != self.progress.step
+
+    @property
     def epochs(self) -> float:
         """Epochs done, with the part of the present one."""
         return round(self.progress.epoch + self.progress.offset / self.sampler.num_samples, 4)
@@ -296,7 +304,7 @@ class Trainer:
         if self._has_ended():
             return
         while True:
-            batches = iter(train_loader(self.config, self.train_data, self.sampler, self.comm))
+            batches = train_batches(self.config, self.train_data, self.sampler, self.comm)
             for share in self.sampler.shares():
                 size = self.sampler.batch_size
                 yield share, batches

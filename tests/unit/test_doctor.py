@@ -35,6 +35,14 @@ def test_missing_and_broken_engines_come_with_the_command_that_installs_them(mon
     assert "gloo" in found["torch"].note
 
 
+def test_where_compiled_loops_are_kept(monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (found,) = doctor.examine_kernels()
+    assert (found.name, found.state) == ("numba", "ready")
+    assert found.note.startswith(f"compiled loops are kept in {tmp_path}")
+
+
 def test_engine_that_crashes_or_hangs_on_import_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "_IMPORT_SECONDS", 1.0)
     found = snippets(monkeypatch, "import os; os.abort()", "import time; time.sleep(60)")
