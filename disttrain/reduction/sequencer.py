@@ -45,6 +45,10 @@ class Place(Enum):
     JOIN = "join()"
 
 
+# A rank at its step waits for the others; of those elsewhere, ranks that synchronize wait for those that do not.
+_MOVES = {Place.PASS: 2, Place.DROP: 2, Place.WEIGH: 2, Place.SYNCHRONIZE: 1}
+
+
 class Sequencer:
     """Brings the ranks of one communicator together. ``Sequencer.of(comm)`` is the one that there is.
 
@@ -145,7 +149,7 @@ class Sequencer:
         """One meeting; None if this rank has to wait for another."""
         present = [entry() for entry in self._reducers]
         own = [self._say(one, size, place, reducer) for one, size in zip(present, self._sizes, strict=True)]
-        moves = int(place not in (Place.STEP, Place.JOIN))
+        moves = _MOVES.get(place, 0)
         last_active = 0 if place is Place.JOIN else self._control.rank + 1
         message = to_tensor(moves, last_active, own)
         ledger = next(one for one in (reducer, *present) if one is not None).ledger
@@ -169,6 +173,8 @@ class Sequencer:
             one.land(word, on_arrival if arrives else None)
         if any_active and not (any_moves or any(word.sends or word.is_step for word in words)):
             self._refuse(reducer)
+        if place is Place.SYNCHRONIZE and any_moves == _MOVES[Place.PASS]:
+            return None  # whoever is in a backward pass comes here, or to the step, with its gradients
         return self._go_on(everyone, place, reducer, is_over=not any_active)
 
     def _say(self, reducer: Reducer | None, size: int, place: Place, meant: Reducer | None) -> Word:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import threading
 import time
@@ -214,7 +213,7 @@ def test_only_no_sync_passes_before_a_step() -> None:
         torch.testing.assert_close(result, mean_gradient(MLP, 2, squares))
 
 
-def test_two_backward_passes_before_a_step_on_some_ranks(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_backward_passes_before_a_step_on_some_ranks() -> None:
     def loss(model: nn.Module, rank: int) -> torch.Tensor:
         second = model[0](inputs(rank, 1)).square().mean() if rank != 1 else 0.0
         return squares(model, rank) + second
@@ -227,28 +226,25 @@ def test_two_backward_passes_before_a_step_on_some_ranks(caplog: pytest.LogCaptu
         optimizer.synchronize()
         return gradients(model)
 
-    with caplog.at_level(logging.WARNING, "disttrain"):
-        for result in simulate(3, run):
-            torch.testing.assert_close(result, mean_gradient(MLP, 3, loss))
-    assert "no_sync" in caplog.text
+    for result in simulate(3, run):
+        torch.testing.assert_close(result, mean_gradient(MLP, 3, loss))
 
 
 @pytest.mark.parametrize("spec", TELESCOPING, ids=lambda spec: spec["name"])
 def test_two_backward_passes_lose_nothing_under_compression(spec: dict[str, Any]) -> None:
     def run(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         model, optimizer = build(MLP, comm, compressor={**spec, "min_numel": 0})
+        optimizer.param_groups[0]["lr"] = 0.0
         sent = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
         for step in range(3):
             optimizer.zero_grad()
             model(inputs(comm.rank, step)).square().mean().backward()
             model(inputs(comm.rank, step + 5)).square().mean().backward()
-            optimizer.synchronize()
-            sent += torch.cat([b.flat for b in optimizer.reducer.buckets])
-        residuals = [
-            b.state.residual if "residual" in b.state.tensors else torch.zeros_like(b.flat)
-            for b in optimizer.reducer.buckets
-        ]
-        local = [slot for bucket in optimizer.reducer.buckets for slot in bucket.slots]
+            sent += torch.cat([slot.parameter.grad.reshape(-1) for slot in optimizer.reducer.slots])
+            optimizer.step()
+        owed = optimizer.state_dict()["compression"]["per_rank"]
+        local = optimizer.reducer.slots
+        residuals = [owed.get(f"{slot.name}/residual", torch.zeros(slot.view.numel()).double()) for slot in local]
         own = copy.deepcopy(MLP)
         for step in range(3):
             own(inputs(comm.rank, step)).square().mean().backward()
