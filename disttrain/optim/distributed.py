@@ -192,9 +192,9 @@ class DistributedOptimizer(OptimizerWrapper):
         Args:
             loss: of this rank's samples, 0-d.
             weight: what the loss is a mean over: a number of tokens, a sum of class weights. The gradients are then
-                those of the sum of weight * loss over the sum of the weights, over all ranks and over all passes of one
-                exchange: those under ``no_sync`` and the one that sends their sum. Ranks meet here for that sum, so all
-                give weights or none. None: each rank's loss counts alike.
+                those of the sum of weight * loss over the sum of the weights, over all ranks and all backward passes of
+                the step. Ranks meet here for that sum, so all give weights or none. None: each rank's loss counts
+                alike.
 
         Returns:
             The loss times its weight and times the loss scale, as far as there are such.
@@ -206,7 +206,7 @@ class DistributedOptimizer(OptimizerWrapper):
 
     @property
     def total_weight(self) -> float:
-        """The sum of the losses' weights over all ranks in the last exchange, if they had any."""
+        """The sum of the losses' weights over all ranks in the last step, if they had any."""
         return self.reducer.unit * self.comm.world_size
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:

@@ -26,6 +26,7 @@ class Slot:
         index: among all parameters of the reducer's optimizer.
         is_local: ``parameter.grad`` holds something that the other ranks have not seen.
         has_mean: ``parameter.grad`` is a mean over ranks, as it arrived or as the user has changed it since.
+        base: the mean that ``parameter.grad`` was when a local gradient was added to it.
         carried: what ``parameter.grad`` was when an exchange began, which is to be added to its result.
         finite: what is known of the numbers in ``view``; None if they have to be looked at.
         is_ready: a gradient has come since the exchange began.
@@ -42,6 +43,7 @@ class Slot:
     index: int
     is_local: bool = False
     has_mean: bool = False
+    base: torch.Tensor | None = None
     carried: torch.Tensor | None = None
     finite: bool | None = None
     is_ready: bool = False
@@ -58,11 +60,20 @@ class Slot:
     def open(self) -> None:
         """Begin an exchange: put a mean of earlier passes aside, so that only what is new travels."""
         self.is_ready = self.is_used = False
+        base, self.base = self.base, None
         if self.parameter.grad is None:
             self.has_mean = self.is_local = False
         elif self.has_mean and not self.is_local:
             self._carry()
             self.parameter.grad = None
+        elif base is not None:
+            self.carried = base
+            self.parameter.grad = self.parameter.grad - base
+
+    def note_mean(self) -> None:
+        """Remember the mean, as a local gradient is about to be added to it."""
+        if self.has_mean and not self.is_local and self.base is None and self.parameter.grad is not None:
+            self.base = self.parameter.grad.detach().clone()
 
     def _carry(self) -> None:
         """Set ``parameter.grad`` aside; what lies in the buffer is copied, as something else will be written there."""
@@ -85,9 +96,11 @@ class Slot:
         self.finite = for_device(grad.device).copy_finite(grad.to_dense() if grad.is_sparse else grad, self.view)
         self.parameter.grad = self.view
 
-    def land(self, is_used: bool) -> None:
-        """Show what has arrived in the buffer, if any rank had a gradient; else what was there before."""
+    def land(self, is_used: bool, keep: float = 1.0) -> None:
+        """Show what has arrived in the buffer, if any rank had a gradient, and ``keep`` times what was there before."""
         carried, self.carried = self.carried, None
+        if carried is not None and keep != 1.0:
+            carried = carried * keep
         self.is_local = False
         if is_used:
             self.has_mean = True
@@ -202,8 +215,12 @@ class GradientBucket:
         """The present compressor's program over a gradient, which it may overwrite."""
         return hierarchical.reduce(self.present, gradient, self.description, self.state)
 
-    def land(self, mean: torch.Tensor, new_state: NewState, used: Sequence[bool], scale: float = 1.0) -> None:
+    def land(
+        self, mean: torch.Tensor, new_state: NewState, used: Sequence[bool], scale: float = 1.0, keep: float = 1.0
+    ) -> None:
         """Take over what a finished program gives: its state, and ``scale`` times its mean.
+
+        It is added to ``keep`` times the gradients that were there when the exchange began.
 
         What some rank used of the parameters, in the order of ``slots``, gets its mean and its new state. Of the others
         nothing changes: what a compressor sent of their residuals stays owed.
@@ -214,11 +231,11 @@ class GradientBucket:
             self.flat.copy_(mean)
         if scale != 1.0:
             self.flat.mul_(scale)
-        self._land(used)
+        self._land(used, keep)
 
-    def _land(self, used: Sequence[bool]) -> None:
+    def _land(self, used: Sequence[bool], keep: float = 1.0) -> None:
         for slot, is_used in zip(self.slots, used, strict=True):
-            slot.land(is_used)
+            slot.land(is_used, keep)
         self.has_left = False
         self.version = self.flat._version
 

@@ -61,7 +61,7 @@ class Reducer:
         loss_scale: gives how many times the true ones the gradients from backward are. They are divided by it as their
             bucket leaves, after the look at whether they are finite, so compressors and their residuals know true units
             alone.
-        unit: mean over ranks of the weights of the losses in the last exchange; 1 if they had none.
+        unit: mean over ranks of the weights of the losses in the last step; 1 if they had none.
         rescales: whether the means are multiplied by it again as they arrive.
         vote: what this rank tells the others with the next step, 0 to 255; it travels with what is agreed on.
         agreed_vote: the largest vote of all ranks in the last step.
@@ -90,7 +90,7 @@ class Reducer:
         self._hooks: list[RemovableHandle] = []
         self._nodes: list[Any] = []  # kept alive, as hooks are on them
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.rescales = False
+        self.rescales, self._rescale = False, 1.0
         self.unit = 1.0
         self.vote = self.agreed_vote = 0
         self.is_finite_here = torch.tensor(True)
@@ -156,7 +156,11 @@ class Reducer:
     @torch.no_grad()
     def _before(self, slot: Slot, *_: Any) -> None:
         with self.sequencer.lock:
-            if self._sending:
+            if not self._sending:
+                if self.step.phase is Phase.LANDED:
+                    for each in self.slots:
+                        each.note_mean()
+            else:
                 if not self.overlap_step:
                     self.sequencer.note_backward()
                 if self.step.phase is not Phase.OPEN:
@@ -200,6 +204,7 @@ class Reducer:
     def open(self) -> None:
         """Begin an exchange."""
         self.look()
+        self.step.is_changed |= self._is_changed
         step, self.was_dropped, self._num_ready = self.step, False, 0
         step.phase, step.exchanges, step.finite = Phase.OPEN, [], []
         for bucket in self.buckets:
@@ -259,7 +264,7 @@ class Reducer:
         if place is Place.STEP and is_here:
             word.steps = 1
             word.settings = signed(zlib.crc32(self.settings().encode()))
-            is_changed = step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
+            is_changed = step.is_changed or self._is_changed
             word.gradients = signed(zlib.crc32(repr(changes.sums(self.buckets)).encode())) if is_changed else 0
         word.drops = place is Place.DROP and is_here
         if sends:
@@ -276,6 +281,10 @@ class Reducer:
         word.is_unweighed = sends and step.weight is None and any(word.uses)
         return word
 
+    @property
+    def _is_changed(self) -> bool:
+        return self.step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
+
     @torch.no_grad()
     def land(self, word: Word, on_arrival: Callable[[GradientBucket], None] | None = None) -> None:
         """Finish the exchange: every ``parameter.grad`` is then the mean over ranks.
@@ -291,7 +300,7 @@ class Reducer:
         late = [bucket for bucket in self.buckets if any(uses[slot][0] is Use.LATE for slot in bucket.slots)]
         late_gradients = {slot: slot.parameter.grad for bucket in late for slot in bucket.slots}
         arrives = on_arrival if is_sound and not late else None
-        rescale = self._rescale
+        keep = self._weigh()
         for index, outcome in finish(step.exchanges):
             bucket = self.buckets[index]
             if not is_sound:
@@ -299,7 +308,7 @@ class Reducer:
                 continue
             for meter in step.measuring:
                 meter.land(bucket, outcome[0])
-            bucket.land(*outcome, used[bucket], rescale)
+            bucket.land(*outcome, used[bucket], self._rescale, keep)
             if arrives is not None:
                 bucket.show()
                 arrives(bucket)
@@ -318,7 +327,7 @@ class Reducer:
         step.phase, step.exchanges, step.measuring = Phase.LANDED, [], []
         step.is_sound &= is_sound
         step.num_exchanges += 1
-        self.unit = step.unit or 1.0
+        self.unit = step.past_unit or 1.0
         step.weight = step.unit = None
         step.version = changes.version(self.slots)
         if not is_sound:
@@ -339,9 +348,15 @@ class Reducer:
                 *outcome, [decode_use(word.uses[slot.index])[0] is Use.LATE for slot in bucket.slots], self._rescale
             )
 
-    @property
-    def _rescale(self) -> float:
-        return self.step.scale if self.rescales else 1.0
+    def _weigh(self) -> float:
+        """What the means of earlier exchanges of this step are to be multiplied by, where the losses have weights."""
+        step = self.step
+        self._rescale = step.scale if self.rescales else 1.0
+        if step.unit is None or step.past_unit + step.unit == 0:
+            return 1.0
+        past, step.past_unit = step.past_unit, step.past_unit + step.unit
+        self._rescale *= step.unit / step.past_unit
+        return past / step.past_unit
 
     def end(self, ending: Ending) -> None:
         """Begin a new step. Of one that was not taken no trace is left in the compressors' state."""
@@ -352,7 +367,7 @@ class Reducer:
             else:
                 bucket.state.revert()
         for slot in self.slots:
-            slot.has_mean = False
+            slot.has_mean, slot.base = False, None
         if not self.step.is_sound:
             self.on_unsound(True)
         self.step = Step(self.step.number + 1)
@@ -374,10 +389,16 @@ class Reducer:
         for bucket in self.buckets:
             bucket.state.revert()
 
+    def clear(self) -> None:
+        """Remove gradients that were stepped on."""
+        for slot in self.slots:
+            if not slot.is_local and self.step.phase is Phase.EMPTY:
+                slot.parameter.grad = None
+
     def discard(self) -> None:
         """End the step because a rank has dropped it: no gradient of it is left."""
         for slot in self.slots:
-            slot.parameter.grad = slot.carried = None
+            slot.parameter.grad = slot.carried = slot.base = None
             slot.has_mean = slot.is_local = False
         self.end(Ending.DROPPED)
 

@@ -97,6 +97,9 @@ class Sequencer:
 
     def join(self) -> int:
         """Take part in the others' steps until all ranks call this; the rank that was active last. A collective."""
+        for reducer in [entry() for entry in self._reducers]:
+            if reducer is not None:
+                reducer.clear()
         self.meet(Place.JOIN)
         return self.last_active
 
@@ -173,6 +176,8 @@ class Sequencer:
             one.land(word, on_arrival if arrives else None)
         if any_active and not (any_moves or any(word.sends or word.is_step for word in words)):
             self._refuse(reducer)
+        if arrives and reducer is not None and not reducer.overlap_step and sending:
+            return None  # what they have now is compared at the next meeting
         if place is Place.SYNCHRONIZE and any_moves == _MOVES[Place.PASS]:
             return None  # whoever is in a backward pass comes here, or to the step, with its gradients
         return self._go_on(everyone, place, reducer, is_over=not any_active)
@@ -244,9 +249,19 @@ class Sequencer:
     def _follow_drops(
         self, everyone: Iterable[tuple[Reducer, Word, Word]], place: Place, reducer: Reducer | None
     ) -> Ending | None:
-        """Some rank has dropped a step's gradients, so all do; those that were about to step on them skip it."""
+        """Some rank has dropped a step's gradients, so all do; those that were about to step on them skip it.
+
+        Where all are at that step, also those that have dropped them do, unless they have others to send.
+        """
         ending = None
         for one, word, own in everyone:
+            if word.has_dropped and word.is_step and one is reducer:
+                if own.epoch < word.epoch:
+                    one.discard()
+                    one.step.number = word.epoch
+                if not word.sends:
+                    ending = Ending.DROPPED
+                continue
             if own.epoch < word.epoch:
                 one.discard()
                 one.step.number = word.epoch
@@ -285,6 +300,7 @@ class Sequencer:
                 if place is not Place.JOIN:
                     return ending
                 one.end(ending)  # who has joined takes over the others' weights in the end
+                one.clear()
         if place is Place.JOIN:
             return Ending.TAKEN if is_over else None
         return None if place is Place.STEP else Ending.TAKEN

@@ -43,7 +43,9 @@ class Step:
         measuring: what looks at the exchange under way.
         weight: of this rank's losses since the last exchange; None if they have none.
         unit: the mean over ranks of ``weight``, which the gradients are divided by, once it is known.
+        past_unit: the sum of the units of this step's exchanges that have landed.
         scale: what the losses of the exchange under way were multiplied by.
+        is_changed: the user has changed means before a further exchange added to them.
         version: of the parameters when means last landed (``changes.version``).
     """
 
@@ -56,5 +58,7 @@ class Step:
     measuring: list[Meter] = field(default_factory=list)
     weight: float | None = None
     unit: float | None = None
+    past_unit: float = 0.0
     scale: float = 1.0
+    is_changed: bool = False
     version: int = 0

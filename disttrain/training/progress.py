@@ -37,7 +37,7 @@ class Progress:
 def bytes_of_a_worker(ledger: Ledger, before: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes of an average worker, in all and by compressor, with those ``before`` a resumption. A collective."""
     comm = ledger.comm
-    parts = {"": ledger.total, **ledger.by_compressor}  # in the order of buckets, so alike on all ranks
+    parts = {"": ledger.total, **dict(sorted(ledger.by_compressor.items()))}  # in one order on all ranks
     rows = [[getattr(traffic, key) for key in WIRE] for traffic in parts.values()]
     means = (comm.all_reduce(torch.tensor(rows, device=comm.device)) // comm.world_size).tolist()
     now = {name: dict(zip(WIRE, row, strict=True)) for name, row in zip(parts, means, strict=True)}

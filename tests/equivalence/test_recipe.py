@@ -157,13 +157,13 @@ def one_process(build: Build, before: Before, schedule: Callable[[Optimizer], An
 
 
 def one_of_many(
-    optimizer_spec: Any, schedule_spec: Any, comm: Communicator, layers: Layers, compressor: Any = "dense"
+    optimizer_spec: Any, schedule_spec: Any, comm: Communicator, layers: Layers, compressor: Any = "dense", **more: Any
 ) -> torch.Tensor:
     net = make_net()
     layers.freeze(net)
     section = optimizers.build(optimizer_spec)
     inner = section.build(layers.groups(net, section.lr))
-    optimizer = DistributedOptimizer(inner, net, comm=comm, bucket_mb=0.0005, compressor=compressor)
+    optimizer = DistributedOptimizer(inner, net, comm=comm, bucket_mb=0.0005, compressor=compressor, **more)
     rate = LearningRate(optimizer, schedules.build(schedule_spec), NUM_STEPS, steps_per_epoch=STEPS_PER_EPOCH)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
@@ -207,7 +207,7 @@ def test_stepping_bucket_by_bucket_changes_no_bit(case: str, compressor: str, mo
             return is_allowed
 
         monkeypatch.setattr(DistributedOptimizer, "_can_step_by_bucket", decide)
-        return simulate(2, lambda comm: one_of_many(options, "constant", comm, Layers(), exchange))
+        return simulate(2, lambda comm: one_of_many(options, "constant", comm, Layers(), exchange, overlap_step=True))
 
     for alone, together in zip(train(True), train(False), strict=True):
         assert torch.equal(alone, together)

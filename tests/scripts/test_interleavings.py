@@ -16,7 +16,17 @@ from disttrain import UserError, compression
 from disttrain.comm import Communicator, simulate
 from tests.scripts import forms
 from tests.scripts.judge import check_balance
-from tests.scripts.programs import Played, Program, Trace, new_model, new_optimizer, programs, programs_by_rank, run
+from tests.scripts.programs import (
+    ZEROS,
+    Played,
+    Program,
+    Trace,
+    new_model,
+    new_optimizer,
+    programs,
+    programs_by_rank,
+    run,
+)
 from tests.scripts.world import Balance, OneProcess
 from tests.support.compressing import CASES, case_id, make_bucket
 
@@ -30,6 +40,7 @@ def run_rank(comm: Communicator, program: Program, bucket_mb: float | None) -> t
     model = new_model()
     optimizer = disttrain.DistributedOptimizer(new_optimizer(model), model, comm=comm, bucket_mb=bucket_mb)
     trace = run(program, [comm.rank], model, optimizer)
+    optimizer.join()  # where a step was skipped, another rank may have one more to take
     return trace, [parameter.detach() for parameter in model.parameters()]
 
 
@@ -57,7 +68,10 @@ def test_what_all_ranks_do_alike_equals_one_process(data: st.DataObject, size: i
 def test_what_ranks_do_differently_is_right_or_one_error(
     data: st.DataObject, size: int, bucket_mb: float | None
 ) -> None:
-    """A rank waits for the others or says what is wrong: no deadlock, and no weights that no reading explains."""
+    """A rank waits for the others or says what is wrong: no deadlock, and no weights that no reading explains.
+
+    Where only some ranks drop gradients, all do, which no reading has; but they remain replicas.
+    """
     by_rank = data.draw(programs_by_rank(size))
     with forms.settings():
         try:
@@ -65,6 +79,10 @@ def test_what_ranks_do_differently_is_right_or_one_error(
         except UserError:
             return
         readings = [Played(by_rank, fresh=fresh, idle=idle).play() for fresh in (True, False) for idle in (True, False)]
+    for _, own in ranks:
+        assert not any(map(far_apart, own, ranks[0][1])), f"replicas part ways: {own} and {ranks[0][1]}"
+    if len({tuple(op.kind in ZEROS for op in program) for program in by_rank}) > 1:
+        return
     weights = [tensor for _, own in ranks for tensor in own]
     assert any(not any(map(far_apart, weights, reading)) for reading in readings), f"{weights} is none of {readings}"
 
@@ -89,6 +107,8 @@ def test_readings_agree_where_ranks_do_alike(size: int) -> None:
 
 
 def has_feedback(case: dict[str, Any]) -> bool:
+    if case["name"] in ("fp16", "bf16"):
+        return False  # the roundings of a sum in half precision are nobody's residual
     state = compression.build(case).init_state(make_bucket(0, 2))
     return "residual" in state.tensors
 
