@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from disttrain.comm.base import Communicator
 from disttrain.compression import Compressor, Policy
 from disttrain.errors import UserError
+from disttrain.optim.amp import check_can_be_scaled_by_torch
 from disttrain.optim.by_parameter import acts_by_parameter
 from disttrain.optim.clipping import clip_norm_, clip_values_, mean_gradients
 from disttrain.optim.kept_buffers import KeptBuffers
@@ -19,6 +20,7 @@ from disttrain.optim.loss_scale import LossScale
 from disttrain.optim.membership import (
     add_group,
     check_alike,
+    check_arguments,
     check_can_be_unscaled,
     check_own,
     describe,
@@ -103,13 +105,7 @@ class DistributedOptimizer(OptimizerWrapper):
     ) -> None:
         if isinstance(optimizer, DistributedOptimizer):
             raise UserError("the optimizer is a DistributedOptimizer already: wrap the plain torch optimizer, once")
-        if isinstance(optimizer, torch.optim.SparseAdam):
-            raise UserError("SparseAdam wants sparse gradients, and means are exchanged dense: use Adam")
-        if bucket_mb is not None and bucket_mb <= 0:
-            raise UserError(f"bucket_mb must be above 0; got {bucket_mb}")
-        for name, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if limit is not None and limit <= 0:
-                raise UserError(f"{name} must be above 0; got {limit}")
+        check_arguments(optimizer, bucket_mb=bucket_mb, clip_norm=clip_norm, clip_value=clip_value)
         if loss_scale is not None and grad_scaler is not None:
             raise UserError("give either a loss_scale or a grad_scaler: each scales the losses by itself")
         super().__init__(optimizer)
@@ -126,13 +122,9 @@ class DistributedOptimizer(OptimizerWrapper):
             check_can_be_unscaled(trained)
         check_same_model(model, comm)
         policy = Policy.build(compressor)
-        settings: dict[str, Any] = {
-            "compressor": policy.to_dict(),
-            "bucket_mb": bucket_mb,
-            "overlap_step": overlap_step,
-        }
-        settings |= {"clip_norm": clip_norm, "clip_value": clip_value, "norms_every": norms_every}
-        check_alike(settings | describe(optimizer, (*trained, *frozen)), comm)
+        members = describe(optimizer, (*trained, *frozen))
+        limits = {"bucket_mb": bucket_mb, "clip_norm": clip_norm, "clip_value": clip_value, "norms_every": norms_every}
+        check_alike({**members, "compressor": policy.to_dict(), "overlap_step": overlap_step, **limits}, comm)
         broadcast_model(model, comm)
         self._names = {parameter: name for name, parameter in (*trained, *frozen)}
         self._kept_buffers = KeptBuffers(model)
@@ -146,7 +138,7 @@ class DistributedOptimizer(OptimizerWrapper):
             describe=f"{type(optimizer).__name__} over {trained[0][0]}, ... ({len(trained)} parameters)",
         )
         reducer.settings = lambda: settings_of(optimizer.param_groups)
-        reducer.on_unsound = _restorer(self._kept_buffers)
+        reducer.on_unsound = self._kept_buffers.restore
         self._norm_meter = None if norms_every is None else NormMeter(norms_every, reducer.ledger, reducer.channel)
         if self._norm_meter is not None:
             reducer.meters.append(self._norm_meter)
@@ -204,11 +196,6 @@ class DistributedOptimizer(OptimizerWrapper):
             self.reducer.weigh(float(weight))
         return loss if self.loss_scale is None else self.loss_scale.scale(loss)
 
-    @property
-    def total_weight(self) -> float:
-        """The sum of the losses' weights over all ranks in the last step, if they had any."""
-        return self.reducer.unit * self.comm.world_size
-
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
         return self.reducer.no_sync()
@@ -216,8 +203,7 @@ class DistributedOptimizer(OptimizerWrapper):
     def measure_first_pass(self) -> None:
         """With ``norms_every`` in one process: inside ``no_sync``, after the first of a step's several backward passes.
 
-        Noise is measured between parts of a batch. With several processes those are the ranks' own, and this does
-        nothing.
+        Noise is measured between parts of a batch. With several processes those are the ranks', and this does nothing.
         """
         if self._norm_meter is not None:
             scale = 1.0 if self.loss_scale is None else self.loss_scale.value
@@ -258,7 +244,7 @@ class DistributedOptimizer(OptimizerWrapper):
         if not self.synchronize():
             raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
         self._clip()
-        if self.reducer.is_under_way:
+        if self.reducer.step.is_under_way:
             self.reducer.end(Ending.TAKEN)
         return None if loss is None else self.comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
 
@@ -267,11 +253,12 @@ class DistributedOptimizer(OptimizerWrapper):
         ending = self.reducer.take(self._step_on if self._can_step_by_bucket() else None)
         if self.loss_scale is not None and ending is not Ending.DROPPED:
             self.loss_scale.update(ending is Ending.TAKEN)
+        self._skips.note(ending)
         if ending is not Ending.TAKEN:
-            self._skip(ending)
+            if ending is Ending.UNSOUND:
+                self.reducer.end(ending)
             return None
-        self._skips.in_a_row = 0
-        if self.reducer.may_have_lost_parameters:
+        if self.reducer.step.num_exchanges == 0 or self.reducer.members.some_came_to_rest:
             check_own(self.model, self._names)
         result = None
         if not self._has_stepped:
@@ -281,18 +268,13 @@ class DistributedOptimizer(OptimizerWrapper):
         self._kept_buffers.keep()
         return result
 
-    def _skip(self, ending: Ending) -> None:
-        if ending is Ending.UNSOUND:
-            self.reducer.end(ending)
-        self._skips.note("a gradient was inf or NaN" if ending is Ending.UNSOUND else "gradients were dropped")
-
     def _can_step_by_bucket(self) -> bool:
         """Whether the means may be stepped on one bucket after another, in place of all at once.
 
         That hides the optimizer's time behind the wire. On a GPU the wire is done before the host could start a step.
         """
-        may_overlap = self.reducer.overlap_step and self.comm.device.type == "cpu"
-        return may_overlap and self.clip_norm is None and acts_by_parameter(self.inner)
+        overlaps = self.reducer.overlap_step and self.comm.device.type == "cpu" and self.clip_norm is None
+        return overlaps and acts_by_parameter(self.inner)
 
     def _step_on(self, bucket: GradientBucket) -> None:
         self._has_stepped = True
@@ -323,13 +305,7 @@ class DistributedOptimizer(OptimizerWrapper):
         Raises:
             UserError: the scaler cannot do it either, or residuals would be in scaled units.
         """
-        if self.reducer.overlap_step and self.reducer.has_sent:
-            raise UserError("with overlap_step, call optimizer.synchronize() before scaler.unscale_ and scaler.step")
-        if self.grad_scaler is None and self.reducer.members.keep_residuals:
-            raise UserError(
-                "the compressor keeps a residual, which has to be in true units whatever the loss scale is: make the "
-                "optimizer with grad_scaler=scaler"
-            )
+        check_can_be_scaled_by_torch(self.reducer, self.grad_scaler)
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -337,7 +313,7 @@ class DistributedOptimizer(OptimizerWrapper):
 
         To drop gradients that other ranks step on makes those skip their step.
         """
-        was_under_way = self.reducer.is_under_way
+        was_under_way = self.reducer.step.is_under_way
         self.reducer.drop()
         if was_under_way:
             self._kept_buffers.keep()
@@ -370,10 +346,8 @@ class DistributedOptimizer(OptimizerWrapper):
     def unfreeze(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Train parameters that were frozen so far, from the next step on; to be called on all ranks, between steps.
 
-        They must be in the wrapped optimizer's groups, and have their rates there, from the start. All others keep
-        their buckets, residuals and optimizer state; these get buckets of their own, behind the present ones. A run
-        that goes on from a checkpoint thaws in the same order before it loads the state. (The statistics of a frozen
-        BatchNorm layer follow the data all the while.) The same as ``requires_grad_(True)``, but checked on all ranks.
+        The same as ``requires_grad_(True)``, but checked on all ranks. All others keep their buckets, residuals and
+        optimizer state. A run that goes on from a checkpoint thaws in the same order before it loads the state.
 
         Raises:
             UserError: a parameter is not the wrapped optimizer's, ranks thaw different ones, or a step is under way.
@@ -387,7 +361,7 @@ class DistributedOptimizer(OptimizerWrapper):
         self.reducer.thaw()
 
     def _check_between_steps(self, what: str) -> None:
-        if self.reducer.is_under_way:
+        if self.reducer.step.is_under_way:
             raise UserError(f"parameters cannot be {what} between backward and step: do it after the step")
 
     def synchronize_buffers(self) -> None:
@@ -419,14 +393,10 @@ class DistributedOptimizer(OptimizerWrapper):
         """
         inner = dict(state_dict)
         saved, loss_scale = inner.pop("compression", None), inner.pop("loss_scale", None)
-        self.reducer.forget()
+        self.reducer.members.revert()
         self.inner.load_state_dict(inner)
         self._kept_buffers.keep()
         if saved is not None:
             load_state(self.reducer.buckets, saved, self.comm)
         if loss_scale is not None and self.loss_scale is not None:
             self.loss_scale.load_state_dict(loss_scale)
-
-
-def _restorer(kept: KeptBuffers) -> Callable[[bool], None]:
-    return lambda is_own: kept.restore() if is_own else kept.restore_unsound()

@@ -51,21 +51,12 @@ class KeptBuffers:
         self._num_kept += 1
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Give the buffers the values that were kept."""
+    def restore(self, is_all: bool) -> None:
+        """Give the buffers the values that were kept; without ``is_all`` only those that hold an inf or NaN."""
         for name, buffer, is_same in self._buffers():
             copy = self._copies.get(name)
             if is_same or copy is None or copy.shape != buffer.shape:
                 continue
-            buffer.copy_(copy)
-            self._versions[name] = (id(buffer), buffer._version)
-
-    @torch.no_grad()
-    def restore_unsound(self) -> None:
-        """The same for those buffers alone that hold an inf or NaN."""
-        for name, buffer, is_same in self._buffers():
-            copy = self._copies.get(name)
-            if is_same or copy is None or copy.shape != buffer.shape or not buffer.is_floating_point():
-                continue
-            if not bool(buffer.isfinite().all()):
+            if is_all or (buffer.is_floating_point() and not bool(buffer.isfinite().all())):
                 buffer.copy_(copy)
+                self._versions[name] = (id(buffer), buffer._version)

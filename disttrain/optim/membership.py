@@ -14,6 +14,15 @@ from disttrain.optim.replicas import broadcast_tensors
 from disttrain.reduction.bucket import NamedParameter
 
 
+def check_arguments(optimizer: Optimizer, **limits: float | None) -> None:
+    """Raise UserError if the optimizer takes no dense gradients, or one of the ``limits`` is not above 0."""
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UserError("SparseAdam wants sparse gradients, and means are exchanged dense: use Adam")
+    for name, limit in limits.items():
+        if limit is not None and limit <= 0:
+            raise UserError(f"{name} must be above 0; got {limit}")
+
+
 def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:
     """The optimizer's parameters by name, in the model's order: those that require a gradient, and the frozen ones.
 

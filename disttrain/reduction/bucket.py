@@ -12,6 +12,7 @@ from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchica
 from disttrain.compression.base import Hierarchy, NewState, Program, State
 from disttrain.compression.repay import Repay
 from disttrain.kernels import for_device
+from disttrain.reduction.agreement import Use
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
@@ -56,6 +57,13 @@ class Slot:
     def has_local(self) -> bool:
         """Whether there is a gradient that the other ranks have not seen."""
         return self.parameter.grad is not None and (self.is_local or not self.has_mean)
+
+    @property
+    def use(self) -> Use:
+        """What this rank has of the exchange under way, once the bucket has left."""
+        if self.parameter.grad is not None:
+            return Use.LATE
+        return Use.USED if self.is_used else Use.UNUSED
 
     def open(self) -> None:
         """Begin an exchange: put a mean of earlier passes aside, so that only what is new travels."""

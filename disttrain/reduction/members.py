@@ -46,6 +46,11 @@ class Members:
         states = [bucket.state.tensors.values() for bucket in self.buckets]
         return any(tensor.numel() and not replicated for its in states for tensor, _, replicated in its)
 
+    @property
+    def some_came_to_rest(self) -> bool:
+        """Whether some parameter has just not been used: its place in the model may have been taken by another."""
+        return any(slot.idle == 1 for slot in self.slots)
+
     def __contains__(self, parameter: torch.nn.Parameter) -> bool:
         """Whether its gradient is exchanged."""
         return any(slot.parameter is parameter for slot in self.slots)
@@ -89,6 +94,11 @@ class Members:
         self.slots += slots
         self._is_ordered = False
         return slots
+
+    def revert(self) -> None:
+        """Take back what gradients that were not stepped on have changed in compressors' state."""
+        for bucket in self.buckets:
+            bucket.state.revert()
 
     def put_in_order(self, positions: Mapping[Slot, int]) -> None:
         """After the first exchange: let buckets leave from now on in the order in which they became full in it.

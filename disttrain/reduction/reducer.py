@@ -14,13 +14,11 @@ The sequencer says when: it brings the ranks together (``sequencer.py``).
 from __future__ import annotations
 
 import contextlib
-import functools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
@@ -28,6 +26,7 @@ from disttrain.reduction import changes
 from disttrain.reduction.agreement import Use, Word, decode_use, encode_use, signed
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite
 from disttrain.reduction.exchange import Exchange, finish
+from disttrain.reduction.hooks import Hooks, has_others
 from disttrain.reduction.ledger import Account, Ledger
 from disttrain.reduction.members import Members
 from disttrain.reduction.meter import Meter
@@ -59,15 +58,14 @@ class Reducer:
         results: of the last step, by the meters that measured it.
         is_finite_here: whether this rank's own gradients of the last exchange were finite, 0-d.
         loss_scale: gives how many times the true ones the gradients from backward are. They are divided by it as their
-            bucket leaves, after the look at whether they are finite, so compressors and their residuals know true units
-            alone.
+            bucket leaves, once it is known whether they are finite, so compressors know true units alone.
         unit: mean over ranks of the weights of the losses in the last step; 1 if they had none.
         rescales: whether the means are multiplied by it again as they arrive.
         vote: what this rank tells the others with the next step, 0 to 255; it travels with what is agreed on.
         agreed_vote: the largest vote of all ranks in the last step.
         settings: gives what must be alike on all ranks where they step, as text.
         on_unsound: called when gradients turn out to be unsound, and again when their step ends; with False where they
-            are another reducer's of the same communicator, whose backward pass may have gone through this one's model.
+            are another reducer's, whose backward pass may have gone through this one's model.
         channel: what its collectives travel on.
     """
 
@@ -87,8 +85,7 @@ class Reducer:
         self.channel = comm.channel()
         self.ledger = Ledger(self.channel)
         self.members = Members(self.channel, policy, bucket_mb)
-        self._hooks: list[RemovableHandle] = []
-        self._nodes: list[Any] = []  # kept alive, as hooks are on them
+        self._hooks = Hooks(self._before, self._after, self._send_full)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.rescales, self._rescale = False, 1.0
         self.unit = 1.0
@@ -102,7 +99,7 @@ class Reducer:
         self.was_dropped = False  # by another rank, since this one last stepped or dropped
         self._sending = True
         self._num_ready = 0  # gradients that have come in the exchange under way
-        self._hook(self.members.extend(parameters, later))
+        self._hooks.add(self.members.extend(parameters, later))
         self.sequencer.register(self)
 
     # Members
@@ -118,29 +115,16 @@ class Reducer:
 
     def extend(self, parameters: Sequence[NamedParameter], later: Sequence[NamedParameter]) -> None:
         """Parameters that the optimizer did not have before; to be called by all ranks between steps."""
-        self._hook(self.members.extend(parameters, later))
+        self._hooks.add(self.members.extend(parameters, later))
         self.sequencer.resize(self)
 
     def thaw(self) -> None:
         """Take in the parameters that have come to require a gradient."""
-        self._hook(self.members.thaw())
-
-    def _hook(self, slots: Iterable[Slot]) -> None:
-        """Be called before each gradient is accumulated, after, and after the user's own hooks that come then."""
-        for slot in slots:
-            with torch.enable_grad():
-                node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
-            self._nodes.append(node)
-            self._hooks += [
-                node.register_prehook(functools.partial(self._before, slot)),
-                slot.parameter.register_post_accumulate_grad_hook(functools.partial(self._after, slot)),
-                node.register_hook(self._send_full),
-            ]
+        self._hooks.add(self.members.thaw())
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
 
     # Backward
 
@@ -154,7 +138,7 @@ class Reducer:
             self._sending = before
 
     @torch.no_grad()
-    def _before(self, slot: Slot, *_: Any) -> None:
+    def _before(self, slot: Slot) -> None:
         with self.sequencer.lock:
             if not self._sending:
                 if self.step.phase is Phase.LANDED:
@@ -167,7 +151,7 @@ class Reducer:
                     self.open()
 
     @torch.no_grad()
-    def _after(self, slot: Slot, *_: Any) -> None:
+    def _after(self, slot: Slot) -> None:
         with self.sequencer.lock:
             if slot.bucket.has_left:
                 return  # this gradient is late: it is found where autograd put it
@@ -182,14 +166,11 @@ class Reducer:
             if not slot.is_ready:
                 slot.is_ready, slot.position = True, self._num_ready
                 self._num_ready += 1
-            if self._has_foreign_hooks(slot):
+            if has_others(slot.parameter):
                 slot.finite = None
 
-    def _has_foreign_hooks(self, slot: Slot) -> bool:
-        return len(slot.parameter._post_accumulate_grad_hooks) > 1
-
     @torch.no_grad()
-    def _send_full(self, *_: Any) -> None:
+    def _send_full(self) -> None:
         """Send the buckets that are next in order, as far as they are full."""
         with self.sequencer.lock:
             step = self.step
@@ -272,11 +253,9 @@ class Reducer:
             self.is_finite_here = finite
             word.is_unsound = not finite
             for slot in self.slots:
-                late = slot.bucket.has_left and slot.parameter.grad is not None
-                if late:
-                    word.is_unsound |= not _finite(slot.parameter.grad)
-                use = Use.LATE if late else Use.USED if slot.is_used else Use.UNUSED
-                uses[slot.index] = encode_use(use, slot.position)
+                if slot.parameter.grad is not None:  # late
+                    word.is_unsound |= not bool(all_finite(slot.parameter.grad))
+                uses[slot.index] = encode_use(slot.use, slot.position)
         word.weighs = step.weight is not None and step.unit is None and (sends or (place is Place.WEIGH and is_here))
         word.is_unweighed = sends and step.weight is None and any(word.uses)
         return word
@@ -300,7 +279,8 @@ class Reducer:
         late = [bucket for bucket in self.buckets if any(uses[slot][0] is Use.LATE for slot in bucket.slots)]
         late_gradients = {slot: slot.parameter.grad for bucket in late for slot in bucket.slots}
         arrives = on_arrival if is_sound and not late else None
-        keep = self._weigh()
+        share, keep = step.shares()
+        self._rescale = share * (step.scale if self.rescales else 1.0)
         for index, outcome in finish(step.exchanges):
             bucket = self.buckets[index]
             if not is_sound:
@@ -348,16 +328,6 @@ class Reducer:
                 *outcome, [decode_use(word.uses[slot.index])[0] is Use.LATE for slot in bucket.slots], self._rescale
             )
 
-    def _weigh(self) -> float:
-        """What the means of earlier exchanges of this step are to be multiplied by, where the losses have weights."""
-        step = self.step
-        self._rescale = step.scale if self.rescales else 1.0
-        if step.unit is None or step.past_unit + step.unit == 0:
-            return 1.0
-        past, step.past_unit = step.past_unit, step.past_unit + step.unit
-        self._rescale *= step.unit / step.past_unit
-        return past / step.past_unit
-
     def end(self, ending: Ending) -> None:
         """Begin a new step. Of one that was not taken no trace is left in the compressors' state."""
         taken = ending is Ending.TAKEN and self.step.is_sound
@@ -373,21 +343,11 @@ class Reducer:
         self.step = Step(self.step.number + 1)
         self.ledger.end_step(self.members.num_elements)
 
-    @property
-    def may_have_lost_parameters(self) -> bool:
-        """Whether some parameter has just come to rest: its place in the model may have been taken by another."""
-        return self.step.num_exchanges == 0 or any(slot.idle == 1 for slot in self.slots)
-
     def weigh(self, weight: float) -> None:
         """Give the losses of the next exchange a weight more. A collective, unless within ``no_sync``."""
         self.step.weight = (self.step.weight or 0.0) + weight
         if self._sending:
             self.sequencer.meet(Place.WEIGH, self)
-
-    def forget(self) -> None:
-        """Take back what gradients that were not stepped on have changed in compressors' state."""
-        for bucket in self.buckets:
-            bucket.state.revert()
 
     def clear(self) -> None:
         """Remove gradients that were stepped on."""
@@ -403,11 +363,6 @@ class Reducer:
         self.end(Ending.DROPPED)
 
     # What an optimizer asks for
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether there are gradients between backward and step."""
-        return self.step.phase is not Phase.EMPTY
 
     @property
     def has_sent(self) -> bool:
@@ -440,7 +395,3 @@ class Reducer:
         elif self.step.phase is Phase.LANDED:
             self.end(Ending.DROPPED)
         self.step.weight = self.step.unit = None
-
-
-def _finite(grad: torch.Tensor | None) -> bool:
-    return grad is None or bool(all_finite(grad))

@@ -62,3 +62,18 @@ class Step:
     scale: float = 1.0
     is_changed: bool = False
     version: int = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there are gradients between backward and step."""
+        return self.phase is not Phase.EMPTY
+
+    def shares(self) -> tuple[float, float]:
+        """What the means that arrive and those of the step's earlier exchanges are to be multiplied by.
+
+        Where losses have weights they make up one weighted mean; elsewhere they add up.
+        """
+        if self.unit is None or self.past_unit + self.unit == 0:
+            return 1.0, 1.0
+        past, self.past_unit = self.past_unit, self.past_unit + self.unit
+        return self.unit / self.past_unit, past / self.past_unit

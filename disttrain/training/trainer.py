@@ -211,7 +211,7 @@ class Trainer:
         self.learning_rate.set(self._position, self.batch.gain)
         self.optimizer.step()
         self.average.update()
-        return mean_loss / self.optimizer.total_weight if is_weighted else mean_loss
+        return mean_loss / (self.optimizer.reducer.unit * self.comm.world_size) if is_weighted else mean_loss
 
     def evaluate(self) -> None:
         """Evaluate the held-out data, if there is any."""

@@ -61,6 +61,16 @@ def programs_by_rank(draw: st.DrawFn, world_size: int) -> list[Program]:
     return [program if rank == odd else base for rank in range(world_size)]
 
 
+def drops(program: Program) -> bool:
+    """Whether means are dropped in it, in place of being stepped on."""
+    has_means = False
+    for op in program:
+        if op.kind in ZEROS and has_means:
+            return True
+        has_means = op.kind in ("backward", "synchronize") or (has_means and op.kind != "step")
+    return False
+
+
 def new_model() -> nn.ParameterDict:
     return make(lambda: nn.ParameterDict({"a": torch.randn(3, 2), "b": torch.randn(2)}))
 

@@ -17,10 +17,10 @@ from disttrain.comm import Communicator, simulate
 from tests.scripts import forms
 from tests.scripts.judge import check_balance
 from tests.scripts.programs import (
-    ZEROS,
     Played,
     Program,
     Trace,
+    drops,
     new_model,
     new_optimizer,
     programs,
@@ -36,13 +36,12 @@ TIMEOUT = 5.0  # seconds after which ranks that wait for each other are in a dea
 BUCKETS = st.sampled_from([None, 1e-6])  # MiB: one bucket, or one a parameter
 
 
-def run_rank(comm: Communicator, program: Program, bucket_mb: float | None) -> tuple[Trace, list[torch.Tensor], int]:
-    """The trace, the weights at the end, the number of skipped steps."""
+def run_rank(comm: Communicator, program: Program, bucket_mb: float | None) -> tuple[Trace, list[torch.Tensor]]:
     model = new_model()
     optimizer = disttrain.DistributedOptimizer(new_optimizer(model), model, comm=comm, bucket_mb=bucket_mb)
     trace = run(program, [comm.rank], model, optimizer)
     optimizer.join()  # where a step was skipped, another rank may have one more to take
-    return trace, [parameter.detach() for parameter in model.parameters()], optimizer.skipped_steps
+    return trace, [parameter.detach() for parameter in model.parameters()]
 
 
 def far_apart(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -58,7 +57,7 @@ def test_what_all_ranks_do_alike_equals_one_process(data: st.DataObject, size: i
     with forms.settings():
         model = new_model()
         expected = run(program, range(size), model, OneProcess(size).wrap(new_optimizer(model), model))
-        for rank, (trace, *_) in enumerate(simulate(size, lambda c: run_rank(c, program, bucket_mb), timeout=TIMEOUT)):
+        for rank, (trace, _) in enumerate(simulate(size, lambda c: run_rank(c, program, bucket_mb), timeout=TIMEOUT)):
             for index, (seen, right) in enumerate(zip(trace, expected, strict=True)):
                 for name, a, b in zip("ab", seen, right, strict=True):
                     assert not far_apart(a, b), f"exchange {index}, rank {rank}, {name}: {a} in place of {b}"
@@ -71,7 +70,7 @@ def test_what_ranks_do_differently_is_right_or_one_error(
 ) -> None:
     """A rank waits for the others or says what is wrong: no deadlock, and no weights that no reading explains.
 
-    Where only some ranks drop gradients, all do, which no reading has; but they remain replicas.
+    Where a rank drops means that others hold, all drop them, which no reading has; but they remain replicas.
     """
     by_rank = data.draw(programs_by_rank(size))
     with forms.settings():
@@ -80,11 +79,11 @@ def test_what_ranks_do_differently_is_right_or_one_error(
         except UserError:
             return
         readings = [Played(by_rank, fresh=fresh, idle=idle).play() for fresh in (True, False) for idle in (True, False)]
-    for _, own, _ in ranks:
+    for _, own in ranks:
         assert not any(map(far_apart, own, ranks[0][1])), f"replicas part ways: {own} and {ranks[0][1]}"
-    if any(skipped for *_, skipped in ranks) or len({tuple(op.kind in ZEROS for op in its) for its in by_rank}) > 1:
+    if any(map(drops, by_rank)):
         return
-    weights = [tensor for _, own, _ in ranks for tensor in own]
+    weights = [tensor for _, own in ranks for tensor in own]
     assert any(not any(map(far_apart, weights, reading)) for reading in readings), f"{weights} is none of {readings}"
 
 

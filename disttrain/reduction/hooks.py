@@ -1,0 +1,54 @@
+"""Where autograd calls the reducer: before a gradient is accumulated, after, and after the user's own hooks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from disttrain.reduction.bucket import Slot
+
+
+class Hooks:
+    """Calls of one reducer, for any number of parameters.
+
+    Args:
+        before: called with the slot whose gradient is about to be accumulated.
+        after: called with it once ``parameter.grad`` holds the gradient.
+        last: called when the user's hooks have seen it too.
+    """
+
+    def __init__(self, before: Callable[[Slot], None], after: Callable[[Slot], None], last: Callable[[], None]) -> None:
+        self._before, self._after, self._last = before, after, last
+        self._handles: list[RemovableHandle] = []
+        self._nodes: list[Any] = []  # of the graph; kept alive, as hooks are on them
+
+    def add(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            with torch.enable_grad():
+                node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
+            self._nodes.append(node)
+            self._handles += [
+                node.register_prehook(functools.partial(_call, self._before, slot)),
+                slot.parameter.register_post_accumulate_grad_hook(functools.partial(_call, self._after, slot)),
+                node.register_hook(functools.partial(_call, self._last)),
+            ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _call(*arguments: Any) -> None:
+    """The function that comes first, on the slot if there is one, without what autograd adds."""
+    function, *rest = arguments
+    function(*(part for part in rest[:1] if isinstance(part, Slot)))
+
+
+def has_others(parameter: torch.nn.Parameter) -> bool:
+    """Whether the user has hooks on the parameter that come after the reducer's."""
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    return len(hooks) > 1
