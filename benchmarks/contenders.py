@@ -117,7 +117,7 @@ ALONE = {"name": "alone"}
 class Disttrain(Contender):
     """This project; settings are compressors, or ``ALONE``: every worker trains its own model.
 
-    The engine is found from the launcher's environment, as for any user.
+    With ``overlap_step: true`` among a compressor's options the optimizer is made so. The engine is found from the launcher's environment, as for any user.
     """
 
     def __init__(self) -> None:
@@ -127,8 +127,14 @@ class Disttrain(Contender):
     def enter(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> Entry:
         if setting == ALONE:
             return Entry(model, model, sgd(model))
+        compressor = {key: value for key, value in setting.items() if key != "overlap_step"}
         optimizer = disttrain.DistributedOptimizer(
-            sgd(model), model, comm=self.comm, compressor=setting, bucket_mb=bucket_mb
+            sgd(model),
+            model,
+            comm=self.comm,
+            compressor=compressor,
+            bucket_mb=bucket_mb,
+            overlap_step=bool(setting.get("overlap_step")),
         )
         return Entry(model, model, optimizer)
 

@@ -30,7 +30,7 @@ def init_state(compressor: Compressor, bucket: Bucket) -> State:
     hierarchy = bucket.hierarchy
     if hierarchy is None or hierarchy.node_size == 1:
         return compressor.init_state(bucket)
-    if hierarchy.num_nodes == 1:
+    if hierarchy.num_nodes == 1 or bucket.numel == 0:
         return State()
     parts = _plan(compressor, bucket).parts
     own = parts[hierarchy.node_rank]
@@ -54,7 +54,7 @@ def reduce(compressor: Compressor, grad: torch.Tensor, bucket: Bucket, state: St
     hierarchy = bucket.hierarchy
     if hierarchy is None or hierarchy.node_size == 1:
         return (yield from compressor.reduce(grad, bucket, state))
-    if hierarchy.num_nodes == 1:
+    if hierarchy.num_nodes == 1 or bucket.numel == 0:
         return (yield from Dense().reduce(grad, bucket, state))
     plan = _plan(compressor, bucket)
     own = plan.parts[hierarchy.node_rank]

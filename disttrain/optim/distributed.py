@@ -212,10 +212,8 @@ class DistributedOptimizer(OptimizerWrapper):
     def synchronize(self) -> bool:
         """Wait until every ``parameter.grad`` is the mean over ranks. A collective.
 
-        Needed with ``overlap_step``, or to send what passes under ``no_sync`` have left.
-
-        Returns:
-            False if some rank had a non-finite gradient: all gradients are NaN then, and ``step`` will skip.
+        Needed with ``overlap_step``, or to send what passes under ``no_sync`` have left. False if some rank had a
+        non-finite gradient: all gradients are NaN then, and ``step`` will skip.
         """
         return self.reducer.synchronize()
 

@@ -11,6 +11,7 @@ import torch
 from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchical
 from disttrain.compression.base import Hierarchy, NewState, Program, State
 from disttrain.compression.repay import Repay
+from disttrain.errors import UserError
 from disttrain.kernels import for_device
 from disttrain.reduction.agreement import Use
 
@@ -100,6 +101,11 @@ class Slot:
             self.finite = True
             return
         grad = grad.detach()
+        if self.parameter.dtype != self.view.dtype:
+            raise UserError(
+                f"parameter {self.name!r} was {self.view.dtype} when it was given to the optimizer and is "
+                f"{self.parameter.dtype} now: convert the model before the optimizer is made"
+            )
         # A look at the numbers costs nothing while they are copied, and a pass over memory later.
         self.finite = for_device(grad.device).copy_finite(grad.to_dense() if grad.is_sparse else grad, self.view)
         self.parameter.grad = self.view
