@@ -117,7 +117,8 @@ ALONE = {"name": "alone"}
 class Disttrain(Contender):
     """This project; settings are compressors, or ``ALONE``: every worker trains its own model.
 
-    With ``overlap_step: true`` among a compressor's options the optimizer is made so. The engine is found from the launcher's environment, as for any user.
+    With ``overlap_step: true`` among a compressor's options the optimizer is made so, as the trainer makes it. The
+    engine is found from the launcher's environment, as for any user.
     """
 
     def __init__(self) -> None:

@@ -273,7 +273,8 @@ def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
     for column in ("ms", "ratio", "95 % interval", "CPU ms", "MB sent"):
         table.add_column(column, justify="right")
     for row in rows:
-        setting = ", ".join(str(value) for value in row["setting"].values())
+        flags = {True: "overlap_step"} if row["setting"].get("overlap_step") else {}
+        setting = ", ".join(flags.get(value, str(value)) for value in row["setting"].values())
         sent = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
         interval = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}"
         figures = [

@@ -15,7 +15,7 @@ class Call(NamedTuple):
     """A collective that this rank has started.
 
     Attributes:
-        number: among all of this rank's, from 1. Ranks start the same ones in the same order, so it means one for all.
+        number: among all of this rank's, from 1. It means one for all ranks that run the same program.
         place: its number within the step.
         kind: the class of the collective.
         account: what it is for, or None; made into text only where somebody asks.

@@ -379,7 +379,7 @@ class Reducer:
         return self.step.is_sound and not self.was_dropped
 
     def take(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> Ending:
-        """Come together for a step: what all ranks are to do with it. ``finish`` follows unless it is dropped."""
+        """Come together for a step: what all ranks are to do with it. ``end`` follows unless it is dropped."""
         if self.was_dropped:
             self.was_dropped = False
             return Ending.DROPPED
