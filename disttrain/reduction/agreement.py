@@ -22,6 +22,16 @@ class Use(IntEnum):
     """A gradient came after its bucket had left, so a second exchange has to follow."""
 
 
+class Weighing(IntEnum):
+    """Whether the sum of the losses' weights is wanted."""
+
+    NOT = 0
+    NOW = 1
+    """For the exchange of what the rank has."""
+    AHEAD = 2
+    """For gradients that a backward pass is yet to give."""
+
+
 _SHIFT = 24
 
 
@@ -47,7 +57,7 @@ class Word:
         sends: the rank has gradients to exchange; ``sends_in`` is the smallest epoch of the ranks that have.
         steps, is_elsewhere: the rank is at the reducer's step; or it is active, but not there.
         drops: the rank drops gradients that are on the wire.
-        weighs, is_unweighed: the rank's losses have weights whose sum is wanted; or it sends some that have none.
+        weighs, is_unweighed: see ``Weighing``; or the rank sends gradients of losses that have no weights.
         is_unsound: one of its gradients is inf or NaN.
         vote: see ``Reducer``.
         size: how many parameters it exchanges; and the smallest number of all ranks.

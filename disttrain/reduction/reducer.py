@@ -23,7 +23,7 @@ import torch
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
 from disttrain.reduction import changes
-from disttrain.reduction.agreement import Use, Word, decode_use, encode_use, signed
+from disttrain.reduction.agreement import Use, Weighing, Word, decode_use, encode_use, signed
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.hooks import Hooks, has_others
@@ -256,7 +256,10 @@ class Reducer:
                 if slot.parameter.grad is not None:  # late
                     word.is_unsound |= not bool(all_finite(slot.parameter.grad))
                 uses[slot.index] = encode_use(slot.use, slot.position)
-        word.weighs = step.weight is not None and step.unit is None and (sends or (place is Place.WEIGH and is_here))
+        if place is Place.WEIGH and is_here:
+            word.weighs = Weighing.AHEAD
+        elif sends and step.weight is not None and step.unit is None:
+            word.weighs = Weighing.NOW
         word.is_unweighed = sends and step.weight is None and any(word.uses)
         return word
 

@@ -22,7 +22,7 @@ from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.errors import UserError
 from disttrain.reduction import changes
-from disttrain.reduction.agreement import Word, from_tensor, to_tensor
+from disttrain.reduction.agreement import Weighing, Word, from_tensor, to_tensor
 from disttrain.reduction.step import Ending, Phase
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ class Sequencer:
         if any(word.has_dropped for _, word, _ in everyone):
             return self._follow_drops(everyone, place, reducer)
         self._weigh(everyone)
-        sending = [(one, word) for one, word, _ in everyone if word.sends]
+        # While a rank only asks for the weights' sum, before its backward pass, the others keep what they have.
+        sending = [(one, word) for one, word, _ in everyone if word.sends and word.weighs != Weighing.AHEAD]
         for one, _ in sending:
             one.send_rest()
         at_step = next((one for one, word, _ in everyone if word.is_step), None)
@@ -219,7 +220,7 @@ class Sequencer:
                     f"some losses of {one.description} were given a weight and others were not: give all backward "
                     "passes of a step, on all ranks, one by optimizer.scale(loss, weight=...)"
                 )
-            if not word.is_step or word.sends or word.has_dropped:
+            if not word.is_step or word.has_dropped:
                 continue
             if word.settings != word.min_settings:
                 gathered = self._control.all_gather_object(None if place is Place.JOIN else one.settings())
@@ -230,7 +231,7 @@ class Sequencer:
                     f"ranks step {one.description} with different settings: rank {first} with {theirs[first]}, "
                     f"rank {odd} with {theirs[odd]}; set them from numbers that are alike on all ranks"
                 )
-            if word.gradients != word.min_gradients:
+            if word.gradients != word.min_gradients and not word.sends:
                 self._compare_gradients(one, place)
 
     def _compare_gradients(self, reducer: Reducer, place: Place) -> None:

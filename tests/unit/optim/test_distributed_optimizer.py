@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
@@ -341,3 +342,36 @@ def test_values_are_clipped_in_the_mean_wherever_it_is_stepped_on(synchronize_fi
     assert max(change.abs().max() for change in free) > 0.1
     for ours, unbounded in zip(clipped, free, strict=True):
         torch.testing.assert_close(ours, unbounded.clamp(-0.05, 0.05), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_ranks_whose_passes_are_all_local_are_counted() -> None:
+    """Rank 1 has no last pass: what it holds has to wait for the weights, and then for the gradients, of rank 0's."""
+    passes = [[(0, 3.0), (1, 1.0)], [(2, 5.0)]]  # of each rank: batch, weight
+
+    def loss(model: nn.Module, batch: int) -> torch.Tensor:
+        return model(data(0, batch).double()).square().mean()
+
+    def run(comm: Communicator) -> list[torch.Tensor | None]:
+        model = copy.deepcopy(TEMPLATE).double().eval()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, comm=comm)
+        for index, (batch, weight) in enumerate(passes[comm.rank]):
+            with optimizer.no_sync() if index == 0 else contextlib.nullcontext():
+                optimizer.scale(loss(model, batch), weight=weight).backward()
+        optimizer.step()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model = copy.deepcopy(TEMPLATE).double().eval()
+    (sum(weight * loss(model, batch) for of_rank in passes for batch, weight in of_rank) / 9.0).backward()  # type: ignore[union-attr]
+    for grads in simulate(2, run):
+        torch.testing.assert_close(grads, [parameter.grad for parameter in model.parameters()])
+
+
+def test_rates_that_differ_by_rank_are_named() -> None:
+    def run(comm: Communicator, overlap_step: bool) -> None:
+        model, optimizer = build(comm, overlap_step=overlap_step)
+        optimizer.param_groups[0]["lr"] *= 1 + comm.rank  # such as a plateau of this rank's own loss
+        train(model, optimizer, comm.rank, range(1))
+
+    for overlap_step in (False, True):
+        with pytest.raises(UserError, match=r"different settings.*lr=0\.01.*lr=0\.02"):
+            simulate(2, lambda comm, overlap_step=overlap_step: run(comm, overlap_step))  # type: ignore[misc]
