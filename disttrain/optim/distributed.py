@@ -115,12 +115,12 @@ class DistributedOptimizer(OptimizerWrapper):
         self._skips = Skips()
         self.model, self.comm = model, comm
         self._has_stepped = False
+        check_same_model(model, comm)  # first, as it raises on all ranks what may be wrong on one
         trained, frozen = named_parameters(optimizer, model)
         if not trained:
             raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
         if loss_scale is not None:
             check_can_be_unscaled(trained)
-        check_same_model(model, comm)
         policy = Policy.build(compressor)
         members = describe(optimizer, (*trained, *frozen))
         limits = {"bucket_mb": bucket_mb, "clip_norm": clip_norm, "clip_value": clip_value, "norms_every": norms_every}

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from disttrain.reduction.bucket import Slot
+
+_present: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by parameter, the handles of its hooks
 
 
 class Hooks:
     """Calls of one reducer, for any number of parameters.
+
+    A parameter calls the reducer that came last: a model may be given to a new optimizer.
 
     Args:
         before: called with the slot whose gradient is about to be accumulated.
@@ -31,11 +36,14 @@ class Hooks:
             with torch.enable_grad():
                 node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
             self._nodes.append(node)
-            self._handles += [
+            for handle in _present.get(slot.parameter, []):
+                handle.remove()
+            _present[slot.parameter] = handles = [
                 node.register_prehook(functools.partial(_call, self._before, slot)),
                 slot.parameter.register_post_accumulate_grad_hook(functools.partial(_call, self._after, slot)),
                 node.register_hook(functools.partial(_call, self._last)),
             ]
+            self._handles += handles
 
     def remove(self) -> None:
         for handle in self._handles:

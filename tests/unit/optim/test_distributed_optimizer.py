@@ -375,3 +375,22 @@ def test_rates_that_differ_by_rank_are_named() -> None:
     for overlap_step in (False, True):
         with pytest.raises(UserError, match=r"different settings.*lr=0\.01.*lr=0\.02"):
             simulate(2, lambda comm, overlap_step=overlap_step: run(comm, overlap_step))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("overlap_step", [False, True])
+def test_a_model_can_be_given_to_a_new_optimizer(overlap_step: bool) -> None:
+    def run(ranks: list[int], comm: Communicator | None) -> list[torch.Tensor]:
+        model = copy.deepcopy(TEMPLATE).double().eval()
+        for lr in (0.1, 0.01):  # the first one lives on until the second is there
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+            if comm is not None:
+                optimizer = DistributedOptimizer(optimizer, model, comm=comm, overlap_step=overlap_step)
+            for step in range(2):
+                optimizer.zero_grad()
+                model(torch.cat([data(rank, step).double() for rank in ranks])).square().mean().backward()
+                optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    expected = run([0, 1], None)
+    for weights in simulate(2, lambda comm: run([comm.rank], comm)):
+        torch.testing.assert_close(weights, expected)
