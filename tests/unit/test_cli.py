@@ -258,7 +258,7 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
         ["task.name=tests.support.odd_tasks:Lazy"],
         "Lazy.build_model: '0.weight' is of a lazy module and has no shape yet: run one forward pass on a batch before",
     ),
-    "output cannot be written": (["output=digits.yaml"], "Not a directory: digits.yaml/run"),
+    "output cannot be written": (["output=digits.yaml"], "folder 'digits.yaml/run' cannot be written: Not a directory"),
 }
 
 
