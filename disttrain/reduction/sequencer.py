@@ -62,6 +62,7 @@ class Sequencer:
         self.last_active = 0
         self._control = comm.channel(is_small=True)
         self._reducers: list[weakref.ref[Reducer]] = []
+        self._num_registered = 0
         self._sizes: list[int] = []  # numbers of parameters, also of reducers that are gone
         self._passes: weakref.WeakValueDictionary[int, _PassEnd] = weakref.WeakValueDictionary()
 
@@ -78,6 +79,8 @@ class Sequencer:
         kept = [index for index, of_ranks in enumerate(zip(*alive, strict=True)) if any(of_ranks)]
         self._reducers = [self._reducers[index] for index in kept]
         self._sizes = [self._sizes[index] for index in kept]
+        self._num_registered += 1
+        reducer.description = f"optimizer {self._num_registered} ({reducer.description})"
         self._reducers.append(weakref.ref(reducer))
         self._sizes.append(reducer.members.num_parameters)
 

@@ -394,3 +394,13 @@ def test_a_model_can_be_given_to_a_new_optimizer(overlap_step: bool) -> None:
     expected = run([0, 1], None)
     for weights in simulate(2, lambda comm: run([comm.rank], comm)):
         torch.testing.assert_close(weights, expected)
+
+
+def test_ranks_at_the_steps_of_different_optimizers_are_named() -> None:
+    def run(comm: Communicator) -> None:
+        both = [build(comm) for _ in range(2)]  # alike in every respect
+        for model, optimizer in both if comm.rank == 0 else reversed(both):
+            train(model, optimizer, comm.rank, range(1))
+
+    with pytest.raises(UserError, match=r"rank 0 is at the step of optimizer 1 .*rank 1 at that of optimizer 2 "):
+        simulate(2, run)
