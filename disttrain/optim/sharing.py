@@ -31,10 +31,9 @@ def share(model: torch.nn.Module, optimizer: Optimizer, comm: Communicator, root
                 continue
             present = state.get(name)
             if not isinstance(present, torch.Tensor) or list(present.shape) != shape:
-                device = parameter.device if value == str(parameter.dtype) and shape else torch.device("cpu")
-                state[name] = torch.zeros(shape, dtype=getattr(torch, value.removeprefix("torch.")), device=device)
-                if list(parameter.shape) == shape:
-                    state[name] = torch.zeros_like(parameter, dtype=state[name].dtype)
+                dtype = getattr(torch, value.removeprefix("torch."))
+                is_like = list(parameter.shape) == shape  # a momentum, and no count of steps, which is kept on the CPU
+                state[name] = torch.zeros_like(parameter, dtype=dtype) if is_like else torch.zeros(shape, dtype=dtype)
             tensors.append(state[name])
     carry(tensors, comm, lambda flat: Broadcast(flat, root))
     settings = comm.broadcast_object([_settings(group) for group in optimizer.param_groups], root)

@@ -18,6 +18,7 @@ from disttrain.reduction.agreement import Use
 NamedParameter = tuple[str, torch.nn.Parameter]
 
 _DENSE, _REPAY = Dense(), Repay()
+_IDLE_EXCHANGES = 3
 
 
 @dataclass(eq=False)
@@ -35,7 +36,6 @@ class Slot:
         position: how many had come before it.
         is_used: a gradient was there when the bucket left.
         idle: exchanges in a row in which no rank used it.
-        rests: that has been so for a while, so its bucket does not wait for it.
     """
 
     name: str
@@ -52,7 +52,11 @@ class Slot:
     position: int = 0
     is_used: bool = False
     idle: int = 0
-    rests: bool = False
+
+    @property
+    def rests(self) -> bool:
+        """Whether no rank has used it for a while, so that its bucket does not wait for it."""
+        return self.idle >= _IDLE_EXCHANGES
 
     @property
     def has_local(self) -> bool:

@@ -33,8 +33,6 @@ from disttrain.reduction.meter import Meter
 from disttrain.reduction.sequencer import Place, Sequencer
 from disttrain.reduction.step import Ending, Phase, Step
 
-_IDLE_EXCHANGES = 3  # in a row that no rank used it: from then on a bucket does not wait for a parameter
-
 
 class Reducer:
     """Exchanges the gradients of some parameters between ranks.
@@ -297,14 +295,13 @@ class Reducer:
                 arrives(bucket)
                 bucket.hide()
         if late and is_sound:
-            self._exchange_late(late, late_gradients, word)
+            self._exchange_late(late, late_gradients, {slot for slot, (use, _) in uses.items() if use is Use.LATE})
         if arrives is not None:
             for bucket in self.buckets:
                 bucket.show()
         self.results = {meter: meter.finish(is_sound and not late) for meter in step.measuring}
         for slot in self.slots:
             slot.idle = slot.idle + 1 if uses[slot][0] is Use.UNUSED else 0
-            slot.rests = slot.idle >= _IDLE_EXCHANGES
         if is_sound:
             self.members.put_in_order({slot: at for slot, (use, at) in uses.items() if use is not Use.UNUSED})
         step.phase, step.exchanges, step.measuring = Phase.LANDED, [], []
@@ -317,7 +314,7 @@ class Reducer:
             self.sequencer.tell_unsound(self)
 
     def _exchange_late(
-        self, buckets: Sequence[GradientBucket], gradients: dict[Slot, torch.Tensor | None], word: Word
+        self, buckets: Sequence[GradientBucket], gradients: dict[Slot, torch.Tensor | None], slots: set[Slot]
     ) -> None:
         """Send what came after its bucket had left, and add its mean."""
         for bucket in buckets:
@@ -326,10 +323,7 @@ class Reducer:
                 slot.parameter.grad = gradients[slot]
             bucket.close()
         for index, outcome in finish([self._exchange(bucket, ()) for bucket in buckets]):
-            bucket = buckets[index]
-            bucket.land(
-                *outcome, [decode_use(word.uses[slot.index])[0] is Use.LATE for slot in bucket.slots], self._rescale
-            )
+            buckets[index].land(*outcome, [slot in slots for slot in buckets[index].slots], self._rescale)
 
     def end(self, ending: Ending) -> None:
         """Begin a new step. Of one that was not taken no trace is left in the compressors' state."""
@@ -392,9 +386,15 @@ class Reducer:
         """Drop this rank's gradients of the step. What is on the wire is dropped by all ranks."""
         self.was_dropped = False
         self.look()
+        # A weight may belong to a loss whose backward pass is yet to come: it goes only with gradients.
+        if self.step.phase is Phase.OPEN or any(slot.is_local for slot in self.slots):
+            self.step.weight = self.step.unit = None
+        for slot in self.slots:
+            slot.is_local = False
         if self.step.phase is Phase.OPEN:
             self.sequencer.meet(Place.DROP, self)
             self.was_dropped = False
         elif self.step.phase is Phase.LANDED:
+            weight, unit = self.step.weight, self.step.unit
             self.end(Ending.DROPPED)
-        self.step.weight = self.step.unit = None
+            self.step.weight, self.step.unit = weight, unit

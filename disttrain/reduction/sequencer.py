@@ -191,13 +191,11 @@ class Sequencer:
             return Word(uses=[0] * size)
         reducer.look()
         is_here = meant is None or meant is reducer
-        sends = reducer.step.phase is Phase.OPEN and (not reducer.overlap_step or is_here)
-        if place in (Place.SYNCHRONIZE, Place.STEP, Place.JOIN) and is_here and not sends:
-            sends = reducer.has_local
-        if place is Place.PASS and reducer.overlap_step:
+        if place is Place.WEIGH or (reducer.overlap_step and (place is Place.PASS or not is_here)):
             sends = False
-        if place is Place.WEIGH:
-            sends = False
+        else:
+            waits = is_here and place in (Place.SYNCHRONIZE, Place.STEP, Place.JOIN)
+            sends = reducer.step.phase is Phase.OPEN or (waits and reducer.has_local)
         if sends:
             if reducer.step.phase is not Phase.OPEN:
                 reducer.open()

@@ -25,7 +25,7 @@ def state_dict(buckets: Sequence[GradientBucket], comm: Communicator, *, copy: b
     """
     for bucket in buckets:
         for slot in bucket.slots:
-            slot.idle, slot.rests = 0, False
+            slot.idle = 0
     saved: dict[str, Any] = {
         "rank": comm.rank,
         "world_size": comm.world_size,

@@ -404,3 +404,27 @@ def test_ranks_at_the_steps_of_different_optimizers_are_named() -> None:
 
     with pytest.raises(UserError, match=r"rank 0 is at the step of optimizer 1 .*rank 1 at that of optimizer 2 "):
         simulate(2, run)
+
+
+@pytest.mark.parametrize("dropped", ["nothing", "means", "local"])
+def test_gradients_may_be_zeroed_between_a_weighted_loss_and_its_backward_pass(dropped: str) -> None:
+    def loss(model: nn.Module, rank: int) -> torch.Tensor:
+        return model(data(rank, 0).double()).square().mean()
+
+    def run(comm: Communicator) -> list[torch.Tensor | None]:
+        model = copy.deepcopy(TEMPLATE).double().eval()
+        optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, comm=comm)
+        if dropped != "nothing":
+            with optimizer.no_sync() if dropped == "local" else contextlib.nullcontext():
+                optimizer.scale(loss(model, 5), weight=7.0).backward()
+        if dropped == "local":
+            optimizer.zero_grad()
+        weighted = optimizer.scale(loss(model, comm.rank), weight=1.0 + comm.rank)
+        optimizer.zero_grad()
+        weighted.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model = copy.deepcopy(TEMPLATE).double().eval()
+    ((loss(model, 0) + 2 * loss(model, 1)) / 3).backward()
+    for grads in simulate(2, run):
+        torch.testing.assert_close(grads, [parameter.grad for parameter in model.parameters()])
