@@ -34,7 +34,7 @@ test: ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes
 	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || $(NONE_CHOSEN)
 
 fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others
-	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/test_any_config.py --numprocesses auto $(ARGS)
+	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/training/config/test_any_config.py --numprocesses auto $(ARGS)
 
 faults: $(VENV)/.horovod ## kill runs at KILLS (200) random moments chosen by SEED (0), and resume them
 	$(ACTIVE) python -m tests.faults.kills --kills $(KILLS) --seed $(SEED) $(ARGS)

@@ -34,9 +34,9 @@ from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.network import ShapedNetwork, rank_environment  # noqa: E402
 from benchmarks.step_time import interval_of_median, parse_compressor, parse_rate  # noqa: E402
 from disttrain.comm import Communicator  # noqa: E402
-from disttrain.training.checkpoint import Contents  # noqa: E402
-from disttrain.training.checkpoint_folder import prune  # noqa: E402
-from disttrain.training.checkpoint_writer import Writer  # noqa: E402
+from disttrain.training.checkpoints.contents import Contents  # noqa: E402
+from disttrain.training.checkpoints.folder import prune  # noqa: E402
+from disttrain.training.checkpoints.writer import Writer  # noqa: E402
 
 WAYS = ("none", "background", "synchronous")
 

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
 from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
 from disttrain import compression  # noqa: E402
-from disttrain.comm.memory import keep_freed_memory  # noqa: E402
+from disttrain.comm.malloc import keep_freed_memory  # noqa: E402
 from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
 from disttrain.compression.base import dry_run  # noqa: E402
 from disttrain.compression.codec import pack, unpack  # noqa: E402

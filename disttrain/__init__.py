@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from disttrain.comm import init
     from disttrain.optim.averaging import WeightAverage
     from disttrain.optim.distributed import DistributedOptimizer
-    from disttrain.optim.groups import Layers
-    from disttrain.optim.lamb import LAMB
-    from disttrain.optim.lars import LARS
-    from disttrain.optim.learning_rate import LearningRate
-    from disttrain.optim.loss_scale import LossScale
-    from disttrain.optim.regularization import Regularization
-    from disttrain.training.interruption import Interruption
+    from disttrain.optim.distributed.loss_scale import LossScale
+    from disttrain.optim.layers.groups import Layers
+    from disttrain.optim.optimizers.lamb import LAMB
+    from disttrain.optim.optimizers.lars import LARS
+    from disttrain.optim.optimizers.regularization import Regularization
+    from disttrain.optim.schedules.learning_rate import LearningRate
+    from disttrain.training.run.interruption import Interruption
     from disttrain.training.start_from import load_weights
 
 __version__ = "0.1.0"
@@ -49,13 +49,13 @@ _HOMES = {
     "DistributedOptimizer": "disttrain.optim.distributed",
     "GradientNoise": "disttrain.batching",
     "GrowingBatch": "disttrain.batching",
-    "Interruption": "disttrain.training.interruption",
-    "LAMB": "disttrain.optim.lamb",
-    "LARS": "disttrain.optim.lars",
-    "Layers": "disttrain.optim.groups",
-    "LearningRate": "disttrain.optim.learning_rate",
-    "LossScale": "disttrain.optim.loss_scale",
-    "Regularization": "disttrain.optim.regularization",
+    "Interruption": "disttrain.training.run.interruption",
+    "LAMB": "disttrain.optim.optimizers.lamb",
+    "LARS": "disttrain.optim.optimizers.lars",
+    "Layers": "disttrain.optim.layers.groups",
+    "LearningRate": "disttrain.optim.schedules.learning_rate",
+    "LossScale": "disttrain.optim.distributed.loss_scale",
+    "Regularization": "disttrain.optim.optimizers.regularization",
     "WeightAverage": "disttrain.optim.averaging",
     "init": "disttrain.comm",
     "load_weights": "disttrain.training.start_from",

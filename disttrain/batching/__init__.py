@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from disttrain.batching.adascale import AdaScale
-from disttrain.batching.base import BatchPolicy, Situation
-from disttrain.batching.fixed import Fixed
+from disttrain.batching.gradient_noise import GradientNoise
 from disttrain.batching.growing import GrowingBatch
-from disttrain.batching.noise import GradientNoise
-from disttrain.batching.noise_scale import NoiseScale
-from disttrain.batching.norm_test import NormTest
-from disttrain.batching.plateau import Plateau
-from disttrain.batching.registry import registry
-from disttrain.batching.schedule import Scheduled
+from disttrain.batching.policies.adascale import AdaScale
+from disttrain.batching.policies.base import BatchPolicy, PolicyInputs
+from disttrain.batching.policies.fixed import Fixed
+from disttrain.batching.policies.noise_scale import NoiseScale
+from disttrain.batching.policies.norm_test import NormTest
+from disttrain.batching.policies.plateau import Plateau
+from disttrain.batching.policies.registry import registry
+from disttrain.batching.policies.schedule import Scheduled
 
 __all__ = [
     "AdaScale",
@@ -22,7 +22,7 @@ __all__ = [
     "NoiseScale",
     "NormTest",
     "Plateau",
+    "PolicyInputs",
     "Scheduled",
-    "Situation",
     "registry",
 ]

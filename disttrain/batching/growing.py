@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from disttrain.batching.base import BatchPolicy, Situation
-from disttrain.batching.fixed import Fixed
-from disttrain.batching.memory import GivenLimit, PassMemory
-from disttrain.batching.noise import GradientNoise
-from disttrain.batching.registry import registry
+from disttrain.batching.gradient_noise import GradientNoise
+from disttrain.batching.pass_memory import FixedLimit, PassMemory
+from disttrain.batching.policies.base import BatchPolicy, PolicyInputs
+from disttrain.batching.policies.fixed import Fixed
+from disttrain.batching.policies.registry import registry
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.reduction import SquaredNorms
-from disttrain.reduction.norms import Every
+from disttrain.reduction.measurements.norms import Every
 
 
 class GrowingBatch:
@@ -71,12 +71,12 @@ class GrowingBatch:
         self._loss = torch.zeros((), dtype=torch.float64, device=comm.device)  # this rank's part, of the epoch so far
         self._num_losses = 0
         self._last_loss: float | None = None
-        self._memory: PassMemory | GivenLimit
+        self._memory: PassMemory | FixedLimit
         if policy.max_micro_batch == "auto":
             begun_with = math.ceil(batch_size / (comm.world_size * accumulation))
             self._memory = PassMemory(comm, begun_with, policy.memory_gib)
         else:
-            self._memory = GivenLimit(policy.max_micro_batch)
+            self._memory = FixedLimit(policy.max_micro_batch)
         self.resize(batch_size)
         if policy.measures_noise and comm.world_size * self.accumulation == 1:
             raise UserError(
@@ -89,7 +89,7 @@ class GrowingBatch:
         """What the ``DistributedOptimizer`` takes under this name."""
         return (self.policy.measure_every or "auto") if self.policy.measures_noise else None
 
-    def watch_memory(self, model: torch.nn.Module, num_samples: int) -> contextlib.AbstractContextManager[None]:
+    def record_memory(self, model: torch.nn.Module, num_samples: int) -> contextlib.AbstractContextManager[None]:
         """For ``max_micro_batch: auto``: forward and backward of a pass of so many samples of this rank go within."""
         return self._memory.watch(model, num_samples)
 
@@ -154,7 +154,7 @@ class GrowingBatch:
 
     def _choose(self, step: int, epochs: float, epoch_losses: tuple[float, float] | None, is_measured: bool) -> bool:
         """Ask the policy, and carry it out; whether the batch size has changed."""
-        situation = Situation(
+        situation = PolicyInputs(
             batch_size=self.batch_size,
             initial=self._initial,
             step=step,

@@ -8,13 +8,13 @@ import importlib.util
 import torch
 
 from disttrain.comm.base import Communicator
-from disttrain.comm.environment import Environment, detect
-from disttrain.comm.liveness import Guard
-from disttrain.comm.memory import keep_freed_memory
-from disttrain.comm.rejoin import ask_for_rank
-from disttrain.comm.simulated import SimulatedCommunicator, SimulatedWorld, simulate
-from disttrain.comm.single import SingleProcess
-from disttrain.comm.watch import Watch
+from disttrain.comm.engines.simulated import SimulatedCommunicator, SimulatedWorld, simulate
+from disttrain.comm.engines.single import SingleProcess
+from disttrain.comm.launch.environment import Environment, detect
+from disttrain.comm.launch.horovod_elastic import request_rank
+from disttrain.comm.liveness.guard import Guard
+from disttrain.comm.liveness.watch import Watch
+from disttrain.comm.malloc import keep_freed_memory
 from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
@@ -65,7 +65,7 @@ def init(
     """
     if engine not in (*ENGINES, "auto"):
         raise UserError(f"unknown engine {engine!r}: choose from auto, {', '.join(ENGINES)}")
-    ask_for_rank()
+    request_rank()
     environment = detect()
     if engine == "auto":
         engine = environment.engine
@@ -103,15 +103,15 @@ def init(
 def _join(engine: str, environment: Environment, device: torch.device, timeout: float, patience: float) -> Communicator:
     match engine:
         case "torch":
-            from disttrain.comm.torch_dist import TorchCommunicator
+            from disttrain.comm.engines.torch_distributed import TorchCommunicator
 
             return TorchCommunicator(environment, device, timeout, patience)
         case "horovod":
-            from disttrain.comm.horovod import HorovodCommunicator
+            from disttrain.comm.engines.horovod import HorovodCommunicator
 
             return HorovodCommunicator(environment, device)
         case "mpi":
-            from disttrain.comm.mpi import MPICommunicator
+            from disttrain.comm.engines.mpi import MPICommunicator
 
             return MPICommunicator(environment, device)
         case _:

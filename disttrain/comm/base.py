@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
-from disttrain.comm.activity import Activity, Watched
 from disttrain.comm.dtypes import REDUCIBLE, carrier, reduce_rows
+from disttrain.comm.liveness.activity import Activity, TracedWork
 from disttrain.comm.nodes import describe, partitions
-from disttrain.comm.work import Finished, Pending, Work
+from disttrain.comm.work import CompletedWork, DeferredWork, Work
 from disttrain.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from disttrain.comm.liveness import Guard
+    from disttrain.comm.liveness.guard import Guard
 
 EngineOp = Literal["sum", "min", "max"]
 
@@ -135,7 +135,7 @@ class Communicator(ABC):
         except RuntimeError:
             self.activity.begins_to_wait(call)  # the engine's error leaves a note, as one in waiting does
             raise
-        return work if isinstance(work, Finished) else Watched(work, self.activity, call)
+        return work if isinstance(work, CompletedWork) else TracedWork(work, self.activity, call)
 
     def channel(self, *, is_small: bool = False) -> Communicator:
         """Another wire between the same ranks: its collectives have an order of their own, and match no others.
@@ -194,7 +194,7 @@ class Communicator(ABC):
                 if not 0 <= root < self.world_size:
                     raise ValueError(f"root must be a rank, 0 to {self.world_size - 1}; got {root}")
                 if self.world_size == 1 or tensor.numel() == 0:
-                    return Finished(tensor)
+                    return CompletedWork(tensor)
                 return _then(
                     self._broadcast(carrier(tensor), root), lambda result: result.view(tensor.dtype).view(tensor.shape)
                 )
@@ -207,7 +207,7 @@ class Communicator(ABC):
         if op == "mean" and not tensor.is_floating_point():
             raise ValueError(f"the mean of {tensor.dtype} is not defined: use op='sum', or a floating dtype")
         if self.world_size == 1 or tensor.numel() == 0:
-            return Finished(tensor)
+            return CompletedWork(tensor)
         shape = tensor.shape
         flat = tensor.contiguous().view(-1)
         if not self._reduces_natively(flat.dtype):
@@ -232,7 +232,7 @@ class Communicator(ABC):
             reduced = reduce_rows(rows, op)
             return self._gather(reduced, sizes).wait()[: flat.numel()]
 
-        return Pending(finish)
+        return DeferredWork(finish)
 
     def _start_all_gather(
         self, tensor: torch.Tensor, same_size: bool, sizes: Sequence[int] | None
@@ -241,7 +241,7 @@ class Communicator(ABC):
         counts = [rows] * self.world_size if sizes is None else list(sizes)
         self._check_sizes(counts, rows)
         if self.world_size == 1:
-            return Finished([tensor])
+            return CompletedWork([tensor])
         flat = tensor.contiguous().view(-1)
         width = math.prod(row_shape)
 
@@ -253,7 +253,7 @@ class Communicator(ABC):
 
         if same_size or tensor.dim() == 0 or sizes is not None:
             if sum(counts) * width == 0:
-                return Finished(split(flat, counts))
+                return CompletedWork(split(flat, counts))
             return _then(self._gather(flat, [n * width for n in counts]), lambda result: split(result, counts))
         size_work = self._all_gather(self._control_tensor([rows]), [1] * self.world_size)
 
@@ -263,7 +263,7 @@ class Communicator(ABC):
                 return split(flat.new_empty(0), counts)
             return split(self._gather(flat, [count * width for count in counts]).wait(), counts)
 
-        return Pending(finish)
+        return DeferredWork(finish)
 
     def _start_all_to_all(
         self, chunks: list[torch.Tensor], same_size: bool, sizes: Sequence[int] | None
@@ -271,7 +271,7 @@ class Communicator(ABC):
         if len(chunks) != self.world_size:
             raise ValueError(f"all_to_all needs one chunk for each of {self.world_size} ranks; got {len(chunks)}")
         if self.world_size == 1:
-            return Finished(list(chunks))
+            return CompletedWork(list(chunks))
         _, row_shape = _rows(chunks[0])
         width = math.prod(row_shape)
         send = [_rows(chunk)[0] for chunk in chunks]
@@ -295,7 +295,7 @@ class Communicator(ABC):
             receive: list[int] = size_work.wait().tolist()
             return split(exchange(receive).wait(), receive)
 
-        return Pending(finish)
+        return DeferredWork(finish)
 
     def _gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
         moved = carrier(flat)
@@ -384,4 +384,4 @@ def _rows(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
 
 
 def _then(work: Work[Any], change: Callable[[Any], Any]) -> Work[Any]:
-    return cast("Work[Any]", Pending(lambda: change(work.wait())))
+    return cast("Work[Any]", DeferredWork(lambda: change(work.wait())))

@@ -15,7 +15,7 @@ class Work(Protocol[T]):
         """Block until it is done; the result. Calling it again gives the same result."""
 
 
-class Finished(Generic[T]):
+class CompletedWork(Generic[T]):
     """Work that needed no crossing."""
 
     def __init__(self, result: T) -> None:
@@ -25,7 +25,7 @@ class Finished(Generic[T]):
         return self._result
 
 
-class Pending(Generic[T]):
+class DeferredWork(Generic[T]):
     """Work whose end is a function to call once."""
 
     def __init__(self, finish: Callable[[], T]) -> None:

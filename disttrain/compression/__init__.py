@@ -1,4 +1,7 @@
-"""Gradient compressors, one file an algorithm. Every compressor in this folder is found and registered by itself."""
+"""Gradient compressors: what a compressor is, the algorithms, and the policy that assigns them to parameters.
+
+Every module in ``algorithms`` is imported and its compressors are registered.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,27 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from disttrain.compression import algorithms
+from disttrain.compression.algorithms.blockwise import Blockwise4, Blockwise8
+from disttrain.compression.algorithms.cast import BFloat16, Float16
+from disttrain.compression.algorithms.dense import Dense
+from disttrain.compression.algorithms.dgc import DGC
+from disttrain.compression.algorithms.efsign import EFSign
+from disttrain.compression.algorithms.natural import Natural
+from disttrain.compression.algorithms.onebit import OneBit
+from disttrain.compression.algorithms.powersgd import PowerSGD
+from disttrain.compression.algorithms.qsgd import QSGD
+from disttrain.compression.algorithms.randomk import RandomK
+from disttrain.compression.algorithms.signsgd import SignSGD
+from disttrain.compression.algorithms.terngrad import TernGrad
+from disttrain.compression.algorithms.threshold import Threshold
+from disttrain.compression.algorithms.topk import TopK
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, State, registry
-from disttrain.compression.blockwise import Blockwise4, Blockwise8
-from disttrain.compression.cast import BFloat16, Float16
 from disttrain.compression.codec import Codec, FusedCodec, Payload
-from disttrain.compression.dense import Dense
-from disttrain.compression.dgc import DGC
-from disttrain.compression.efsign import EFSign
-from disttrain.compression.natural import Natural
-from disttrain.compression.onebit import OneBit
 from disttrain.compression.policy import Policy, Rule
-from disttrain.compression.powersgd import PowerSGD
-from disttrain.compression.qsgd import QSGD
-from disttrain.compression.randomk import RandomK
-from disttrain.compression.signsgd import SignSGD
-from disttrain.compression.terngrad import TernGrad
-from disttrain.compression.threshold import Threshold
-from disttrain.compression.topk import TopK
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.iter_modules(algorithms.__path__):
+    importlib.import_module(f"{algorithms.__name__}.{_module.name}")
 
 __all__ = [
     "DGC",

@@ -17,8 +17,8 @@ from functools import cache
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll
+from disttrain.compression.algorithms.dense import Dense
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, State, dry_run, hashed_seed
-from disttrain.compression.dense import Dense
 
 
 def init_state(compressor: Compressor, bucket: Bucket) -> State:

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field, SerializeAsAny, field_validator
 
+from disttrain.compression.algorithms.dense import Dense
 from disttrain.compression.base import Compressor, registry
-from disttrain.compression.dense import Dense
 from disttrain.errors import UserError
 from disttrain.validation import Section, keys_of, unknown_key, validate
 

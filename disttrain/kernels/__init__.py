@@ -12,7 +12,7 @@ from disttrain.kernels.reference import Kernels, num_blocks
 
 __all__ = ["Kernels", "for_device", "num_blocks"]
 
-_BACKENDS = {"cpu": ("cpu", "CpuKernels", "numba"), "cuda": ("cuda", "CudaKernels", "triton")}
+_BACKENDS = {"cpu": ("cpu.kernels", "CpuKernels", "numba"), "cuda": ("cuda.kernels", "CudaKernels", "triton")}
 
 
 @functools.cache

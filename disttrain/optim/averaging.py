@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.optim.replicas import average_tensors
+from disttrain.optim.replicas.synchronization import average_tensors
 from disttrain.validation import Section
 
 

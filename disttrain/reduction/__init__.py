@@ -1,7 +1,7 @@
 """From gradients on N ranks to their mean: buckets, hooks, order, overlap, and the count of bytes."""
 
-from disttrain.reduction.ledger import Entry, Ledger, Traffic
-from disttrain.reduction.norms import SquaredNorms
+from disttrain.reduction.measurements.ledger import Entry, Ledger, Traffic
+from disttrain.reduction.measurements.norms import SquaredNorms
 from disttrain.reduction.reducer import Reducer
 
 __all__ = ["Entry", "Ledger", "Reducer", "SquaredNorms", "Traffic"]

@@ -10,14 +10,14 @@ import torch
 
 from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchical
 from disttrain.compression.base import Hierarchy, NewState, Program, State
-from disttrain.compression.repay import Repay
+from disttrain.compression.flush import FlushResiduals
 from disttrain.errors import UserError
 from disttrain.kernels import for_device
-from disttrain.reduction.agreement import Use
+from disttrain.reduction.meetings.status import Use
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
-_DENSE, _REPAY = Dense(), Repay()
+_DENSE, _FLUSH = Dense(), FlushResiduals()
 _IDLE_EXCHANGES = 3
 
 
@@ -215,9 +215,9 @@ class GradientBucket:
         step = self.state.step
         if step < self.dense_steps:
             return _DENSE
-        return _REPAY if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
+        return _FLUSH if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
 
-    def be_dense(self, num_steps: int) -> None:
+    def exchange_dense(self, num_steps: int) -> None:
         """Exchange it dense in the next ``num_steps`` steps, and with them all that the compressor owes."""
         self.state.dense_until = max(self.state.dense_until, self.state.step + num_steps)
 

@@ -10,7 +10,7 @@ import torch
 from disttrain.collectives import Result
 from disttrain.comm.work import Work
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, dry_run
-from disttrain.reduction.ledger import AGREEMENT, Account, Ledger
+from disttrain.reduction.measurements.ledger import AGREEMENT, Account, Ledger
 
 Outcome = tuple[torch.Tensor, NewState]
 

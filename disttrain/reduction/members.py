@@ -61,7 +61,7 @@ class Members:
         self._frozen += later
         return self._add(parameters)
 
-    def thaw(self) -> list[Slot]:
+    def unfreeze(self) -> list[Slot]:
         """Take in those that have come to require a gradient; the new slots."""
         thawed = [member for member in self._frozen if member[1].requires_grad]
         self._frozen = [member for member in self._frozen if not member[1].requires_grad]

@@ -22,15 +22,15 @@ import torch
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
-from disttrain.reduction import changes
-from disttrain.reduction.agreement import Use, Weighing, Word, decode_use, encode_use, signed
 from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot, all_finite
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.hooks import Hooks, has_others
-from disttrain.reduction.ledger import Account, Ledger
+from disttrain.reduction.measurements.ledger import Account, Ledger
+from disttrain.reduction.measurements.meter import Meter
+from disttrain.reduction.meetings import changes
+from disttrain.reduction.meetings.sequencer import MeetingPoint, Sequencer
+from disttrain.reduction.meetings.status import Status, Use, Weighing, decode_use, encode_use, signed
 from disttrain.reduction.members import Members
-from disttrain.reduction.meter import Meter
-from disttrain.reduction.sequencer import Place, Sequencer
 from disttrain.reduction.step import Ending, Phase, Step
 
 
@@ -116,9 +116,9 @@ class Reducer:
         self._hooks.add(self.members.extend(parameters, later))
         self.sequencer.resize(self)
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         """Take in the parameters that have come to require a gradient."""
-        self._hooks.add(self.members.thaw())
+        self._hooks.add(self.members.unfreeze())
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -223,7 +223,7 @@ class Reducer:
 
     def look(self) -> None:
         """Notice what the user has done since: dropped all gradients, or stepped by other means."""
-        self.thaw()
+        self.unfreeze()
         if self.step.phase is not Phase.LANDED:
             return
         if changes.are_dropped(self.buckets):
@@ -234,18 +234,18 @@ class Reducer:
         """Whether there are gradients that the other ranks have not seen, and that are not under way."""
         return any(slot.has_local for slot in self.slots)
 
-    def word(self, place: Place, *, is_here: bool, sends: bool) -> Word:
+    def word(self, place: MeetingPoint, *, is_here: bool, sends: bool) -> Status:
         """What this rank says of it. If it ``sends``, all buckets are closed."""
         step = self.step
         uses = [0] * self.members.num_parameters
-        word = Word(epoch=step.number, sends=sends, vote=self.vote, size=len(self.slots), uses=uses)
-        word.is_elsewhere = place is not Place.JOIN and not (place is Place.STEP and is_here)
-        if place is Place.STEP and is_here:
+        word = Status(epoch=step.number, sends=sends, vote=self.vote, size=len(self.slots), uses=uses)
+        word.is_elsewhere = place is not MeetingPoint.JOIN and not (place is MeetingPoint.STEP and is_here)
+        if place is MeetingPoint.STEP and is_here:
             word.steps = 1
             word.settings = signed(zlib.crc32(self.settings().encode()))
             is_changed = step.is_changed or self._is_changed
             word.gradients = signed(zlib.crc32(repr(changes.sums(self.buckets)).encode())) if is_changed else 0
-        word.drops = place is Place.DROP and is_here
+        word.drops = place is MeetingPoint.DROP and is_here
         if sends:
             finite = torch.stack([flag.cpu() for flag in step.finite]).all()
             self.is_finite_here = finite
@@ -254,7 +254,7 @@ class Reducer:
                 if slot.parameter.grad is not None:  # late
                     word.is_unsound |= not bool(all_finite(slot.parameter.grad))
                 uses[slot.index] = encode_use(slot.use, slot.position)
-        if place is Place.WEIGH and is_here:
+        if place is MeetingPoint.WEIGH and is_here:
             word.weighs = Weighing.AHEAD
         elif sends and step.weight is not None and step.unit is None:
             word.weighs = Weighing.NOW
@@ -266,7 +266,7 @@ class Reducer:
         return self.step.phase is Phase.LANDED and any(bucket.is_changed for bucket in self.buckets)
 
     @torch.no_grad()
-    def land(self, word: Word, on_arrival: Callable[[GradientBucket], None] | None = None) -> None:
+    def land(self, word: Status, on_arrival: Callable[[GradientBucket], None] | None = None) -> None:
         """Finish the exchange: every ``parameter.grad`` is then the mean over ranks.
 
         Args:
@@ -344,7 +344,7 @@ class Reducer:
         """Give the losses of the next exchange a weight more. A collective, unless within ``no_sync``."""
         self.step.weight = (self.step.weight or 0.0) + weight
         if self._sending:
-            self.sequencer.meet(Place.WEIGH, self)
+            self.sequencer.meet(MeetingPoint.WEIGH, self)
 
     def clear(self) -> None:
         """Remove gradients that were stepped on."""
@@ -372,7 +372,7 @@ class Reducer:
         Returns:
             Whether they are sound. If any rank had a gradient with an inf or NaN, the gradients of all ranks are NaN.
         """
-        self.sequencer.meet(Place.SYNCHRONIZE, self)
+        self.sequencer.meet(MeetingPoint.SYNCHRONIZE, self)
         return self.step.is_sound and not self.was_dropped
 
     def take(self, on_arrival: Callable[[GradientBucket], None] | None = None) -> Ending:
@@ -380,7 +380,7 @@ class Reducer:
         if self.was_dropped:
             self.was_dropped = False
             return Ending.DROPPED
-        return self.sequencer.meet(Place.STEP, self, on_arrival)
+        return self.sequencer.meet(MeetingPoint.STEP, self, on_arrival)
 
     def drop(self) -> None:
         """Drop this rank's gradients of the step. What is on the wire is dropped by all ranks."""
@@ -392,7 +392,7 @@ class Reducer:
         for slot in self.slots:
             slot.is_local = False
         if self.step.phase is Phase.OPEN:
-            self.sequencer.meet(Place.DROP, self)
+            self.sequencer.meet(MeetingPoint.DROP, self)
             self.was_dropped = False
         elif self.step.phase is Phase.LANDED:
             weight, unit = self.step.weight, self.step.unit

@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 
 from disttrain.reduction.exchange import Exchange
-from disttrain.reduction.meter import Meter
+from disttrain.reduction.measurements.meter import Meter
 
 
 class Phase(Enum):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from disttrain.comm import Communicator
 from disttrain.errors import UserError
 from disttrain.tasks import Task
-from disttrain.training.data import num_samples_of, to_device
+from disttrain.training.data.loading import num_samples_of, to_device
 
 
 def num_held_out_of(data: Dataset[Any] | None) -> int:

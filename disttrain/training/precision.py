@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from disttrain.errors import UserError
-from disttrain.optim.loss_scale import LossScale
+from disttrain.optim.distributed.loss_scale import LossScale
 from disttrain.validation import Section
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from disttrain.comm import Communicator
+from disttrain.comm.collective_errors import collective_errors
 from disttrain.errors import UserError
-from disttrain.optim.replicas import broadcast_model, check_has_values
+from disttrain.optim.replicas.synchronization import broadcast_model, check_has_values
 from disttrain.tasks.paths import resolve
-from disttrain.training import checkpoint_folder
-from disttrain.training.agreement import agreement
+from disttrain.training.checkpoints import folder as checkpoint_folder
 from disttrain.validation import Section
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class StartFrom(Section):
         Raises:
             AgreedError: as ``load_weights``, on all ranks.
         """
-        with agreement(comm):
+        with collective_errors(comm):
             if comm.rank == 0:
                 load_weights(model, self.weights, reset=self.reset, rename=self.rename, strict=self.strict)
         broadcast_model(model, comm)

@@ -13,16 +13,17 @@ from rich.console import Console
 
 from disttrain.batching import GrowingBatch
 from disttrain.comm import Communicator
+from disttrain.comm.collective_errors import collective_errors
 from disttrain.errors import UserError
 from disttrain.optim.averaging import NoAverage
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.optim.layerwise import trust_ratios
-from disttrain.optim.learning_rate import LearningRate
-from disttrain.optim.thawing import Thawing
-from disttrain.training.agreement import agreement
-from disttrain.training.buffers import Buffers
+from disttrain.optim.layers.unfreezing import Unfreezing
+from disttrain.optim.model_buffers import ModelBuffers
+from disttrain.optim.optimizers.layerwise import trust_ratios
+from disttrain.optim.schedules.learning_rate import LearningRate
+from disttrain.training.checkpoints.checkpointer import Checkpointer
 from disttrain.training.config import Checkpoint, Config, Evaluation
-from disttrain.training.data import (
+from disttrain.training.data.loading import (
     ShardedSampler,
     Share,
     check_loader_workers,
@@ -32,18 +33,17 @@ from disttrain.training.data import (
     to_device,
     train_batches,
 )
-from disttrain.training.early_stopping import NoStopper, Stopper
 from disttrain.training.evaluation import evaluate, evaluating, num_held_out_of
-from disttrain.training.health import Monitor
-from disttrain.training.horizon import Horizon
-from disttrain.training.interruption import Interruption
-from disttrain.training.metrics import Recorder, Silent
-from disttrain.training.plateau import watch
+from disttrain.training.monitoring.early_stopping import NoStopper, Stopper
+from disttrain.training.monitoring.health import Monitor
+from disttrain.training.monitoring.plateau import watch
+from disttrain.training.monitoring.recorder import NullRecorder, Recorder
 from disttrain.training.precision import autocast
-from disttrain.training.progress import WIRE, Progress
-from disttrain.training.random_state import seed_everything
-from disttrain.training.resuming import Saving
-from disttrain.training.setup import build_model, set_up_torch
+from disttrain.training.run.interruption import Interruption
+from disttrain.training.run.length import RunLength
+from disttrain.training.run.progress import WIRE, Progress
+from disttrain.training.run.random_state import seed_everything
+from disttrain.training.run.setup import build_model, set_up_torch
 
 _BUILDING = threading.Lock()  # virtual ranks are threads, which share the random generators
 
@@ -58,7 +58,7 @@ class Trainer:
     def __init__(self, config: Config, comm: Communicator, console: Console | None = None) -> None:
         self.config, self.comm, self.task = config, comm, config.task
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        with agreement(comm):
+        with collective_errors(comm):
             config.check_world_size(comm.world_size)
             if config.loader_workers:
                 check_loader_workers()
@@ -68,7 +68,7 @@ class Trainer:
                 self.model = build_model(self.task).to(comm.device, self.dtype)
             self.train_data, self.eval_data = self.task.train_data(), self.task.eval_data()
             num_samples, num_held_out = num_samples_of(self.train_data), num_held_out_of(self.eval_data)
-        with agreement(comm):
+        with collective_errors(comm):
             if len(sizes := {tuple(sizes) for sizes in comm.all_gather_object([num_samples, num_held_out])}) > 1:
                 raise UserError(f"ranks have different data, (training, held-out) samples are {sorted(sizes)}")
             self.batch = GrowingBatch(config.batch, comm, config.batch_size, num_samples, config.accumulation)
@@ -86,9 +86,9 @@ class Trainer:
                     f"drop_last=true leaves no step: batch_size={config.batch_size} is more than the data's "
                     f"{num_samples} samples"
                 )
-            self.horizon = Horizon.of(config, num_samples)
-            self.num_steps = self.horizon.num_steps
-            config.schedule.check(self.num_steps, self.horizon.steps_per_epoch)
+            self.run_length = RunLength.of(config, num_samples)
+            self.num_steps = self.run_length.num_steps
+            config.schedule.check(self.num_steps, self.run_length.steps_per_epoch)
             config.layers.freeze(self.model)
             self.optimizer = DistributedOptimizer(
                 config.optimizer.build(config.layers.groups(self.model, config.optimizer.lr)),
@@ -103,14 +103,14 @@ class Trainer:
                 overlap_step=True,
             )
             self.health = Monitor(config.health, self.optimizer)
-            self.thawing = Thawing(config.layers, self.optimizer, self.num_steps)
+            self.unfreezing = Unfreezing(config.layers, self.optimizer, self.num_steps)
             self.average = config.average.build(self.optimizer) if config.average else NoAverage()
-            self.buffers = Buffers(self.optimizer, self.average)
+            self.buffers = ModelBuffers(self.optimizer, self.average)
             self.learning_rate = LearningRate(
                 self.optimizer,
                 config.schedule,
                 self.num_steps,
-                steps_per_epoch=self.horizon.steps_per_epoch,
+                steps_per_epoch=self.run_length.steps_per_epoch,
                 scale=config.optimizer.scale(config.batch_size),
             )
             self.plateau = watch(config.schedule, self.learning_rate, comm)
@@ -121,11 +121,11 @@ class Trainer:
                 config.checkpoint.keep_best.check(self._metric_names("checkpoint.keep_best"))
         comm.activity.enter("resuming", 0)
         self.progress, self.interruption = Progress(), Interruption(self.optimizer)
-        self.saving = Saving(self)
+        self.checkpointer = Checkpointer(self)
         self._metrics: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._logged = (self.progress.samples, self.progress.step_seconds)
-        self.recorder: Recorder | Silent = Silent()
+        self.recorder: Recorder | NullRecorder = NullRecorder()
         if comm.rank == 0:
             self.recorder = Recorder(
                 config.directory,
@@ -165,7 +165,7 @@ class Trainer:
                 break
         if self._evaluated_at != progress.step and not self._is_interrupted:  # a run was resumed that had ended
             self.evaluate()
-        self.saving.settle(is_end=True)
+        self.checkpointer.settle(is_end=True)
         if not self._is_interrupted:
             self._take_result()
         progress.seconds = time.perf_counter() - began
@@ -179,7 +179,7 @@ class Trainer:
         """One optimizer step on this rank's part of the samples; its part of the mean loss over all of them."""
         activity = self.comm.activity
         activity.begin_step(self.progress.step + 1)
-        self.thawing.reach(self.progress.step)
+        self.unfreezing.reach(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         is_weighted = False
@@ -191,7 +191,7 @@ class Trainer:
             batch = to_device(next(batches), self.comm.device, self.dtype)
             activity.enter("forward and backward")
             with (
-                self.batch.watch_memory(self.model, stop - start),
+                self.batch.record_memory(self.model, stop - start),
                 self.optimizer.no_sync() if index < last else contextlib.nullcontext(),
             ):
                 with autocast(self.config.precision, self.comm.device):
@@ -242,7 +242,7 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint of this very moment; it is written while training goes on."""
         self.comm.activity.enter("saving", self.progress.step)
-        self.saving.save(self._metrics if self._evaluated_at == self.progress.step else {})
+        self.checkpointer.save(self._metrics if self._evaluated_at == self.progress.step else {})
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds. ``wire`` counts the bytes of an average worker."""
@@ -255,7 +255,7 @@ class Trainer:
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / progress.step_seconds if progress.step_seconds else 0.0,
             "metrics": self._metrics,
-            "wire": self.saving.wire(),
+            "wire": self.checkpointer.wire(),
             "skipped_steps": progress.skipped_steps,
             **self._ended_by(),
             **self.stopper.summary(),
@@ -263,14 +263,14 @@ class Trainer:
 
     def _ended_by(self) -> dict[str, Any]:
         if self._is_interrupted:
-            saved = None if self.saving.latest is None else str(self.saving.latest)
+            saved = None if self.checkpointer.latest is None else str(self.checkpointer.latest)
             return {"ended_by": "interrupted", "interrupted_by": self.interruption.asked_by(), "checkpoint": saved}
         return {"ended_by": "last_step" if self._is_over else "early_stopping"}
 
     def close(self) -> None:
         """Take down the progress bar, let what is being saved reach the disk, release the run's directory."""
         self.recorder.close()
-        self.saving.close()
+        self.checkpointer.close()
 
     def _has_ended(self) -> bool:
         return self._is_over or self.stopper.is_over
@@ -281,17 +281,17 @@ class Trainer:
 
     @property
     def _is_over(self) -> bool:
-        return self.horizon.is_over(self.progress, self.batch.scale_invariant_steps)
+        return self.run_length.is_over(self.progress, self.batch.scale_invariant_steps)
 
     @property
     def _position(self) -> float:
         """Where schedules stand: the number of optimizer steps, unless the batch grows."""
-        return self.horizon.position(self.progress, self.batch.scale_invariant_steps)
+        return self.run_length.position(self.progress, self.batch.scale_invariant_steps)
 
     @property
     def _counts_data(self) -> bool:
         """Whether the run's length is no number of optimizer steps: the batch grows, or was another one before."""
-        return self.horizon.may_take_fewer_steps or self._position != self.progress.step
+        return self.run_length.may_take_fewer_steps or self._position != self.progress.step
 
     @property
     def epochs(self) -> float:
@@ -313,7 +313,7 @@ class Trainer:
 
     def _advance(self, share: Share, loss: torch.Tensor) -> None:
         progress, sampler = self.progress, self.sampler
-        skipped_steps = self.saving.skipped_before + self.optimizer.skipped_steps
+        skipped_steps = self.checkpointer.skipped_before + self.optimizer.skipped_steps
         is_sound = skipped_steps == progress.skipped_steps
         sizes, epoch = sampler.part_sizes(share), sampler.epoch
         skipped = None if is_sound else sampler.indices(share)
@@ -360,7 +360,7 @@ class Trainer:
             record["grad_norm"] = self.optimizer.grad_norm.item()
         if self.optimizer.loss_scale is not None:
             record["loss_scale"] = self.optimizer.loss_scale.value
-        record.update(self.saving.take_metrics())
+        record.update(self.checkpointer.take_metrics())
         self.comm.activity.enter("saving", self.progress.step)
         if self.comm.guard is not None:
             record.update(self.comm.guard.metrics)

@@ -20,7 +20,7 @@ from disttrain.collectives import AllGather, AllToAll, sent_bytes
 from disttrain.comm import Communicator, simulate
 from disttrain.errors import UserError
 from disttrain.reduction.exchange import Exchange, finish
-from disttrain.reduction.ledger import Ledger
+from disttrain.reduction.measurements.ledger import Ledger
 from tests.support.compressing import CASES, SHAPES, Ranks, Shapes, case_id, gradient, make_bucket
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from disttrain.errors import INTERRUPTED_EXIT_CODE
-from disttrain.training import checkpoint_folder
+from disttrain.training.checkpoints import folder as checkpoint_folder
 from tests.lab.hosts import Hosts, hosts, why_not
 from tests.support.workers import (
     BIN,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.comm import star
-from disttrain.comm.liveness import Guard
+from disttrain.comm.liveness import connections as star
+from disttrain.comm.liveness.guard import Guard
 from tests.lab.directory_group import DirectoryGroup
 
 pytestmark = pytest.mark.distributed
@@ -34,8 +34,8 @@ sys.path.insert(0, {root!r})
 for name in ("disttrain", "disttrain.comm"):  # the packages without what their __init__ imports: torch takes seconds
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [os.path.join({root!r}, *name.split("."))]
-from disttrain.comm.activity import Activity
-from disttrain.comm.liveness import Guard
+from disttrain.comm.liveness.activity import Activity
+from disttrain.comm.liveness.guard import Guard
 from tests.lab.directory_group import DirectoryGroup
 
 rank = {rank}

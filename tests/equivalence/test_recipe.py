@@ -13,12 +13,12 @@ from torch.optim import lr_scheduler as torchs
 
 from disttrain import DistributedOptimizer
 from disttrain.comm import Communicator, simulate
-from disttrain.optim.build import optimizers
-from disttrain.optim.groups import Layers
-from disttrain.optim.learning_rate import LearningRate
+from disttrain.optim.layers.groups import Layers
+from disttrain.optim.optimizers.sections import optimizers
 from disttrain.optim.schedules import schedules
+from disttrain.optim.schedules.learning_rate import LearningRate
 from tests.equivalence.test_one_process import batch, make_net, mean_loss, parameters_of
-from tests.unit.optim.test_schedules import CASES, LR, STEPS_PER_EPOCH
+from tests.unit.optim.schedules.test_schedules import CASES, LR, STEPS_PER_EPOCH
 
 NUM_STEPS, WORLD_SIZE, BATCH_SIZE = 50, 4, 24
 Build = Callable[[list[nn.Parameter]], Optimizer]

@@ -35,7 +35,7 @@ import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 
 from disttrain.errors import UserError
-from disttrain.training import checkpoint_folder
+from disttrain.training.checkpoints import folder as checkpoint_folder
 from tests.faults.bombed import BOMB
 from tests.support.workers import LAUNCHERS, kill_tree, processes_of, rank_of, unavailable, worker_environment
 

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.training import checkpoint, checkpoint_folder
-from disttrain.training.checkpoint_manifest import NAME
+from disttrain.training.checkpoints import contents as checkpoint
+from disttrain.training.checkpoints import folder as checkpoint_folder
+from disttrain.training.checkpoints.manifest import NAME
 from tests.support import checkpoints
 from tests.support.runs import make_config, train
 from tests.support.workers import ROOT, worker_environment
@@ -357,10 +358,10 @@ def test_a_full_disk_costs_no_older_checkpoint(
             folder.mkdir()
             mount(folder, "-t", "tmpfs", "-o", "size=256k", "disttrain-test")
         elif trainer.progress.step == 2:
-            trainer.saving.settle()
+            trainer.checkpointer.settle()
             fill_disk(folder / "filled")
         elif trainer.progress.step == 7 and on_error == "continue":
-            trainer.saving.settle()
+            trainer.checkpointer.settle()
             (folder / "filled").unlink()
 
     if on_error == "stop":
@@ -382,7 +383,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, mount: M
 
     def protect(trainer: Any) -> None:
         if trainer.progress.step == 2:
-            trainer.saving.settle()
+            trainer.checkpointer.settle()
             mount(folder, "--bind", str(folder))
             subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from disttrain.comm import Communicator
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.training.checkpoint import Contents
-from disttrain.training.checkpoint_folder import Best, prune
-from disttrain.training.checkpoint_writer import Writer
+from disttrain.training.checkpoints.contents import Contents
+from disttrain.training.checkpoints.folder import Best, prune
+from disttrain.training.checkpoints.writer import Writer
 
 RUN = "0123456789abcdef" * 2
 

@@ -10,15 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "disttrain"
 # From top to bottom. Parts of one layer do not import each other, except where they share a name here.
 LAYERS: list[list[set[str]]] = [
-    [{"cli", "__main__", "doctor"}],
+    [{"cli", "__main__"}],
     [{"training", "tasks"}],
     [{"optim"}, {"batching"}],
     [{"reduction"}],
     [{"comm"}, {"compression"}],
     [{"kernels"}, {"collectives", "validation", "errors"}],
 ]
-OPTIONAL = {"horovod": "comm/horovod.py", "mpi4py": "comm/mpi.py", "triton": "kernels/", "numba": "kernels/"}
-OPTIONAL |= {"transformers": "tasks/huggingface.py"}
+OPTIONAL = {
+    "horovod": "comm/engines/horovod.py",
+    "mpi4py": "comm/engines/mpi.py",
+    "triton": "kernels/cuda/",
+    "numba": "kernels/cpu/",
+    "transformers": "tasks/huggingface.py",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

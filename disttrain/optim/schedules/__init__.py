@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from disttrain.optim.schedules.base import Schedule
-from disttrain.optim.schedules.plateau import ReduceOnPlateau
+from disttrain.optim.schedules.reduce_on_plateau import ReduceOnPlateau
 from disttrain.optim.schedules.sequence import InSequence
 from disttrain.optim.schedules.shapes import (
     Constant,

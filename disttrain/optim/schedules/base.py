@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch.optim import Optimizer
 
 from disttrain.errors import UserError
-from disttrain.optim.learning_rate import LearningRate
+from disttrain.optim.schedules.learning_rate import LearningRate
 from disttrain.optim.schedules.tracker import Tracker
 from disttrain.validation import Section
 

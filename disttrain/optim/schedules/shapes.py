@@ -1,7 +1,7 @@
 """The schedules that know the whole run beforehand: a factor as a pure function of time.
 
 Because the factor depends on the time alone, a run that goes on from a checkpoint needs no state but its step. Each is
-torch's scheduler of that name where torch has one, to rounding (``tests/unit/optim/test_schedules.py``).
+torch's scheduler of that name where torch has one, to rounding (``tests/unit/optim/schedules/test_schedules.py``).
 """
 
 from __future__ import annotations

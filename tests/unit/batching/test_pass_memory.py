@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.batching import memory
-from disttrain.batching.memory import PassMemory
+from disttrain.batching import pass_memory as memory
+from disttrain.batching.pass_memory import PassMemory
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.training.trainer import Trainer
 from tests.support.runs import make_config, train

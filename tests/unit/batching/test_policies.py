@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import disttrain
-from disttrain.batching import BatchPolicy, GradientNoise, GrowingBatch, Situation, registry
+from disttrain.batching import BatchPolicy, GradientNoise, GrowingBatch, PolicyInputs, registry
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.reduction import SquaredNorms
@@ -33,7 +33,7 @@ def target(policy: BatchPolicy, **changes: Any) -> float:
         "noise": noise_of(1.0, 300.0),
         "is_measured": True,
     }
-    return policy.target(Situation(**{**usual, **changes}))
+    return policy.target(PolicyInputs(**{**usual, **changes}))
 
 
 def test_a_schedule_multiplies_at_its_milestones() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 from numba.core.caching import FunctionCache
 
-from disttrain.kernels import compiling
+from disttrain.kernels.cpu import compiling
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
-from disttrain.kernels.cuda import CudaKernels  # noqa: E402
+from disttrain.kernels.cuda.kernels import CudaKernels  # noqa: E402
 from disttrain.kernels.reference import Kernels  # noqa: E402
 from tests.unit.kernels.orthonormal_checks import check_orthogonalize  # noqa: E402
 

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from disttrain.kernels import cuda
+from disttrain.kernels.cuda import kernels as cuda
 
 dtypes = {}
 

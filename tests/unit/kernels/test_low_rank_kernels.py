@@ -74,7 +74,7 @@ def test_rows_become_orthonormal_whatever_they_were(kernels: Kernels, dtype: tor
 
 def test_what_all_ranks_compute_alike_is_computed_in_the_order_written() -> None:
     """Whatever vectors a rank's processor has: means are formed on every rank, from the same numbers."""
-    from disttrain.kernels import loops_low_rank, loops_sparse
+    from disttrain.kernels.cpu import loops_low_rank, loops_sparse
 
     for loop in (loops_low_rank._row_of_product, loops_low_rank._steady_dot, loops_low_rank._reflect):
         assert not loop.targetoptions.get("fastmath"), loop

@@ -11,8 +11,8 @@ from disttrain.errors import UserError
 from disttrain.tasks import text_files
 from disttrain.tasks.paths import expand_home, resolve
 from disttrain.training.start_from import load_weights
-from tests.unit.test_cli import CONFIG, call
-from tests.unit.test_cli import config as _config
+from tests.unit.cli.test_cli import CONFIG, call
+from tests.unit.cli.test_cli import config as _config
 
 config = _config
 

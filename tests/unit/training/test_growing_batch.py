@@ -13,7 +13,7 @@ import torch
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training import trainer as trainer_module
-from disttrain.training.horizon import Horizon
+from disttrain.training.run.length import RunLength
 from disttrain.training.trainer import Trainer
 from tests.support.runs import make_config, records, stop_run, train, untimed_records
 
@@ -212,16 +212,16 @@ def test_schedules_follow_the_data_where_the_batch_grows(tmp_path: Path) -> None
 
 def test_both_bounds_of_a_run_that_grows() -> None:
     from disttrain.batching import registry
-    from disttrain.training.progress import Progress
+    from disttrain.training.run.progress import Progress
 
     policy = registry.build({"name": "plateau", "max_batch_size": 100})
-    horizon = Horizon(policy, batch_size=10, num_samples=100, epochs=4, max_steps=20)
-    assert horizon.num_steps == 20
-    assert horizon.position(Progress(step=10, epoch=1), 0) == 10
-    assert horizon.position(Progress(step=10, epoch=3), 0) == 15
-    assert not horizon.is_over(Progress(step=19, epoch=3, offset=99), 0)
-    assert horizon.is_over(Progress(step=19, epoch=4), 0)
-    assert horizon.is_over(Progress(step=20, epoch=3), 0)
+    run_length = RunLength(policy, batch_size=10, num_samples=100, epochs=4, max_steps=20)
+    assert run_length.num_steps == 20
+    assert run_length.position(Progress(step=10, epoch=1), 0) == 10
+    assert run_length.position(Progress(step=10, epoch=3), 0) == 15
+    assert not run_length.is_over(Progress(step=19, epoch=3, offset=99), 0)
+    assert run_length.is_over(Progress(step=19, epoch=4), 0)
+    assert run_length.is_over(Progress(step=20, epoch=3), 0)
 
 
 def test_the_last_step_of_an_epoch_is_left_out_by_the_batch_of_that_moment(tmp_path: Path) -> None:

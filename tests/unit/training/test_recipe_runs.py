@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from disttrain import cli
+from disttrain.cli.layer_table import layer_table
+from disttrain.cli.schedule_preview import preview, show
 from disttrain.comm import SingleProcess, simulate
 from disttrain.errors import UserError
-from disttrain.training.layer_table import layer_table
-from disttrain.training.schedule_preview import preview, show
 from tests.support.runs import make_config, records, stop_run, train, untimed_records
 
 PLATEAU: dict[str, Any] = {"name": "reduce_on_plateau", "patience": 0, "threshold": 0.05, "gamma": 0.5}

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from disttrain.cli.checkpoint_table import show
 from disttrain.comm import SingleProcess
-from disttrain.training import checkpoint_manifest, strict_json
-from disttrain.training.checkpoint_manifest import Manifest
-from disttrain.training.checkpoint_table import show
+from disttrain.training import strict_json
+from disttrain.training.checkpoints import manifest as checkpoint_manifest
+from disttrain.training.checkpoints.manifest import Manifest
 from tests.support.runs import make_config, train
 from tests.support.tiny_task import Tiny
 

@@ -1,0 +1,25 @@
+"""Batch policies by name: the config's ``batch:`` section."""
+
+from __future__ import annotations
+
+from disttrain.batching.policies.adascale import AdaScale
+from disttrain.batching.policies.base import BatchPolicy
+from disttrain.batching.policies.fixed import Fixed
+from disttrain.batching.policies.noise_scale import NoiseScale
+from disttrain.batching.policies.norm_test import NormTest
+from disttrain.batching.policies.plateau import Plateau
+from disttrain.batching.policies.schedule import Scheduled
+from disttrain.validation import Registry
+
+registry: Registry[BatchPolicy] = Registry(
+    "batch",
+    BatchPolicy,  # type: ignore[type-abstract]
+    {
+        "fixed": Fixed,
+        "schedule": Scheduled,
+        "plateau": Plateau,
+        "noise_scale": NoiseScale,
+        "norm_test": NormTest,
+        "adascale": AdaScale,
+    },
+)

@@ -1,0 +1,34 @@
+"""One process, no wire: every collective is the identity, so no caller ever asks whether it is distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from disttrain.comm.base import Communicator, EngineOp
+from disttrain.comm.work import CompletedWork, Work
+
+
+class SingleProcess(Communicator):
+    """The communicator of a world of one."""
+
+    engine = "single"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank, self.world_size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.device = torch.device(device)
+
+    def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
+        return CompletedWork(flat)
+
+    def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
+        return CompletedWork(flat)
+
+    def _all_to_all(
+        self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
+    ) -> Work[torch.Tensor]:
+        return CompletedWork(flat)
+
+    def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
+        return CompletedWork(flat)

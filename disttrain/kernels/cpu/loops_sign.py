@@ -1,0 +1,156 @@
+"""The compiled loops of one-bit codes, in the manner of those in ``loops``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from disttrain.kernels.cpu.intrinsics import borrow, keep
+from disttrain.kernels.cpu.loops import _finite, _inline, _jit, _lent, _load, _reordered, _store_mean
+
+
+@_reordered
+def _sum_of_magnitudes(work):
+    total = work.dtype.type(0)
+    for i in range(work.size):
+        total += abs(work[i])
+    return total
+
+
+@_finite
+def _pack_signs(work, packed):
+    n = packed.size
+    p0, p1, p2, p3 = work[:n], work[n : 2 * n], work[2 * n : 3 * n], work[3 * n : 4 * n]
+    p4, p5, p6, p7 = work[4 * n : 5 * n], work[5 * n : 6 * n], work[6 * n : 7 * n], work[7 * n :]
+    for i in range(n):
+        # Products instead of shifts: the compiler keeps them in eight bits.
+        low = np.uint8(p0[i] < 0) | np.uint8(np.uint8(p1[i] < 0) * np.uint8(2))
+        low |= np.uint8(np.uint8(p2[i] < 0) * np.uint8(4)) | np.uint8(np.uint8(p3[i] < 0) * np.uint8(8))
+        high = np.uint8(np.uint8(p4[i] < 0) * np.uint8(16)) | np.uint8(np.uint8(p5[i] < 0) * np.uint8(32))
+        high |= np.uint8(np.uint8(p6[i] < 0) * np.uint8(64)) | np.uint8(np.uint8(p7[i] < 0) * np.uint8(128))
+        packed[i] = low | high
+
+
+@_jit
+def sign(grad, residual, rest, block, bits, scales):
+    work = np.empty(block, grad.dtype)
+    _sign(*borrow(grad, residual, rest, bits, scales, work), block)
+    keep(work)
+
+
+@_lent
+def _sign(grad, residual, rest, bits, scales, work, block):
+    length = block // 8
+    for index in range(scales.size):
+        start = index * block
+        size = _load(grad, residual, start, work)
+        scale = _sum_of_magnitudes(work) / grad.dtype.type(size)
+        scales[index] = scale
+        _pack_signs(work, bits[index * length : (index + 1) * length])
+        if rest is not None:
+            left = rest[start : start + size]
+            for i in range(size):
+                left[i] = work[i] - (-scale if work[i] < 0 else scale)
+
+
+@_inline
+def _sum_signs(bits, scales, index, work):
+    """``work`` = the sum over all payloads of plus or minus the scale of this block."""
+    length = work.size // 8
+    for part in range(bits.shape[0]):
+        scale = scales[part, index]
+        packed = bits[part, index * length : (index + 1) * length]
+        for plane in range(8):
+            values, bit = work[plane * length : (plane + 1) * length], np.uint8(1 << plane)
+            if part == 0:
+                for i in range(length):
+                    values[i] = -scale if packed[i] & bit else scale
+            else:
+                for i in range(length):
+                    values[i] += -scale if packed[i] & bit else scale
+
+
+@_jit
+def sign_mean(bits, scales, block, add, out):
+    work = np.empty(block, out.dtype)
+    _sign_mean(*borrow(bits, scales, out, work), block, add)
+    keep(work)
+
+
+@_lent
+def _sign_mean(bits, scales, out, work, block, add):
+    for index in range(scales.shape[1]):
+        _sum_signs(bits, scales, index, work)
+        _store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
+
+
+@_jit
+def sign_vote(bits, weights, block, add, out):
+    work = np.empty(block, out.dtype)
+    _sign_vote(*borrow(bits, weights, out, work), block, add)
+    keep(work)
+
+
+@_lent
+def _sign_vote(bits, weights, out, work, block, add):
+    real = out.dtype.type
+    for index in range(weights.shape[1]):
+        _sum_signs(bits, weights, index, work)
+        values = out[index * block : (index + 1) * block]
+        if add:
+            for i in range(values.size):
+                values[i] += real(work[i] > 0) - real(work[i] < 0)
+        else:
+            for i in range(values.size):
+                values[i] = real(work[i] > 0) - real(work[i] < 0)
+
+
+@_jit
+def take_two_means(matrix, means):
+    """The mean of each row's negative entries and that of its others, taken out of them."""
+    _take_two_means(*borrow(matrix, means))
+
+
+@_lent
+def _take_two_means(matrix, means):
+    for row in range(matrix.shape[0]):
+        below, above = _two_means(matrix[row])
+        means[0, row], means[1, row] = below, above
+        values = matrix[row]
+        for i in range(values.size):
+            values[i] -= below if values[i] < 0 else above
+
+
+@_reordered
+def _two_means(values):
+    real = values.dtype.type
+    below, above, count = real(0), real(0), 0
+    for i in range(values.size):
+        is_below = values[i] < 0
+        below += values[i] if is_below else real(0)
+        above += real(0) if is_below else values[i]
+        count += 1 if is_below else 0
+    return below / real(max(count, 1)), above / real(max(values.size - count, 1))
+
+
+@_jit
+def add_two_means(bits, block, start, means, matrix):
+    """Add each entry's mean, by its sign: bit ``start`` of the blocks' planes belongs to the matrix's first entry."""
+    _add_two_means(*borrow(bits, means, matrix), block, start)
+
+
+@_lent
+def _add_two_means(bits, means, matrix, block, start):
+    length = block // 8
+    place = start
+    for row in range(matrix.shape[0]):
+        below, above = means[0, row], means[1, row]
+        first = 0
+        while first < matrix.shape[1]:  # by stretches of one plane, whose bytes are neighbours
+            plane, byte = place % block // length, place % length
+            values = matrix[row][first : first + length - byte]
+            packed = bits[place // block * length + byte :]
+            bit = np.uint8(1 << plane)
+            for i in range(values.size):
+                values[i] += below if packed[i] & bit else above
+            first += values.size
+            place += values.size

@@ -1,0 +1,4 @@
+"""Saving and loading the compressors' state, also for another number of ranks.
+
+State is keyed by parameter name, so buckets may change in between.
+"""

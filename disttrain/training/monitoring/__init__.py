@@ -1,0 +1,4 @@
+"""What is observed during a run: records and progress, health checks, early stopping, plateaus.
+
+Every decision made here depends only on numbers that are equal on all ranks.
+"""
