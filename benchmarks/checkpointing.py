@@ -60,11 +60,11 @@ class Training:
 
     def save(self) -> None:
         if self.writer.num_in_flight:
-            self.writer.settle()
-        contents = Contents.of(self.comm, self.model, self.optimizer, {})
+            self.writer.wait_for_oldest()
+        contents = Contents.collect(self.comm, self.model, self.optimizer, {})
         self.num_bytes = sum(tensor.nbytes for tensors in contents.files.values() for tensor in tensors.values())
         facts = {"run": "0" * 32, "step": self.num_steps, "progress": {}, "config": {}}
-        self.writer.take(self.folder, "bench", contents, facts, keep=lambda: prune(self.folder, 2, None))
+        self.writer.start(self.folder, "bench", contents, facts, on_complete=lambda: prune(self.folder, 2, None))
 
     def turn(self, way: str, num_steps: int, every: int) -> float:
         """Seconds a step, over the whole turn."""
@@ -76,9 +76,9 @@ class Training:
             if way != "none" and step % every == 0:
                 self.save()
                 if way == "synchronous":
-                    self.writer.settle()
+                    self.writer.wait_for_oldest()
         while self.writer.num_in_flight:
-            self.writer.settle()
+            self.writer.wait_for_oldest()
         self.comm.barrier()
         return (time.perf_counter() - started) / num_steps
 

@@ -36,7 +36,7 @@ def show(path: Path, console: Console, *, verify: bool = False, keep: int | None
         paths = [path for path in paths if path.exists()]
     looked_at = _looked_at(paths, verify)
     best = _best(looked_at)
-    chosen = best and best.of([one for one in looked_at.values() if isinstance(one, Manifest)])
+    chosen = best and best.select([one for one in looked_at.values() if isinstance(one, Manifest)])
     rows = [_row(path, found, found is chosen, verify) for path, found in looked_at.items()]
     if as_json:
         print(strict_json.dumps(rows, indent=1))
@@ -47,7 +47,7 @@ def show(path: Path, console: Console, *, verify: bool = False, keep: int | None
 
 
 def _paths(path: Path) -> list[Path]:
-    if (path / checkpoint_manifest.NAME).exists() or checkpoint_folder.is_name(path.name):
+    if (path / checkpoint_manifest.NAME).exists() or checkpoint_folder.is_checkpoint_name(path.name):
         if not path.is_dir():
             raise UserError(f"{str(path)!r} does not exist")
         return [path]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from disttrain.errors import UserError
 from disttrain.training.config import Config
-from disttrain.training.run.setup import build_model
+from disttrain.training.setup import build_model
 
 
 def layer_table(config: Config) -> Table:

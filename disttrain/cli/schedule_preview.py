@@ -82,7 +82,7 @@ def preview(config: Config, num_workers: int) -> Preview:
         UserError: the config does not fit the workers or the data.
     """
     config.check_world_size(num_workers)
-    run_length = RunLength.of(config, num_samples_of(config.task.train_data()))
+    run_length = RunLength.from_config(config, num_samples_of(config.task.train_data()))
     num_steps, steps_per_epoch = run_length.num_steps, run_length.steps_per_epoch
     scale = config.optimizer.scale(config.batch_size)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.optimizer.lr)

@@ -67,7 +67,7 @@ def test_json_has_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in rows] == [None, 2, 3, 4]
     assert [row["is_best"] for row in rows] == [False, True, False, False]
-    assert rows[0]["problem"] == "is not whole: rank-00000.safetensors is missing"
+    assert rows[0]["problem"] == "is incomplete: rank-00000.safetensors is missing"
     assert rows[3]["metrics"] == {"error": 0.25}
     assert {"disttrain", "torch", "python"} == rows[3]["versions"].keys()
 

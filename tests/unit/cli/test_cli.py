@@ -215,11 +215,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 # What shows only when training begins.
 LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
-    "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no whole checkpoint"),
+    "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no complete checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "metric that is not there": (
         ["schedule.name=reduce_on_plateau", "schedule.metric=eror"],
-        "schedule.metric='eror' is no metric of the task; did you mean 'error'?",
+        "schedule.metric='eror' is not a metric of the task; did you mean 'error'?",
     ),
     "warm-up longer than the epochs, in epochs": (
         ["schedule.warmup_epochs=1"],
@@ -253,7 +253,7 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "no data": (["task.num_samples=0"], "TensorData is empty"),
     "held-out data without a sample": (
         ["task.name=tests.support.odd_tasks:NothingHeldOut"],
-        "held-out data: TensorData is empty: the task's data holds no sample; eval_data may return None",
+        "held-out data: TensorData is empty: the task's data has no samples; to evaluate nothing, let eval_data return None",
     ),
     "lazy modules": (
         ["task.name=tests.support.odd_tasks:Lazy"],
@@ -324,7 +324,7 @@ def test_a_run_that_its_own_numbers_end_is_one_line_and_a_code_of_its_own(
     assert code == 14
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error")] == errors[-1:]
-    assert "step 2 is the last of 1 in a row with an inf or NaN in a gradient, on rank 0" in errors[-1]
+    assert "step 2 is the last of 1 consecutive steps with a non-finite gradient, on rank 0" in errors[-1]
 
 
 def test_a_defect_keeps_its_traceback(
@@ -351,7 +351,7 @@ def test_config_prints_what_it_would_read_again(config: str, capsys: pytest.Capt
 def test_train_shows_a_table(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", config) == 0
     out = capsys.readouterr().out
-    for words in ("held-out error", "samples/s", "bytes sent", "bytes as dense fp32"):
+    for words in ("held-out error", "samples/s", "bytes sent", "bytes if dense fp32"):
         assert words in out
     assert (Path("runs/run/summary.json")).exists()
 

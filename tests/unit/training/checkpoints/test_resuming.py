@@ -203,7 +203,7 @@ def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
     for stop, world_size in zip((12, 24, 36, 48), (4, 2, 3, 8), strict=True):
         config = make_config(tmp_path / "parts", **changes, max_steps=stop, resume="auto")
         simulate(world_size, lambda comm, config=config: train(config, comm))
-    assert "8 workers in place of 3: a batch of 24 is now 3 samples a worker, was 8" in caplog.text
+    assert "8 workers instead of 3: a batch of 24 is now 3 samples per worker, was 8" in caplog.text
     curves = [
         torch.tensor([record["loss"] for record in records(config) if record["kind"] == "train"])
         for config in (whole, config)
