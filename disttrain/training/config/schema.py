@@ -80,7 +80,7 @@ class Checkpoint(_Periodic):
 
 
 class Config(Section):
-    """One run. The ``name`` of ``task``, ``optimizer``, ``schedule``, ``compressor`` or ``batch`` selects its fields."""
+    """One run. The ``name`` of ``task``, ``optimizer``, ``schedule``, ``compressor`` or ``batch`` sets the fields."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 

@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "plateau of what is never measured": (
         ["schedule.name=reduce_on_plateau", "schedule.metric=error", "evaluation.every_epochs=null"],
-        "schedule.metric='error' looks at evaluations: set evaluation.every_epochs",
+        "schedule.metric='error' needs evaluations: set evaluation.every_epochs",
     ),
     "base batch size without scaling": (
         ["optimizer.base_batch_size=32"],
@@ -188,7 +188,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["layers.rules=[{match: '0.*', frieze: true}]"],
         "unknown key 'layers.rules.0.frieze' (given True); did you mean 'layers.rules.0.freeze'?",
     ),
-    "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "has adapt, which is for trust ratios"),
+    "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "sets adapt, which is for trust ratios"),
     "decay above 1": (["layers.decay=1.1"], "layers.decay=1.1 should be less than or equal to 1"),
     "order without decay": (["layers.order=['*']"], "layers.order=['*'] is for layers.decay: set that below 1"),
     "accumulation does not divide": (
@@ -204,7 +204,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "value for a section": (["evaluation=3"], "evaluation=3 should be a section with keys every_epochs, every_steps"),
     "section for a name": (["optimizer=[1]"], "optimizer=[1] should be a name or a section with a name: adadelta"),
     "unset interpolation": (["seed=${foo}"], "Interpolation key 'foo' not found"),
-    "name with a slash": (["name=../x"], "name='../x' should be a folder's name"),
+    "name with a slash": (["name=../x"], "name='../x' should be the name of a folder"),
     "missing file": (["digit.yaml"], "config 'digit.yaml' does not exist; did you mean 'digits.yaml'?"),
     "missing folder": (["config/digits.yaml"], "does not exist; did you mean 'digits.yaml'?"),
     "a folder": (["."], "config '.' is a folder"),
@@ -253,13 +253,13 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "no data": (["task.num_samples=0"], "TensorData is empty"),
     "held-out data without a sample": (
         ["task.name=tests.support.odd_tasks:NothingHeldOut"],
-        "held-out data: TensorData is empty: the task's data has no samples; to evaluate nothing, let eval_data return None",
+        "held-out data: TensorData is empty: the task's data has no samples; to evaluate nothing, let eval_data return",
     ),
     "lazy modules": (
         ["task.name=tests.support.odd_tasks:Lazy"],
         "Lazy.build_model: '0.weight' is of a lazy module and has no shape yet: run one forward pass on a batch before",
     ),
-    "output cannot be written": (["output=digits.yaml"], "folder 'digits.yaml/run' cannot be written: Not a directory"),
+    "output cannot be written": (["output=digits.yaml"], "write to the run's directory 'digits.yaml/run': Not a"),
 }
 
 

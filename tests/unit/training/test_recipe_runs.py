@@ -139,8 +139,8 @@ def test_remarks_say_what_scales_the_rate(tmp_path: Path) -> None:
     show(config, 3, None, Console(file=out, width=200))
     text = out.getvalue()
     assert "9 steps, 3 epochs of 3; batch of 24 = workers 3 x accumulation 2 x 4" in text
-    assert "multiplied by 4, linear in 24 / 6" in text
-    assert "if loss never stops getting better" in text
+    assert "multiplied by 4: linear scaling with batch size 24 / 6" in text
+    assert "as long as loss keeps improving" in text
 
 
 def test_the_table_of_layers_says_what_the_optimizer_gets(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_an_earlier_run_of_the_same_name_is_kept_beside(tmp_path: Path) -> None:
 def test_a_run_that_is_going_on_is_not_disturbed(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_steps=1)
     trainer = Trainer(config, SingleProcess(), Console(file=io.StringIO()))
-    with pytest.raises(UserError, match="a running process uses .*: choose another name"):
+    with pytest.raises(UserError, match=r"a running process uses .*: choose another name"):
         Trainer(config, SingleProcess(), Console(file=io.StringIO()))
     trainer.run()
     trainer.close()
