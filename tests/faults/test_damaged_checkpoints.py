@@ -369,7 +369,7 @@ def test_a_full_disk_costs_no_older_checkpoint(
             train(config, SingleProcess(), fill)
     else:
         assert train(config, SingleProcess(), fill)[0]["steps"] == 8
-        assert caplog.text.count("the run goes on without a checkpoint: ") == 2
+        assert caplog.text.count("the run continues without a checkpoint: ") == 2
         assert caplog.text.count("No space left on device") == 2
     found = checkpoint_folder.newest(folder)
     assert found is not None

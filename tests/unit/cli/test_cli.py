@@ -212,7 +212,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not a mapping": (["list.yaml"], "config 'list.yaml' should be a mapping"),
     "not text": (["binary.yaml"], "config 'binary.yaml' cannot be read"),
 }
-# What shows only when training begins.
+# What shows only when training starts.
 LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no complete checkpoint"),

@@ -1,4 +1,4 @@
-"""Whole runs on virtual ranks."""
+"""Runs on simulated ranks."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def residual_means(trainers: list[dict[str, torch.Tensor]]) -> dict[str, torch.T
 
 
 def pending(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of the ranks' residuals, plus what servers owe: each rank a stretch of it, one after another."""
+    """Return the mean of the ranks' residuals, plus the servers' residuals, of which each rank has a slice."""
     means = residual_means([{k: v for k, v in rank.items() if not k.endswith("server_residual")} for rank in ranks])
     for name in [name for name in ranks[0] if name.endswith("server_residual")]:
         means[name.replace("server_", "")] += torch.cat([rank[name] for rank in ranks])

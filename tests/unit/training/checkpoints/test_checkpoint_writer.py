@@ -1,4 +1,4 @@
-"""Writing in the background: what a step waits for, how many are on their way, and the end of a run."""
+"""Writing in the background: what training waits for, checkpoints in flight, and the end of a run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_is_written_is_of_the_moment_of_the_copy(tmp_path: Path, gate: thre
 
 
 def test_a_checkpoint_is_there_as_soon_as_all_ranks_have_written_it(tmp_path: Path, gate: threading.Event) -> None:
-    """Without the ranks meeting again: rank 1 does nothing after its copy."""
+    """No collective is needed: rank 1 does nothing after its copy."""
     gate.set()
 
     def run(comm: Communicator) -> None:

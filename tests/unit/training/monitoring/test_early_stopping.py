@@ -117,7 +117,7 @@ def test_resuming_with_an_average_and_early_stopping_equals_no_stop_bit_for_bit(
     assert expected[0][0]["steps"] > stop_at
     config = diverging(tmp_path / "stopped", **changes, resume="auto")
     stop_run(config, 2, stop_at)
-    for _ in range(2):  # going on, and then resuming a run that has ended
+    for _ in range(2):  # resume the stopped run, and then the one that has ended
         for (summary, model), (expected_summary, expected_model) in zip(
             simulate(2, lambda comm: train(config, comm)), expected, strict=True
         ):

@@ -1,4 +1,4 @@
-"""A run's numbers under watch: each fault that is put in must be named right, by all ranks alike."""
+"""Health checks: all ranks must report each injected fault correctly."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_a_compressor_that_goes_astray_is_named_by_layer_and_replaced_for_a_whil
         assert dense == [5, 6, 7, 8, 9, 11, 12]
         assert all("0.weight:topk" in names for names in used), "in another bucket"
         assert {step for step, _ in notes.numbers} == {2, 4, 6, 8, 10, 12}
-        assert "cosine/1.weight" not in dict(notes.numbers)[6], "it travels dense"
+        assert "cosine/1.weight" not in dict(notes.numbers)[6], "it is exchanged dense"
         for one, other in zip(optimizer.model.parameters(), results[0][2].model.parameters(), strict=True):
             assert torch.equal(one, other)
     assert "step 4: 1.weight: its compressed mean has cosine" in caplog.text

@@ -45,7 +45,7 @@ def test_a_full_disk_costs_records_but_not_the_run(tmp_path: Path, caplog: pytes
         recorder.log_training(step, RECORD)
     recorder.finish(SUMMARY)
     recorder.close()
-    assert caplog.text.count("records are lost, the run goes on: [Errno 28] No space left on device") == 1
+    assert caplog.text.count("records are lost, and the run continues: [Errno 28] No space left on device") == 1
 
 
 def test_damaged_records_are_dropped(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_the_table_says_what_compression_saved(tmp_path: Path, is_terminal: bool
         "seconds": "1.5",
         "samples/s": "1000",
         "bytes sent per worker": "1.0 MiB",
-        "bytes as dense fp32": "10.0 MiB",
-        "ratio": "10.0x fewer",
+        "bytes if dense fp32": "10.0 MiB",
+        "ratio": "10.0x less",
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == SUMMARY
 
