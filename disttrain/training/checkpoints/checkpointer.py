@@ -64,7 +64,7 @@ class Checkpointer:
         began = time.perf_counter()
         self.settle(self._section.in_flight - 1)
         settled = time.perf_counter()
-        with self._trainer.buffers.alike() as own:
+        with self._trainer.buffers.synchronized() as own:
             self._take(metrics, own)
         if not self._section.background:
             self.settle()

@@ -134,5 +134,5 @@ def test_refuses_what_cannot_be() -> None:
         WeightAverage(optimizer, decay=1.0)
     with pytest.raises(UserError, match="after_steps=-1 must be at least 0"):
         WeightAverage(optimizer, after_steps=-1)
-    with pytest.raises(UserError, match="of another model: 'bias' is only in one"):
+    with pytest.raises(UserError, match="belongs to another model: 'bias' is only in the model"):
         WeightAverage(optimizer).load_state_dict({"weight": torch.zeros(2, 2)}, 1)
