@@ -30,9 +30,9 @@ class LAMB(Layerwise):
         w &\leftarrow w - \gamma \, \frac{\phi(\|w\|)}{\|r + \lambda w\|} \, (r + \lambda w)
 
     with learning rate :math:`\gamma` (``lr``) and weight decay :math:`\lambda`. :math:`\phi` is the identity, or clamps
-    the norm to ``norm_bounds``. ``bias_correction=False`` omits both divisions by :math:`1 - \beta^t`, as in the paper's
-    appendix ("adam-correction"), which uses learning-rate warmup instead. LAMB does not clip the gradient by its global
-    norm: use ``DistributedOptimizer(clip_norm=...)``.
+    the norm to ``norm_bounds``. ``bias_correction=False`` omits both divisions by :math:`1 - \beta^t`: the paper's
+    appendix does so ("adam-correction"), and relies on learning-rate warmup instead. LAMB does not clip the gradient by
+    its global norm: use ``DistributedOptimizer(clip_norm=...)``.
 
     Parameters of at most one dimension (biases, norms) have no trust ratio and no weight decay: their update is Adam's.
     Keys of a parameter group change that: see ``Layerwise``. Where a norm is 0 the trust ratio is 1.

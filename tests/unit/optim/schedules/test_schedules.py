@@ -228,5 +228,5 @@ def test_scale_gain_and_the_rates_of_groups_multiply() -> None:
 
 def test_epochs_of_unknown_length_are_refused() -> None:
     for spec in ({"name": "cosine", "by": "epoch"}, {"name": "constant", "warmup_epochs": 1}):
-        with pytest.raises(UserError, match="counts epochs: give steps_per_epoch too"):
+        with pytest.raises(UserError, match="counts epochs: pass steps_per_epoch, or set"):
             LearningRate(make_optimizer(), schedules.build(spec), 10)
