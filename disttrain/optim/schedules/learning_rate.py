@@ -33,9 +33,7 @@ class Schedule(Section, ABC):
     ends at the full rate. With ``by: epoch`` the rate changes between epochs only, except during warmup.
     """
 
-    by: Literal["step", "epoch"] = Field(
-        default="step", description="what the schedule counts; warmup always counts steps"
-    )
+    by: Literal["step", "epoch"] = Field(default="step", description="unit of time; warmup always counts steps")
     warmup_steps: int = Field(
         default=0, ge=0, description="steps over which the rate rises from warmup_start_factor to its full value"
     )

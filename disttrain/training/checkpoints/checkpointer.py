@@ -193,7 +193,7 @@ class Checkpointer:
         sampler.epoch, sampler.offset = saved.epoch, saved.offset
         if manifest.config.get("batch", {}).get("name") == self._config.to_dict()["batch"]["name"]:
             batch.load_state_dict(saved.batch)
-        batch.go_on(saved.step, sampler.epoch + sampler.offset / sampler.num_samples)
+        batch.resume(saved.step, sampler.epoch + sampler.offset / sampler.num_samples)
         sampler.resize(batch.batch_size, batch.accumulation)
         saved.epoch, saved.offset = sampler.epoch, sampler.offset
 

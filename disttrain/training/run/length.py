@@ -41,7 +41,7 @@ class RunLength:
         max_steps: int | None,
         drop_last: bool = False,
     ) -> None:
-        self._clock, self._batch_size = policy.clock, policy.reference(batch_size)
+        self._clock, self._batch_size = policy.progress_unit, policy.reference_size(batch_size)
         self.steps_per_epoch = num_samples // self._batch_size if drop_last else -(-num_samples // self._batch_size)
         self._epochs, self._max_steps = epochs, max_steps
         limits = (max_steps, epochs and epochs * self.steps_per_epoch)

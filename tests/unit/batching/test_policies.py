@@ -26,20 +26,20 @@ def noise_of(square_norm: float, trace: float, num_measured: int = 30) -> Gradie
 def target(policy: BatchPolicy, **changes: Any) -> float:
     usual = {
         "batch_size": 64,
-        "initial": 16,
+        "initial_size": 16,
         "step": 100,
         "epochs": 2.5,
         "epoch_losses": None,
         "noise": noise_of(1.0, 300.0),
         "is_measured": True,
     }
-    return policy.target(PolicyInputs(**{**usual, **changes}))
+    return policy.target_size(PolicyInputs(**{**usual, **changes}))
 
 
 def test_a_schedule_multiplies_at_its_milestones() -> None:
     policy = registry.build({"name": "schedule", "milestones": [1, 2.5], "factor": 3, "max_batch_size": 100})
     assert [target(policy, epochs=epochs) for epochs in (0.99, 1, 2.49, 2.5, 9)] == [16, 48, 48, 144, 144]
-    assert policy.cut(144, 100) == pytest.approx(100 / 144), "what the batch cannot take, the learning rate does"
+    assert policy.lr_factor(144, 100) == pytest.approx(100 / 144), "what the batch cannot take, the learning rate does"
     by_step = registry.build({"name": "schedule", "milestones": [100], "unit": "step", "max_batch_size": 99})
     assert [target(by_step, step=step) for step in (99, 100)] == [16, 32]
 
@@ -153,13 +153,16 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "plateau", "max_batch_size": 8}, "batch.max_batch_size=8 is below batch_size=16, with which"),
+        (
+            {"name": "plateau", "max_batch_size": 8},
+            "batch.max_batch_size=8 is below batch_size=16, which the run starts with",
+        ),
         ({"name": "adascale", "base_batch_size": 32}, "batch.base_batch_size=32 is above batch_size=16"),
         (
             {"name": "schedule", "max_batch_size": 64, "milestones": [3, 10]},
             "ends at epochs=10, so 10 is never reached",
         ),
-        ({"name": "schedule", "max_batch_size": 64, "milestones": [3, 2]}, "batch.milestones=.* in rising order"),
+        ({"name": "schedule", "max_batch_size": 64, "milestones": [3, 2]}, "batch.milestones=.* in increasing order"),
         ({"name": "schedule", "max_batch_size": 64, "milestones": []}, "batch.milestones"),
         ({"name": "plateau"}, "missing key 'batch.max_batch_size'"),
         ({"name": "plateu"}, "did you mean 'plateau'"),
@@ -167,7 +170,7 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
         ({"name": "adascale", "base_batch_size": 4, "lr_scaling": "sqrt"}, "batch.lr_scaling"),
         ({"name": "fixed", "max_micro_batch": 0}, "batch.max_micro_batch"),
         ({"name": "fixed", "max_micro_batch": "car"}, "batch.max_micro_batch"),
-        ({"name": "fixed", "memory_gib": 2}, "batch.max_micro_batch=auto"),
+        ({"name": "fixed", "memory_gib": 2}, "batch.memory_gib needs batch.max_micro_batch=auto"),
     ],
 )
 def test_what_does_not_fit_is_refused(spec: dict[str, Any], message: str) -> None:
