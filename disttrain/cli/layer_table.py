@@ -24,7 +24,7 @@ def layer_table(config: Config) -> Table:
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p in groups}
     if not trained:
         raise UserError("the model has no parameter that requires a gradient: nothing to train")
-    thawed_at = {p: step for step, parameters in config.layers.unfreezing(model).items() for p in parameters}
+    unfrozen_at = {p: step for step, parameters in config.layers.unfreezing(model).items() for p in parameters}
     compressors = dict(zip(trained, config.compressor.assign(trained), strict=True))
     columns = ["parameter", "shape", "group", "learning rate", "weight decay", "compressor"]
     table = Table(*columns, *(["trust ratio"] if config.optimizer.layerwise else []))
@@ -35,7 +35,7 @@ def layer_table(config: Config) -> Table:
             continue
         index, group = groups[parameter]
         decay = group["weight_decay"] or group["decoupled_decay"]
-        number = f"{index}, from step {thawed_at[parameter]} on" if parameter in thawed_at else str(index)
+        number = f"{index}, from step {unfrozen_at[parameter]} on" if parameter in unfrozen_at else str(index)
         row = [name, shape, number, f"{group['lr'] * scale:.6g}", f"{decay:g}", compressors[name].name]
         if config.optimizer.layerwise:
             adapt = group["adapt"]

@@ -179,7 +179,7 @@ class Trainer:
         """One optimizer step on this rank's part of the samples; its part of the mean loss over all of them."""
         activity = self.comm.activity
         activity.begin_step(self.progress.step + 1)
-        self.unfreezing.reach(self.progress.step)
+        self.unfreezing.unfreeze_due(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         is_weighted = False

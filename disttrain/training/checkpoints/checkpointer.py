@@ -171,7 +171,7 @@ class Checkpointer:
         with collective_errors(comm), checkpoint.damage(path):
             saved, parts = _progress_of(manifest)
             check_fits(path, manifest, self._config, trainer.sampler.num_samples)
-        trainer.unfreezing.reach(saved.step - 1)
+        trainer.unfreezing.unfreeze_due(saved.step - 1)
         restored = checkpoint.load(path, manifest, comm, trainer.model, trainer.optimizer)
         with collective_errors(comm), checkpoint.damage(path):
             trainer.average.load_state_dict(checkpoint.load_part(path, manifest, "average"), parts["average"])

@@ -62,7 +62,7 @@ def test_measuring_leaves_gradients_as_they_are() -> None:
         assert torch.equal(parameter.grad, gradient)
 
 
-def test_only_the_second_step_after_a_change_is_limit() -> None:
+def test_only_the_second_step_after_a_change_is_measured() -> None:
     limit = MemoryLimit(SingleProcess(), max_samples=1, limit_gib=20.5 * BYTES * GIB)
     model, seen = model_of(), []
     for _ in range(3):
@@ -76,9 +76,8 @@ def test_only_the_second_step_after_a_change_is_limit() -> None:
 def test_all_ranks_go_by_the_least_that_any_pass_left() -> None:
     def run(comm: Communicator) -> int:
         gib = (20.5, 12.5, 30.5)[comm.rank] * BYTES * GIB
-        return measure(
-            MemoryLimit(comm, max_samples=1, limit_gib=gib), model_of(), *[3] * comm.rank
-        )  # rank 0 has no pass
+        limit = MemoryLimit(comm, max_samples=1, limit_gib=gib)
+        return measure(limit, model_of(), *[3] * comm.rank)  # rank 0 has no pass
 
     assert simulate(3, run) == [12] * 3
 
