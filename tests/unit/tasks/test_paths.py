@@ -30,7 +30,9 @@ def test_the_home_folder_is_put_in_its_place(home: Path) -> None:
     assert expand_home("~/x") == resolve("~/x", "task.path") == str(home / "x")
     for path in ("x", "./~", "a/~/b", "/x~", ""):
         assert expand_home(path) == path
-    with pytest.raises(UserError, match=r"^'~nosuchuser/x' begins with the home folder of a user who does not exist"):
+    with pytest.raises(
+        UserError, match=r"^'~nosuchuser/x' starts with the home directory of a user who does not exist"
+    ):
         expand_home("~nosuchuser/x")
 
 
@@ -57,5 +59,5 @@ def test_data_and_weights_in_the_home_folder(home: Path) -> None:
 
 def test_the_home_of_nobody_is_one_line(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", config, "output=~nosuchuser/runs") == 2
-    assert capsys.readouterr().err.startswith("error: '~nosuchuser/runs' begins with the home folder of a user who")
+    assert capsys.readouterr().err.startswith("error: '~nosuchuser/runs' starts with the home directory of a user who")
     assert not Path("~nosuchuser").exists()

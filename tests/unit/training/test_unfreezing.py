@@ -110,10 +110,13 @@ def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bi
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"match": "0.*", "until_step": 3}, r"layers.rules \('0\.\*'\) has until_step, which is for freeze"),
+        ({"match": "0.*", "until_step": 3}, r"layers.rules \('0\.\*'\) has until_step without freeze"),
         ({"match": "0.*", "freeze": True, "until_step": 0}, "layers.rules.0.until_step=0 should be greater than"),
-        ({"match": "0.*", "freeze": True, "until_step": 9}, "until_step=9 comes after the run's 9 steps"),
-        ({"match": "*", "freeze": True, "until_step": 2}, "freeze every parameter: nothing is left to train at first"),
+        ({"match": "0.*", "freeze": True, "until_step": 9}, "until_step=9 is never reached, the run has 9 steps"),
+        (
+            {"match": "*", "freeze": True, "until_step": 2},
+            "freeze every parameter: at step 0 there is nothing to train",
+        ),
         ({"match": "hed.*", "freeze": True, "until_step": 2}, r"layers.rules.0 \('hed\.\*'\) matches no parameter"),
     ],
 )
