@@ -114,7 +114,8 @@ class GrowingBatch:
         step: int,
         epochs: float,
         ends_epoch: bool = False,
-        is_sound: bool = True,
+        is_skipped: bool = False,
+        is_sound: bool | None = None,
     ) -> bool:
         """Record a step and choose batch and gain of the next one. Of a skipped step nothing is recorded.
 
@@ -126,17 +127,21 @@ class GrowingBatch:
             step: Optimizer steps so far.
             epochs: Epochs so far, including the fraction of the current one.
             ends_epoch: Whether this was the last step of an epoch.
-            is_sound: Whether the step was taken: False if it was skipped.
+            is_skipped: Whether the step was skipped.
+            is_sound: Deprecated: ``not is_skipped``.
 
         Returns:
             Whether the batch size has changed.
         """
+        if is_sound is not None:
+            warnings.warn("GrowingBatch.update(is_sound=) is deprecated: use is_skipped", DeprecationWarning, 2)
+            is_skipped = not is_sound
         self.metrics = {"batch_size": self.batch_size}
         if not isinstance(self.policy, Fixed) or self.policy.lr_scaling != "none":
             self.metrics["gain"] = self.gain
         self._micro_batch_limit.end_step()
         is_measured = False
-        if is_sound:
+        if not is_skipped:
             self.scale_invariant_steps += self.gain
             if self.policy.needs_losses:
                 self._loss += loss.detach() * num_samples

@@ -23,8 +23,8 @@ def expand_home(path: str) -> str:
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(
-            f"{path!r} starts with the home directory of a user who does not exist: write './{path}' if the name itself "
-            "starts with '~'"
+            f"{path!r} starts with the home directory of a user who does not exist: write './{path}' if '~' is part of "
+            "the name"
         )
     return expanded
 

@@ -329,7 +329,7 @@ class Trainer:
             step=progress.step,
             epochs=sampler.epoch + sampler.offset / sampler.num_samples,
             ends_epoch=sampler.epoch > epoch,
-            is_sound=is_sound,
+            is_skipped=not is_sound,
         ):
             sampler.resize(self.batch.batch_size, self.batch.accumulation)
         progress.epoch, progress.offset = sampler.epoch, sampler.offset

@@ -15,11 +15,11 @@ from tests.support.runs import make_config, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BYTES = 6 * 8 + 8 * 8  # of a sample: the inputs of the two layers, in float64; tanh keeps what the second layer does
+BYTES = 6 * 8 + 8 * 8  # per sample: float64 inputs of both linear layers; tanh saves that of the second
 GIB = 2.0**-30
 
 
-def model_of() -> nn.Module:
+def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
 
 
@@ -38,21 +38,21 @@ def measure(limit: MemoryLimit, model: nn.Module, *sizes: int) -> int:
 
 
 @pytest.mark.parametrize("num_samples", [1, 7, 64])
-def test_as_many_samples_fit_whatever_the_pass_that_was_measured(num_samples: int) -> None:
+def test_the_limit_does_not_depend_on_the_size_of_the_measured_pass(num_samples: int) -> None:
     limit = MemoryLimit(SingleProcess(), max_samples=1, limit_gib=20.5 * BYTES * GIB)
-    assert measure(limit, model_of(), num_samples) == 20
+    assert measure(limit, make_model(), num_samples) == 20
 
 
 def test_free_memory_counts_unless_a_limit_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = MemoryLimit(SingleProcess(), max_samples=1)
     monkeypatch.setattr(limit, "_free_memory", lambda: 20.5 * BYTES / SHARE)
-    assert measure(limit, model_of(), 3) == 20
+    assert measure(limit, make_model(), 3) == 20
     monkeypatch.undo()
-    assert measure(limit, model_of(), 3) > 1000
+    assert measure(limit, make_model(), 3) > 1000
 
 
 def test_measuring_leaves_gradients_as_they_are() -> None:
-    model = model_of()
+    model = make_model()
     run_pass(model, 5)
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
@@ -64,7 +64,7 @@ def test_measuring_leaves_gradients_as_they_are() -> None:
 
 def test_only_the_second_step_after_a_change_is_measured() -> None:
     limit = MemoryLimit(SingleProcess(), max_samples=1, limit_gib=20.5 * BYTES * GIB)
-    model, seen = model_of(), []
+    model, seen = make_model(), []
     for _ in range(3):
         with limit.measure(model, 2):
             run_pass(model, 2)
@@ -73,25 +73,25 @@ def test_only_the_second_step_after_a_change_is_measured() -> None:
     assert seen == [1, 20, 20]
 
 
-def test_all_ranks_go_by_the_least_that_any_pass_left() -> None:
+def test_all_ranks_have_the_lowest_limit_of_any_pass() -> None:
     def run(comm: Communicator) -> int:
         gib = (20.5, 12.5, 30.5)[comm.rank] * BYTES * GIB
         limit = MemoryLimit(comm, max_samples=1, limit_gib=gib)
-        return measure(limit, model_of(), *[3] * comm.rank)  # rank 0 has no pass
+        return measure(limit, make_model(), *[3] * comm.rank)  # rank 0 has no pass
 
     assert simulate(3, run) == [12] * 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_growing_batch_takes_passes_as_large_as_fit(tmp_path: Path, world_size: int) -> None:
-    """First those that the run began with, and none that does not fit."""
+    """The first passes are as large as the config says; later ones are as large as fits."""
     config = make_config(
         tmp_path,
         batch_size=4,
         epochs=4,
         batch={
             "name": "schedule", "milestones": [1, 2, 3], "max_batch_size": 40, "max_micro_batch": "auto",
-            "memory_gib": 8.5 * (BYTES + 4 * 8) * GIB,  # the loss keeps outputs and targets
+            "memory_gib": 8.5 * (BYTES + 4 * 8) * GIB,  # the loss saves outputs and targets
         },
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Files as people have them."""
+"""Files of labeled texts in the variants that occur in practice."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_meant_is_read(tmp_path: Path, name: str) -> None:
+def test_valid_files_are_read(tmp_path: Path, name: str) -> None:
     content, expected = READ[name]
     (tmp_path / name).write_bytes(content)
     assert list(read_samples(tmp_path / name, name)) == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_meant_is_one_line_that_says_where(tmp_path: Path, name: str) -> None:
+def test_malformed_files_are_refused_in_one_line_that_says_where(tmp_path: Path, name: str) -> None:
     content, message = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -96,7 +96,7 @@ def test_what_is_not_meant_is_one_line_that_says_where(tmp_path: Path, name: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_has_a_file_a_class(tmp_path: Path) -> None:
+def test_a_folder_has_one_file_per_class(tmp_path: Path) -> None:
     (tmp_path / "pos.txt").write_bytes("good\r\nnews\r\n\r\nmore".encode("utf-8-sig"))
     (tmp_path / ".hidden").write_bytes(b"\xff")
     assert list(read_samples(tmp_path, "reviews")) == [("good news", "pos"), ("more", "pos")]
