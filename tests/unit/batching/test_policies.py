@@ -223,3 +223,13 @@ def test_in_a_users_own_loop(world_size: int) -> None:
         assert sizes == sorted(sizes)
         assert sizes[-1] == 64
         assert gain == pytest.approx(8**0.5)
+
+
+def test_deprecated_names_still_work() -> None:
+    growing = GrowingBatch(registry.build({"name": "plateau", "max_batch_size": 64}), SingleProcess(), 16, 1000)
+    with pytest.warns(DeprecationWarning, match="use is_skipped"):
+        growing.update(torch.tensor(1.0), 16, step=1, epochs=0.1, is_sound=False)
+    assert growing.scale_invariant_steps == 0
+    with pytest.warns(DeprecationWarning, match="use resume"):
+        growing.go_on(1, 0.1)
+    assert growing.batch_size == 16
