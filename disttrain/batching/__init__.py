@@ -1,28 +1,9 @@
-"""Batches that grow: one policy a file, the noise of gradients that some go by, and what carries a policy out."""
+"""Batches that grow during training: policies, the gradient noise that some of them use, and their execution."""
 
 from __future__ import annotations
 
 from disttrain.batching.gradient_noise import GradientNoise
 from disttrain.batching.growing import GrowingBatch
-from disttrain.batching.policies.adascale import AdaScale
-from disttrain.batching.policies.base import BatchPolicy, PolicyInputs
-from disttrain.batching.policies.fixed import Fixed
-from disttrain.batching.policies.noise_scale import NoiseScale
-from disttrain.batching.policies.norm_test import NormTest
-from disttrain.batching.policies.plateau import Plateau
-from disttrain.batching.policies.registry import registry
-from disttrain.batching.policies.schedule import Scheduled
+from disttrain.batching.policies import AdaScale, BatchPolicy, PolicyInputs, registry
 
-__all__ = [
-    "AdaScale",
-    "BatchPolicy",
-    "Fixed",
-    "GradientNoise",
-    "GrowingBatch",
-    "NoiseScale",
-    "NormTest",
-    "Plateau",
-    "PolicyInputs",
-    "Scheduled",
-    "registry",
-]
+__all__ = ["AdaScale", "BatchPolicy", "GradientNoise", "GrowingBatch", "PolicyInputs", "registry"]

@@ -1,4 +1,4 @@
-"""The noise of gradients: how much those of single samples differ, in proportion to their mean."""
+"""Gradient noise: the variance of single samples' gradients, and its ratio to the squared norm of their mean."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from disttrain.reduction import SquaredNorms
 class GradientNoise:
     """Estimates |G|^2, the squared norm of the true gradient, and tr(S), the trace of its covariance over samples.
 
-    The gradient of n samples has the expected squared norm |G|^2 + tr(S)/n. So the norms of a part of a batch and of
-    the whole give two equations, and unbiased estimates of both. They are noisy, and a ratio of averages is far nearer
-    the truth than an average of ratios: each is smoothed for itself (McCandlish et al. 2018, arXiv:1812.06162).
+    The expected squared norm of the gradient of n samples is |G|^2 + tr(S)/n. The norms for a part of a batch and for
+    the whole batch give two equations, and so unbiased estimates of both. The estimates are noisy, and a ratio of
+    averages is far more accurate than an average of ratios, so each is smoothed on its own (McCandlish et al. 2018,
+    arXiv:1812.06162).
 
     Args:
-        smoothing: what one measurement leaves of the weight of all before it.
+        smoothing: Decay of the moving averages per measurement.
 
     Attributes:
-        num_measured: measurements taken in.
+        num_measured: Number of measurements so far.
     """
 
     def __init__(self, smoothing: float = 0.95) -> None:
@@ -28,18 +29,18 @@ class GradientNoise:
         self._square_norm = self._trace = self._weight = 0.0
 
     def update(self, norms: SquaredNorms, sizes: Sequence[float], num_samples: int) -> bool:
-        """Take in a measurement.
+        """Add a measurement.
 
         Args:
-            norms: as the reducer gives them.
-            sizes: samples of each part whose squared norms were averaged, in their share of the mean gradient: those of
-                each rank, or of the first backward pass of one process.
-            num_samples: of the whole batch.
+            norms: Squared norms from the reducer (``DistributedOptimizer.norms``).
+            sizes: Samples in each part whose squared norms were averaged: one part per rank, or, in one process, the
+                first backward pass.
+            num_samples: Samples in the whole batch.
 
         Returns:
-            Whether there was something to compare: not if the only part is the whole.
+            Whether there were two different sizes to compare: False if the only part is the whole batch.
         """
-        # A part's gradient is the mean over its n samples times n * len(sizes) / num_samples: its weight in the mean.
+        # The gradient of a part of n samples is their mean times n * count / num_samples: its weight in the batch.
         count = len(sizes)
         of_square = sum((n * count / num_samples) ** 2 for n in sizes) / count
         of_trace = sum(n * (count / num_samples) ** 2 for n in sizes) / count
@@ -61,30 +62,33 @@ class GradientNoise:
 
     @property
     def square_norm(self) -> float:
-        """|G|^2, smoothed; 0 before anything was measured, and where the estimate is below."""
+        """Smoothed estimate of |G|^2, at least 0; 0 before the first measurement."""
         return max(0.0, self._square_norm / self._weight) if self._weight else 0.0
 
     @property
     def trace(self) -> float:
-        """tr(S), smoothed; likewise."""
+        """Smoothed estimate of tr(S), at least 0; 0 before the first measurement."""
         return max(0.0, self._trace / self._weight) if self._weight else 0.0
 
     @property
     def scale(self) -> float:
-        """The simple noise scale tr(S) / |G|^2, in samples; inf where no gradient is to be seen in the noise."""
+        """The simple noise scale tr(S) / |G|^2, in samples; inf if the estimate of |G|^2 is 0 and that of tr(S) not."""
         if self.square_norm == 0:
             return math.inf if self.trace > 0 else 0.0
         return self.trace / self.square_norm
 
     def gain(self, reference: int, batch_size: int) -> float:
-        """AdaScale's gain of a batch over the smaller ``reference``: from 1 to their ratio; 1 before measurements."""
+        """Return AdaScale's gain of a batch over a smaller ``reference``, from 1 to the ratio of both sizes.
+
+        It is 1 before the first measurement.
+        """
         small, large = (self.square_norm + self.trace / size for size in (reference, batch_size))
         if large == 0 or batch_size <= reference:
             return 1.0
         return min(batch_size / reference, max(1.0, small / large))
 
     def state_dict(self) -> dict[str, float]:
-        """As JSON can hold it."""
+        """Return the state as JSON values."""
         return {
             "square_norm": self._square_norm,
             "trace": self._trace,
@@ -93,6 +97,6 @@ class GradientNoise:
         }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Load what ``state_dict`` returned."""
         self._square_norm, self._trace, self._weight = state["square_norm"], state["trace"], state["weight"]
         self.num_measured = int(state["num_measured"])

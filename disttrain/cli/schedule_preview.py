@@ -117,7 +117,7 @@ def preview(config: Config, num_workers: int) -> Preview:
 
 
 def _notable(config: Config, num_steps: int, steps_per_epoch: int) -> list[int]:
-    of_schedule = sorted(step for step in config.schedule.notable(num_steps, steps_per_epoch) if step < num_steps)
+    of_schedule = sorted(step for step in config.schedule.notable_steps(num_steps, steps_per_epoch) if step < num_steps)
     if len(of_schedule) > _MOST_ROWS:  # the first, the last, and some in between
         last = len(of_schedule) - 1
         of_schedule = [of_schedule[index * last // (_MOST_ROWS - 1)] for index in range(_MOST_ROWS)]

@@ -85,7 +85,7 @@ def init(
         keep_freed_memory()
     watch = watch or Watch()
     comm = _join(engine, environment, placed, timeout, max(timeout, watch.patience) if guard else timeout)
-    atexit.register(comm.leave_at_exit)
+    atexit.register(comm.close_at_exit)
     if guard and comm.world_size > 1:
         comm.guard = Guard(
             comm,

@@ -1,1 +1,1 @@
-"""Optimizers: the distributed one, torch's by name, learning-rate schedules."""
+"""The distributed optimizer, optimizers by name, learning-rate schedules, layer-wise settings, weight averaging."""

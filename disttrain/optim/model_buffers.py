@@ -1,4 +1,4 @@
-"""Buffers that differ by rank, such as BatchNorm statistics, where checkpoints and evaluation want one for all."""
+"""Model buffers that differ by rank, such as BatchNorm statistics. Evaluation and checkpoints need their mean."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from disttrain.optim.averaging import NoAverage, WeightAverage
+from disttrain.optim.averaging import BaseAverage
 from disttrain.optim.distributed import DistributedOptimizer
 
 
 class ModelBuffers:
-    """Those of the model, and the averaged ones of a ``WeightAverage``."""
+    """The buffers of a model, and the averaged ones of its ``WeightAverage``."""
 
-    def __init__(self, optimizer: DistributedOptimizer, average: WeightAverage | NoAverage) -> None:
+    def __init__(self, optimizer: DistributedOptimizer, average: BaseAverage) -> None:
         self._optimizer, self._average = optimizer, average
 
     def synchronize(self) -> None:
-        """Leave every rank with the means over ranks. A collective."""
+        """Replace the buffers by their means over ranks. Collective."""
         self._optimizer.synchronize_buffers()
         self._average.synchronize_buffers()
 
     @contextlib.contextmanager
-    def alike(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Inside, they are the means over ranks, afterwards this rank's own again: those are yielded. A collective.
+    def synchronized(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Give the buffers their means over ranks inside the context, and this rank's own values back afterwards.
 
-        So a checkpoint more or less, because a run was interrupted, changes nothing.
+        So saving a checkpoint does not change the run. Yields this rank's own values. Collective.
         """
-        own = {name: tensor.detach().clone() for name, tensor in self.own().items()}
+        own = {name: tensor.detach().clone() for name, tensor in self.live().items()}
         self.synchronize()
         try:
             yield own
@@ -37,17 +37,17 @@ class ModelBuffers:
 
     @torch.no_grad()
     def load(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Take over what ``alike`` yielded.
+        """Load the values that ``synchronized`` yielded.
 
         Raises:
-            KeyError, RuntimeError: they are of another model.
+            KeyError, RuntimeError: The values belong to another model.
         """
-        live = self.own()
+        live = self.live()
         for name, tensor in own.items():
             live[name].copy_(tensor)
         self._optimizer.keep_buffers()
 
-    def own(self) -> dict[str, torch.Tensor]:
-        """This rank's, live."""
+    def live(self) -> dict[str, torch.Tensor]:
+        """Return this rank's buffers themselves, not copies, by name."""
         model = {f"model/{name}": tensor for name, tensor in self._optimizer.model.named_buffers()}
         return model | {f"average/{name}": tensor for name, tensor in self._average.buffers().items()}

@@ -1,6 +1,6 @@
-"""The registry of tasks: registered names, and a user's own by import path.
+"""Registry of tasks: built-in ones by name, and users' own by import path.
 
-Each task's module is imported when it is asked for, so one task's libraries are not needed for another.
+A task's module is imported only when the task is used, so its libraries are not needed by other tasks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _load(name: str) -> type[Task] | None:
             raise UserError(f"task.name={name!r} must have a colon before the class: '{module_path}:{cls}'")
         return None
     module_name, _, class_name = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look where the user is
+    if os.getcwd() not in sys.path:  # unlike `python -m`, a console script does not search the current directory
         sys.path.insert(0, os.getcwd())
     try:
         if name not in _PATHS and module_name not in sys.modules:
@@ -55,7 +55,7 @@ def _load(name: str) -> type[Task] | None:
     found = getattr(module, class_name, None)
     tasks = [key for key, value in vars(module).items() if _is_task(value) and value.__module__ == module_name]
     if found is None:
-        instead = f"; its tasks are: {', '.join(tasks)}" if tasks else ", nor any other Task"
+        instead = f"; its tasks are: {', '.join(tasks)}" if tasks else ", and no other Task"
         raise UserError(f"task.name={name!r}: module {module_name} has no {class_name!r}{instead}")
     if not _is_task(found):
         raise UserError(f"task.name={name!r}: {class_name} must be a subclass of disttrain.tasks.Task")
@@ -65,7 +65,7 @@ def _load(name: str) -> type[Task] | None:
 
 
 def _announce(name: str, package: str) -> None:
-    """Say whose code is about to run."""
+    """Log whose code is about to run."""
     if spec := importlib.util.find_spec(package):
         places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
         logger.info("task.name=%s runs code of %s", name, places[0] if places else package)
@@ -80,7 +80,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Tasks(Registry[Task]):
-    """Registered names are loaded like import paths, when first asked for."""
+    """A registry whose names stand for import paths, which are imported on first use."""
 
     def names(self) -> list[str]:
         return sorted(_PATHS)

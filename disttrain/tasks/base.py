@@ -1,4 +1,4 @@
-"""What is trained: a task names a model, its data, its loss and its metrics. It knows nothing of ranks."""
+"""Base class of tasks. A task defines a model, its data, loss and metrics, and knows nothing of ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from disttrain.validation import Section
 
 
 class Task(Section, ABC):
-    """One thing to train. Its fields are the config's ``task:`` section, so give them bounds and descriptions.
+    """What to train. Fields are the config's ``task:`` section, so give them bounds and descriptions.
 
-    The type of a field that holds a path is ``disttrain.tasks.LocalPath``, a string in which ``~`` is expanded.
+    Declare a field for a path as ``disttrain.tasks.LocalPath``, a string in which ``~`` is expanded.
 
     >>> class Line(Task):
-    ...     slope: float = Field(2.0, description="what the model has to find")
+    ...     slope: float = Field(2.0, description="slope of the line to fit")
     ...     def build_model(self): return nn.Linear(1, 1)
     ...     def train_data(self): return TensorData(x := torch.randn(100, 1), self.slope * x)
     ...     def loss(self, model, batch): return F.mse_loss(model(batch[0]), batch[1])
@@ -29,36 +29,36 @@ class Task(Section, ABC):
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """A new model, initialised from torch's global generator (seeded alike on all ranks)."""
+        """Return a new model, initialized by torch's global generator, which has the same seed on all ranks."""
 
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
-        """A map-style dataset with a length, equal on all ranks. Each sample is seen once an epoch."""
+        """Return a map-style dataset with a length, the same on all ranks. Each sample is used once per epoch."""
 
     def eval_data(self) -> Dataset[Any] | None:
-        """Held-out data, or None: then nothing is evaluated."""
+        """Return held-out data, or None for no evaluation."""
         return None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor | tuple[torch.Tensor, float | torch.Tensor]:
-        """The mean of the loss over the samples of ``batch``, as a 0-d tensor.
+        """Return the mean loss over the samples of ``batch``, as a 0-d tensor.
 
-        A mean over something else comes with its weight, ``(loss, weight)``: the number of tokens that are no padding,
-        or the sum of the samples' class weights. Ranks and accumulation steps are weighted by that; without it, by
-        their numbers of samples. All batches of a task have weights, or none.
+        If the mean is not over samples, return ``(loss, weight)``, where the weight is for example the number of tokens
+        without padding, or the sum of the samples' class weights. Ranks and micro-batches are combined by their
+        weights, or by their numbers of samples if there are none. Either all batches of a task have weights, or none.
         """
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[torch.Tensor | float, int]]:
-        """For each metric its sum over the batch, and the count to divide the total sum by."""
+        """Return for each metric its sum over the batch and the count that the total is divided by."""
         return {}
 
     def collate(self, samples: Any) -> Any:
-        """Make a batch of a list of samples. What ``__getitems__`` has batched already (no list) stays as it is."""
+        """Return a batch from a list of samples. What is not a list was batched by ``__getitems__`` and is returned."""
         return default_collate(samples) if isinstance(samples, list) else samples
 
 
 class TensorData(Dataset[tuple[torch.Tensor, ...]]):
-    """Samples held in tensors, equal in length along dimension 0; a batch is picked in one indexing operation."""
+    """Samples in tensors of equal length along dimension 0. A batch is taken in one indexing operation."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.tensors = tensors

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8 grey images from scikit-learn (1 797 of them, shipped in the package), and a small CNN."""
+"""Handwritten digits, 1,797 gray images of 8x8 pixels that come with scikit-learn, and a small CNN."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch.utils.data import Dataset
 
 from disttrain.tasks.base import Task, TensorData
 
-_SPLIT_SEED = 2024  # the held-out images are the same whatever the run's seed
+_SPLIT_SEED = 2024  # fixed, so that the held-out images do not depend on the run's seed
 
 
 class Digits(Task):
-    """Classify the digits. One fifth of the images, in equal parts of all classes, is held out."""
+    """Classification of digits. A stratified fifth of the images is held out."""
 
     width: int = Field(default=32, ge=1, description="channels of the first convolution; the others have twice as many")
-    batch_norm: bool = Field(default=False, description="normalise over each rank's part of the batch")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the features before the last two layers")
+    batch_norm: bool = Field(default=False, description="use BatchNorm, over each rank's part of the batch")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of the features dropped before the last two layers"
+    )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each label spread over all classes, in the training loss alone"
+        default=0.0, ge=0, lt=1, description="fraction of each label spread over all classes, in the training loss only"
     )
 
     def build_model(self) -> nn.Module:

@@ -1,13 +1,13 @@
-"""Classify texts with a model of the transformers library from a local folder, under a head of its own.
+"""Text classification with a model of the transformers library from a local folder, and a new head.
 
-Nothing is fetched. The task builds what the folder's config.json describes; its weights come by ``start_from``, which
-says what it took and what not::
+Nothing is downloaded. The task builds the model that the folder's config.json describes. ``start_from`` loads its
+weights, and reports which ones::
 
     task: {name: huggingface, model: /models/all-MiniLM-L6-v2, data: reviews.jsonl}
     start_from:
       weights: /models/all-MiniLM-L6-v2
-      rename: {"": "body."}                     # the file has the body alone
-      reset: ["head.*", "body.pooler.*"]        # the head is new, the file's pooler is not needed
+      rename: {"": "body."}                     # the file has only the body
+      reset: ["head.*", "body.pooler.*"]        # the head is new, and the pooler is not used
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from torch.utils.data import Dataset
 from disttrain.errors import UserError
 from disttrain.tasks.base import Task, TensorData
 from disttrain.tasks.paths import resolve
-from disttrain.tasks.samples import read_samples as _read_samples
+from disttrain.tasks.samples import read_samples
 
 
 class HuggingFace(Task):
-    """Text classification by the mean over a text's tokens of the last hidden state, and a linear head.
+    """Text classification by a linear head on the last hidden state, averaged over a text's tokens.
 
     Samples are lines ``{"text": ..., "label": ...}`` of a .jsonl file, rows of a .csv file with these columns, or the
-    paragraphs of the files of a folder, whose labels are the files' names without suffix. Files are UTF-8; empty texts
-    are passed over, any other that lacks its text or label is an error. A part of the texts, chosen by a hash of the
-    text, is held out.
+    paragraphs of the files in a folder, labeled by the files' names without suffix. Files are UTF-8. Empty texts are
+    skipped; a missing text or label is an error. Some of the texts are held out, chosen by a hash of the text.
     """
 
     model: str = Field(
-        description="a folder with config.json and the tokenizer's files; 'package:name/folder' in an installed one"
+        description="folder with config.json and the tokenizer's files; 'package:name/folder': in an installed package"
     )
-    data: str = Field(description="a .jsonl or .csv file with text and label, or a folder with a file a class")
-    max_length: int = Field(default=128, ge=2, description="tokens of a text; the rest is cut off")
-    held_out: float = Field(default=0.2, gt=0, lt=1, description="share of the texts that is evaluated, not trained on")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="of the head; the body's own are in its config.json")
+    data: str = Field(description="a .jsonl or .csv file with text and label, or a folder with one file per class")
+    max_length: int = Field(default=128, ge=2, description="tokens per text; longer texts are truncated")
+    held_out: float = Field(default=0.2, gt=0, lt=1, description="fraction of the texts held out for evaluation")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="dropout of the head; that of the body is in its config.json"
+    )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each label spread over all classes, in the training loss alone"
+        default=0.0, ge=0, lt=1, description="fraction of each label spread over all classes, in the training loss only"
     )
 
     def build_model(self) -> nn.Module:
@@ -61,7 +62,7 @@ class HuggingFace(Task):
         return self._split[1]
 
     def collate(self, samples: Any) -> Any:
-        """Without the columns that are padding in all texts of the batch."""
+        """Return a batch without the columns that are padding in all of its texts."""
         tokens, mask, labels = super().collate(samples)
         length = int(mask.sum(1).max())
         return tokens[:, :length], mask[:, :length], labels
@@ -80,14 +81,14 @@ class HuggingFace(Task):
 
     @cached_property
     def _samples(self) -> list[tuple[str, str]]:
-        """(text, label), each text once, in an order that depends on nothing but them."""
+        """Pairs (text, label) without duplicates, sorted."""
         path = Path(resolve(self.data, "task.data"))
         if not path.exists():
             raise UserError(f"task.data={self.data!r} does not exist")
-        found = sorted({(text.strip(), label): None for text, label in _read_samples(path, self.data) if text.strip()})
+        found = sorted({(text.strip(), label): None for text, label in read_samples(path, self.data) if text.strip()})
         if len(classes := sorted({label for _, label in found})) < 2:
-            its = f"all of class {classes[0]!r}" if classes else "so no class"
-            raise UserError(f"task.data={self.data!r} has {len(found)} texts, {its}: two classes are needed")
+            its = f"all of class {classes[0]!r}" if classes else "and no class"
+            raise UserError(f"task.data={self.data!r} has {len(found)} texts, {its}: at least two classes are needed")
         return found
 
     @cached_property
@@ -121,16 +122,16 @@ class HuggingFace(Task):
 
 
 class Classifier(nn.Module):
-    """``body``, the masked mean of its last hidden state, ``head``.
+    """A linear head on the mean of the last hidden state over the tokens that are not padding.
 
-    Takes int64 tokens and their mask, (samples, length); gives scores of shape (samples, classes).
+    Maps int64 tokens and their mask, both of shape (samples, length), to logits of shape (samples, classes).
     """
 
     def __init__(self, body: nn.Module, width: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.body = body
         if getattr(body, "pooler", None) is not None:
-            body.pooler = None  # type: ignore[assignment]  # it would be trained, and never used
+            body.pooler = None  # type: ignore[assignment]  # it would never get a gradient
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
@@ -153,7 +154,7 @@ def _transformers() -> Any:
 def _read(load: Any, task: HuggingFace) -> Any:
     folder = Path(resolve(task.model, "task.model"))
     if not (folder / "config.json").is_file():
-        raise UserError(f"task.model={task.model!r} should be a local folder with config.json; there is none")
+        raise UserError(f"task.model={task.model!r} should be a local folder with config.json, which is missing")
     try:
         return load(str(folder))
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Where local files lie: ``~`` is the home folder, ``package:`` an installed package."""
+"""Local paths in configs: ``~`` stands for the home directory, ``package:`` for an installed package."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ _PACKAGE = "package:"
 
 
 def expand_home(path: str) -> str:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home folder.
+    """Return ``path`` with a leading ``~`` or ``~user`` replaced by that home directory.
 
     Raises:
-        UserError: there is no such user; a folder that is called ``~...`` would be made, and is risky to remove.
+        UserError: The user does not exist. The path would create a directory named ``~...``, which is risky to remove.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise UserError(f"{path!r} begins with the home folder of a user who does not exist: write './{path}' if meant")
+        raise UserError(
+            f"{path!r} starts with the home directory of a user who does not exist: write './{path}' if '~' is part of "
+            "the name"
+        )
     return expanded
 
 
 LocalPath = Annotated[str, AfterValidator(expand_home)]
-"""The type of a config field that holds a path: ``~`` is expanded when the config is read."""
+"""Type of a config field that is a path: ``~`` is expanded when the config is read."""
 
 
 def resolve(path: str, key: str) -> str:
-    """``path`` with ``~`` expanded, or where ``package:name/rest`` lies in an installed package, which is not imported.
+    """Return ``path`` with ``~`` expanded, or the location of ``package:name/rest`` without importing the package.
+
+    Args:
+        path: A path from a config.
+        key: The config key of the path, for messages.
 
     Raises:
-        UserError: there is no such user or package; ``key`` is where the path stands, for messages.
+        UserError: The user or the package does not exist.
     """
     if not path.startswith(_PACKAGE):
         return expand_home(path)

@@ -1,6 +1,6 @@
-"""Any text as bytes, and a small GPT that predicts the next one.
+"""Byte-level language modeling of any text with a small GPT.
 
-The default text is the Python standard library's own source code: real text that is on every machine.
+The default text is the source code of the Python standard library: real text that is on every machine.
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ logger = logging.getLogger(__name__)
 
 
 class Text(Task):
-    """Byte-level language modelling.
+    """Byte-level language modeling.
 
-    Whole files are held out, chosen by a hash of their path. Where that leaves nothing to train on or nothing to hold
-    out, as with a single file, the end of each file is held out instead.
+    Whole files are held out, chosen by a hash of their path. If that leaves too little to train on or to hold out, as
+    with a single file, the end of each file is held out instead.
     """
 
     path: str | None = Field(
         default=None,
-        description="a folder (all files in it), a file, or a glob; 'package:sklearn/datasets/descr/*.rst' looks in an "
+        description="a folder (all files in it), a file, or a glob; 'package:sklearn/datasets/descr/*.rst': in an "
         "installed package; null: the standard library's .py files",
     )
     held_out: float = Field(
         default=0.05,
         gt=0,
         lt=1,
-        description="share of the files that is evaluated, not trained on; of one or few files, of each one's end",
+        description="fraction of the files held out for evaluation; with very few files, of the end of each",
     )
     eval_windows: int | None = Field(
         default=1024,
         ge=1,
-        description="evaluate on so many windows, spread evenly over the held-out text; null: on all",
+        description="windows to evaluate on, spread evenly over the held-out text; null: all",
     )
-    context: int = Field(default=128, ge=2, description="bytes a sample")
+    context: int = Field(default=128, ge=2, description="bytes per sample")
     width: int = Field(default=128, ge=1)
     heads: int = Field(default=4, ge=1)
     layers: int = Field(default=4, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of embeddings, attention and what each branch adds")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout of embeddings, attention and residual branches"
+    )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each target spread over all bytes, in the training loss alone"
+        default=0.0, ge=0, lt=1, description="fraction of each target spread over all bytes, in the training loss only"
     )
 
     @model_validator(mode="after")
@@ -84,12 +86,16 @@ class Text(Task):
 
     @cached_property
     def _split(self) -> tuple[bytes, bytes]:
-        """All training text, and all held-out text, files in the order of their paths."""
+        """Training text and held-out text; files are in the order of their paths."""
         files = text_files.read(text_files.find(self.path))
         train, held_out = text_files.split_by_file(files, self.held_out)
         if min(len(train), len(held_out)) <= self.context:
             train, held_out = text_files.split_within(files, self.held_out)
-            logger.info("task.path=%r: with so few files, the last %g of each is held out", self.path, self.held_out)
+            logger.info(
+                "task.path=%r has too few files to hold out whole ones: the last %g of each is held out",
+                self.path,
+                self.held_out,
+            )
         for text, which in ((train, "train on"), (held_out, "hold out")):
             if len(text) <= self.context:
                 raise UserError(
@@ -100,9 +106,9 @@ class Text(Task):
 
 
 class Windows(Dataset[torch.Tensor]):
-    """Stretches of ``context + 1`` bytes that begin ``context`` apart, so every byte but the first is predicted once.
+    """Windows of ``context + 1`` bytes at a distance of ``context``, so that each byte but the first is predicted once.
 
-    A batch is an int64 tensor of shape (samples, context + 1), picked in one indexing operation.
+    A batch is an int64 tensor of shape (samples, context + 1), taken in one indexing operation.
     """
 
     def __init__(self, text: bytes, context: int, limit: int | None = None) -> None:
@@ -129,7 +135,8 @@ def _next_bytes(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class GPT(nn.Module):
     """A decoder-only transformer over bytes (Radford et al. 2019): pre-norm blocks, learned positions, tied output.
 
-    Takes int64 (samples, length), length at most ``context``; gives scores of shape (samples, length, 256).
+    Maps int64 tokens of shape (samples, length), with at most ``context`` tokens, to logits of shape (samples, length,
+    256).
     """
 
     def __init__(self, context: int, width: int, heads: int, layers: int, dropout: float) -> None:
@@ -141,7 +148,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                # What is added to the residual stream by each of 2 * layers branches is scaled so that the sum is not.
+                # The residual stream adds up 2 * layers branches: scale each, so that their sum keeps its variance.
                 branches = 2 * layers if name.endswith("out.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
 
@@ -153,7 +160,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal self-attention, then two linear layers, each added to its input."""
+    """Causal self-attention, then a two-layer MLP, both with a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which files a text is made of, and which part of it is held out."""
+"""The files of a text, and the part of it that is held out."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _END_OF_FILE = b"\0"
 
 
 def find(path: str | None) -> list[tuple[str, Path]]:
-    """The files and their names relative to where the search began: equal wherever the folder lies.
+    """Return the files and their names relative to the root of the search, which do not depend on where that lies.
 
     Args:
-        path: a folder, a file, or a glob, also in an installed package; None: the standard library's .py files.
+        path: A folder, a file, or a glob, possibly in an installed package; None: the standard library's .py files.
 
     Raises:
-        UserError: there is none.
+        UserError: No file was found.
     """
     place = path and resolve(path, "task.path")
     if place is None:
@@ -32,7 +32,7 @@ def find(path: str | None) -> list[tuple[str, Path]]:
     elif Path(place).is_dir():
         root = Path(place)
         files = [file for file in root.rglob("*") if "/." not in f"/{file.relative_to(root).as_posix()}"]
-    elif Path(place).is_file():  # whatever brackets its name has
+    elif Path(place).is_file():  # before globs: its name may have brackets
         root, files = Path(place).parent, [Path(place)]
     else:
         files = [Path(name) for name in glob.glob(place, recursive=True)]
@@ -44,10 +44,10 @@ def find(path: str | None) -> list[tuple[str, Path]]:
 
 
 def read(files: Sequence[tuple[str, Path]]) -> list[tuple[str, bytes]]:
-    """The files' names and contents.
+    """Return the names and contents of the files.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: A file cannot be read.
     """
     try:
         return [(name, file.read_bytes()) for name, file in files]
@@ -56,7 +56,7 @@ def read(files: Sequence[tuple[str, Path]]) -> list[tuple[str, bytes]]:
 
 
 def split_by_file(files: Sequence[tuple[str, bytes]], held_out: float) -> tuple[bytes, bytes]:
-    """(training text, held-out text): whole files are held out, chosen by a hash of their names."""
+    """Return (training text, held-out text), with whole files held out by a hash of their names."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for name, content in files:
         is_held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 < held_out
@@ -65,11 +65,11 @@ def split_by_file(files: Sequence[tuple[str, bytes]], held_out: float) -> tuple[
 
 
 def split_within(files: Sequence[tuple[str, bytes]], held_out: float) -> tuple[bytes, bytes]:
-    """(training text, held-out text): of every file the last ``held_out`` of its bytes are held out."""
+    """Return (training text, held-out text), with the last ``held_out`` of each file's bytes held out."""
     contents = [content for _, content in files]
     ends = [len(content) - round(held_out * len(content)) for content in contents]
     parts = [(content[:end], content[end:]) for content, end in zip(contents, ends, strict=True)]
-    return _join([train for train, _ in parts if train]), _join([rest for _, rest in parts if rest])
+    return _join([train for train, _ in parts if train]), _join([end for _, end in parts if end])
 
 
 def _join(contents: Sequence[bytes]) -> bytes:

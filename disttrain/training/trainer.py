@@ -144,11 +144,11 @@ class Trainer:
         with collective_errors(self.comm), load_errors(path):
             check_fits(checkpoint, self.config, self.sampler.num_samples)
             skip = () if is_same_batch_policy(manifest, self.config) else ("batch",)
-        self.unfreezing.reach(manifest.step - 1)  # first, as the optimizer has state for what it trains
+        self.unfreezing.unfreeze_due(manifest.step - 1)  # first, as the optimizer has state for what it trains
         is_restored = self.checkpointer.resume(checkpoint, skip)
         progress, sampler, batch = self.progress, self.sampler, self.batch
         with collective_errors(self.comm), load_errors(path):
-            batch.go_on(progress.step, progress.epochs)
+            batch.resume(progress.step, progress.epochs)
             sampler.epoch, sampler.offset = progress.epoch, progress.offset
             sampler.resize(batch.batch_size, batch.accumulation)
             progress.epoch, progress.offset = sampler.epoch, sampler.offset
@@ -216,7 +216,7 @@ class Trainer:
         """Take one optimizer step. Return this rank's part of the mean loss over the step's samples, 0-d float64."""
         activity, num_passes = self.comm.activity, len(share.micro_batches)
         activity.begin_step(self.progress.step + 1)
-        self.unfreezing.reach(self.progress.step)
+        self.unfreezing.unfreeze_due(self.progress.step)
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), dtype=torch.float64, device=self.comm.device)
         is_weighted = False
@@ -278,7 +278,7 @@ class Trainer:
             step=progress.step,
             epochs=sampler.epoch + sampler.offset / sampler.num_samples,
             ends_epoch=sampler.epoch > epoch,
-            is_sound=not is_skipped,
+            is_skipped=is_skipped,
         ):
             sampler.resize(self.batch.batch_size, self.batch.accumulation)
         progress.epoch, progress.offset = sampler.epoch, sampler.offset

@@ -56,8 +56,8 @@ GUARDED = "with Guard(comm, silence=1.5, grace=0.5) as guard:\n    "
 
 LOADING = "activity.begin_step(4, 'data loading')\n    stuck()"
 WAITING = """activity.begin_step(4, 'optimizer step')
-    activity.starts('AllReduce', 'bucket 0: dense')
-    activity.begins_to_wait(activity.starts('AllGather', 'bucket 1: topk'))
+    activity.start_call('AllReduce', 'bucket 0: dense')
+    activity.begin_wait(activity.start_call('AllGather', 'bucket 1: topk'))
     stuck()"""
 CALL = "all_gather 2 (bucket 1: topk) of step 4's optimizer step"
 
@@ -243,7 +243,7 @@ def test_loss_is_told_with_what_the_rank_did(tmp_path, body, how):
         )
 
 
-ENDS = "activity.begin_step(4, 'data loading')\n    activity.starts('AllReduce', 'bucket 0: dense')"
+ENDS = "activity.begin_step(4, 'data loading')\n    activity.start_call('AllReduce', 'bucket 0: dense')"
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""A batch that stays as it is."""
+"""A batch of constant size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from disttrain.batching.policies.base import BatchPolicy, PolicyInputs
 
 
 class Fixed(BatchPolicy):
-    """The run's ``batch_size`` throughout."""
+    """Keeps the run's ``batch_size``."""
 
-    def target(self, situation: PolicyInputs) -> float:
-        return situation.batch_size
+    def target_size(self, inputs: PolicyInputs) -> float:
+        return inputs.batch_size

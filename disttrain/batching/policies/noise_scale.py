@@ -1,4 +1,4 @@
-"""Grow the batch to the noise scale of the gradient."""
+"""Grow the batch up to the noise scale of the gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from disttrain.batching.policies.base import NoisePolicy, PolicyInputs
 
 
 class NoiseScale(NoisePolicy):
-    """Multiply by ``growth`` as soon as that is no more than ``share`` of the noise scale tr(S) / |G|^2.
+    """Multiplies the batch by ``growth`` if the result is at most ``share`` of the noise scale tr(S) / |G|^2.
 
-    Up to the noise scale, a batch twice as large saves nearly half of the steps; beyond, it saves few (McCandlish et
-    al. 2018, arXiv:1812.06162). It grows by one factor at a time, since the scale is an estimate.
+    Below the noise scale, twice the batch nearly halves the number of steps; above it, the number hardly falls
+    (McCandlish et al. 2018, arXiv:1812.06162). The batch grows by one factor at a time, since the scale is an estimate.
     """
 
     growth: float = Field(default=2.0, gt=1, description="what the batch is multiplied by")
-    share: float = Field(default=1.0, gt=0, description="of the noise scale, which the batch is to stay below")
+    share: float = Field(default=1.0, gt=0, description="fraction of the noise scale that the batch may grow to")
 
-    def wanted(self, situation: PolicyInputs) -> float:
-        larger = situation.batch_size * self.growth
-        return larger if larger <= self.share * situation.noise.scale else situation.batch_size
+    def size_for_noise(self, inputs: PolicyInputs) -> float:
+        larger = inputs.batch_size * self.growth
+        return larger if larger <= self.share * inputs.noise.scale else inputs.batch_size

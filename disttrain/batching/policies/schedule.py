@@ -1,4 +1,4 @@
-"""Grow the batch where a schedule would cut the learning rate."""
+"""Grow the batch at given milestones, instead of reducing the learning rate."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from disttrain.errors import UserError
 
 
 class Scheduled(GrowingPolicy):
-    """At each milestone the batch is multiplied by ``factor``, where a schedule would divide the rate by it.
+    """Multiplies the batch by ``factor`` at each milestone, where a schedule would divide the learning rate by it.
 
-    The noise of an update goes with rate / batch size, so it falls alike (Smith et al. 2018, arXiv:1711.00489). What
-    ``max_batch_size`` does not let the batch grow, the learning rate falls.
+    The noise of an update is proportional to learning rate / batch size, so both reduce it equally (Smith et al. 2018,
+    arXiv:1711.00489). Where ``max_batch_size`` keeps the batch from growing, the learning rate is reduced instead.
     """
 
-    milestones: tuple[float, ...] = Field(min_length=1, description="in rising order")
-    unit: Literal["epoch", "step"] = Field(default="epoch", description="what milestones count")
-    factor: float = Field(default=2.0, gt=1)
+    milestones: tuple[float, ...] = Field(min_length=1, description="when the batch grows, in increasing order")
+    unit: Literal["epoch", "step"] = Field(default="epoch", description="unit of the milestones")
+    factor: float = Field(default=2.0, gt=1, description="what the batch is multiplied by")
 
     @field_validator("milestones")
     @classmethod
     def _check_milestones(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
         if milestones[0] <= 0 or any(after <= before for before, after in pairwise(milestones)):
-            raise UserError("should be above 0 and in rising order")
+            raise UserError("should be above 0 and in increasing order")
         return milestones
 
-    def target(self, situation: PolicyInputs) -> float:
-        position = situation.epochs if self.unit == "epoch" else situation.step
-        return situation.initial * self.factor ** sum(position >= milestone for milestone in self.milestones)
+    def target_size(self, inputs: PolicyInputs) -> float:
+        position = inputs.epochs if self.unit == "epoch" else inputs.step
+        return inputs.initial_size * self.factor ** sum(position >= milestone for milestone in self.milestones)
 
-    def cut(self, target: float, batch_size: int) -> float:
-        return min(1.0, batch_size / target)
+    def lr_factor(self, target_size: float, batch_size: int) -> float:
+        return min(1.0, batch_size / target_size)
 
     def check(self, batch_size: int, epochs: int | None, max_steps: int | None) -> None:
         super().check(batch_size, epochs, max_steps)
@@ -43,5 +43,5 @@ class Scheduled(GrowingPolicy):
             key = "epochs" if self.unit == "epoch" else "max_steps"
             raise UserError(
                 f"batch.milestones={list(self.milestones)}: the run ends at {key}={end}, so {self.milestones[-1]:g} is "
-                "never reached: leave it out, or train longer"
+                "never reached: remove it, or train longer"
             )

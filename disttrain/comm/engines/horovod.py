@@ -14,7 +14,7 @@ import torch
 from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.launch.environment import Environment
 from disttrain.comm.launch.horovod_elastic import can_restart_process
-from disttrain.comm.work import DeferredWork, Work
+from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
 # The reducer hands over whole buckets: fusing them again would only copy them once more. Over MPI it still pays, as one
@@ -82,7 +82,7 @@ class HorovodCommunicator(Communicator):
             free.append(name)
             return finish(result)
 
-        return DeferredWork(wait)
+        return Work(wait)
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return self._submit(
@@ -128,7 +128,7 @@ class HorovodCommunicator(Communicator):
         notification_manager.init()
         notification_manager.register_listener(Listener())
 
-    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
         if os.environ.get(_DYNAMIC) != "1":
             raise UserError(
                 f"Horovod makes groups of ranks only if it is started with {_DYNAMIC}=1: export it on every host "
@@ -140,7 +140,7 @@ class HorovodCommunicator(Communicator):
         self._set = self._sets[tuple(parts[own])]
         self._free_names, self._num_names = defaultdict(list), defaultdict(int)
 
-    def _open_channel(self, is_small: bool) -> None:
+    def _enter_channel(self, is_small: bool) -> None:
         self._prefix = f"channel{self._num_channels}."  # Horovod matches ranks by name, in whatever order they come
         self._free_names, self._num_names = defaultdict(list), defaultdict(int)
 

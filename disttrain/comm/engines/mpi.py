@@ -16,7 +16,7 @@ import torch
 
 from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.launch.environment import Environment
-from disttrain.comm.work import DeferredWork, Work
+from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class MPICommunicator(Communicator):
         device = flat.device
         future = self._thread.submit(call, flat.cpu())
         if device.type == "cpu":
-            return DeferredWork(future.result)
-        return DeferredWork(lambda: future.result().to(device))
+            return Work(future.result)
+        return Work(lambda: future.result().to(device))
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         def call(buffer: torch.Tensor) -> torch.Tensor:
@@ -101,11 +101,11 @@ class MPICommunicator(Communicator):
 
         return self._submit(call, flat)
 
-    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
         # By the one thread that calls MPI, which also carries out what is started in the new group: one order for all.
         self._group = self._thread.submit(self._group.Split, own, self.rank).result()
 
-    def _open_channel(self, is_small: bool) -> None:
+    def _enter_channel(self, is_small: bool) -> None:
         self._group = self._thread.submit(self._group.Dup).result()
         if not self.shares_order:
             self._thread = _new_thread()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from disttrain.comm.base import Communicator, EngineOp
-from disttrain.comm.work import DeferredWork, Work
+from disttrain.comm.work import Work
 
 R = TypeVar("R")
 
@@ -178,10 +178,10 @@ class SimulatedCommunicator(Communicator):
     def advance(self, seconds: float) -> None:
         self._time.now += seconds
 
-    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
         self._world, self._count = self._world.part(tuple(parts[own]), len(parts[own])), 0
 
-    def _open_channel(self, is_small: bool) -> None:
+    def _enter_channel(self, is_small: bool) -> None:
         self._world, self._count = self._world.part(("channel", self._num_channels), self.world_size), 0
 
     def _submit(self, kind: str, flat: torch.Tensor, sizes: Sequence[int] = ()) -> Work[torch.Tensor]:
@@ -193,7 +193,7 @@ class SimulatedCommunicator(Communicator):
             self._time.now = max(self._time.now, ended)
             return result
 
-        return DeferredWork(finish)
+        return Work(finish)
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return self._submit(f"{op} {flat.dtype} x {flat.numel()}", flat)

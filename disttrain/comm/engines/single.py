@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.comm.base import Communicator, EngineOp
-from disttrain.comm.work import CompletedWork, Work
+from disttrain.comm.work import Work
 
 
 class SingleProcess(Communicator):
@@ -20,15 +20,15 @@ class SingleProcess(Communicator):
         self.device = torch.device(device)
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
-        return CompletedWork(flat)
+        return Work.completed(flat)
 
     def _all_gather(self, flat: torch.Tensor, sizes: Sequence[int]) -> Work[torch.Tensor]:
-        return CompletedWork(flat)
+        return Work.completed(flat)
 
     def _all_to_all(
         self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
     ) -> Work[torch.Tensor]:
-        return CompletedWork(flat)
+        return Work.completed(flat)
 
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
-        return CompletedWork(flat)
+        return Work.completed(flat)

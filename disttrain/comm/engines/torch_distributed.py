@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from disttrain.comm.base import Communicator, EngineOp
 from disttrain.comm.launch.attempt_store import attempt_store
 from disttrain.comm.launch.environment import Environment
-from disttrain.comm.work import DeferredWork, Work
+from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
 # torch 2.13 renamed it.
@@ -96,7 +96,7 @@ class TorchCommunicator(Communicator):
             work.wait()
             return torch.cat([row[:size] for row, size in zip(result.view(-1, largest), sizes, strict=True)])
 
-        return DeferredWork(finish)
+        return Work(finish)
 
     def _all_to_all(
         self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
@@ -109,14 +109,14 @@ class TorchCommunicator(Communicator):
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
         return _pending(dist.broadcast(flat, self._ranks[root], group=self._lanes[0], async_op=True), flat)
 
-    def _narrow(self, parts: Sequence[Sequence[int]], own: int) -> None:
+    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
         # Every rank takes part in making all groups, its own or not, in one order.
         lanes = [[dist.new_group(list(part), self._patience, self.backend) for part in parts] for _ in self._lanes]
         self._ranks, self._num_started = parts[own], 0
         self._lanes = [groups[own] for groups in lanes]
         _let_event_loops_wait()
 
-    def _open_channel(self, is_small: bool) -> None:
+    def _enter_channel(self, is_small: bool) -> None:
         if self.backend == "nccl" and not is_small:
             self.shares_order = True  # GPUs that ran two NCCL groups in different orders could wait for each other
             return
@@ -157,7 +157,7 @@ def _pending(work: Any, result: torch.Tensor) -> Work[torch.Tensor]:
         work.wait()
         return result
 
-    return DeferredWork(finish)
+    return Work(finish)
 
 
 def _loopback_interface() -> str | None:

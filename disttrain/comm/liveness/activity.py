@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
-T = TypeVar("T", covariant=True)
 _RECENT_STEPS = 10
 _MAX_TEXT = 120
 _NAMES = {"AllReduce": "all_reduce", "AllGather": "all_gather", "AllToAll": "all_to_all", "Broadcast": "broadcast"}
@@ -98,15 +97,15 @@ class Activity:
         self._step = self._step if step is None else step
         self._phase, self._since = phase, time.monotonic()
 
-    def starts(self, kind: str, account: object) -> Call:
+    def start_call(self, kind: str, account: object) -> Call:
         number = self._last.number + 1 if self._last else 1
         self._last = Call(number, number - self._num_before_step, kind, account)
         return self._last
 
-    def begins_to_wait(self, call: Call) -> None:
+    def begin_wait(self, call: Call) -> None:
         self._waits = (call, time.monotonic())
 
-    def has_waited(self) -> None:
+    def end_wait(self) -> None:
         if self._waits is not None:
             self._waited += time.monotonic() - self._waits[1]
             self._waits = None
@@ -124,20 +123,3 @@ class Activity:
             "" if call is None else str(call),
             self._compute_seconds,
         )
-
-
-class Waited(Protocol[T]):
-    def wait(self) -> T: ...
-
-
-class TracedWork(Generic[T]):
-    """Work under way, whose waiting is noted. An error in it leaves the note: that is where this rank was."""
-
-    def __init__(self, work: Waited[T], activity: Activity, call: Call) -> None:
-        self._work, self._activity, self._call = work, activity, call
-
-    def wait(self) -> T:
-        self._activity.begins_to_wait(self._call)
-        result = self._work.wait()
-        self._activity.has_waited()
-        return result

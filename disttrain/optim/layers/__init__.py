@@ -1,4 +1,1 @@
-"""Layer-wise settings: learning rates, weight decay and freezing by rules on parameter names.
-
-Layers can be unfrozen during training.
-"""
+"""Layer-wise settings: learning rates, weight decay and freezing by rules on parameter names, and unfreezing."""

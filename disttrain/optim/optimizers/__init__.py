@@ -1,4 +1,4 @@
-"""Optimizers by name: torch's own, and LARS and LAMB.
+"""Optimizers by name: torch's own, LARS and LAMB.
 
-``sections.py`` holds the config's ``optimizer:`` section, from which each of them is built.
+``sections.py`` has the config's ``optimizer:`` sections, which build them.
 """

@@ -1,16 +1,24 @@
-"""LAMB: Adam's direction, with steps whose length is that of the weights, layer by layer."""
+"""LAMB: Adam's direction, with steps proportional to the norm of the weights, layer by layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from disttrain.optim.optimizers.layerwise import Layerwise, check_between, norms, quotient, uses_lists
+from disttrain.optim.optimizers.layerwise import Layerwise, check_between, norms, uses_foreach
 
-_FOREVER = 1e30  # steps after which no bias is left to correct
+_FOREVER = 1e30  # a number of steps after which bias correction is exactly 1
+
+
+class _State(NamedTuple):
+    """The state of several parameters, in their order."""
+
+    steps: list[torch.Tensor]
+    means: list[torch.Tensor]
+    squares: list[torch.Tensor]
 
 
 class LAMB(Layerwise):
@@ -21,35 +29,35 @@ class LAMB(Layerwise):
         r &= \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} \\
         w &\leftarrow w - \gamma \, \frac{\phi(\|w\|)}{\|r + \lambda w\|} \, (r + \lambda w)
 
-    with the learning rate :math:`\gamma` (``lr``) and weight decay :math:`\lambda`. :math:`\phi` is the identity, or
-    cuts the norm to ``norm_bounds``. ``bias_correction=False`` leaves out both divisions by :math:`1 - \beta^t`, as the
-    paper's appendix does ("adam-correction"), with a warm-up of the rate in their place. The gradient is not clipped
-    by its global norm here: ``DistributedOptimizer(clip_norm=...)`` does that.
+    with learning rate :math:`\gamma` (``lr``) and weight decay :math:`\lambda`. :math:`\phi` is the identity, or clamps
+    the norm to ``norm_bounds``. ``bias_correction=False`` omits both divisions by :math:`1 - \beta^t`: the paper's
+    appendix does so ("adam-correction"), and relies on learning-rate warmup instead. LAMB does not clip the gradient by
+    its global norm: use ``DistributedOptimizer(clip_norm=...)``.
 
-    Parameters of one dimension or none (biases, norms) have neither a trust ratio nor decay: they take steps of Adam.
-    Keys of a group change that: see ``Layerwise``. Where a norm is 0 the trust ratio is 1.
+    Parameters of at most one dimension (biases, norms) have no trust ratio and no weight decay: their update is Adam's.
+    Keys of a parameter group change that: see ``Layerwise``. Where a norm is 0 the trust ratio is 1.
 
     Example::
 
         optimizer = LAMB(model.parameters(), lr=2e-3, weight_decay=0.01)
 
     Args:
-        params: parameters, or groups of them, of any real floating-point dtype and device; gradients must be dense.
-        lr: the learning rate: the length of a step as a part of the weights' norm.
-        betas: of both moments, from 0 to below 1.
-        eps: added to the root of the second moment.
-        weight_decay: as in the formula.
-        bias_correction: see above.
-        norm_bounds: the least and the largest norm of weights that counts; None: any.
-        adapt: whether parameters have a trust ratio; None: those of two dimensions or more.
-        decay_1d: whether weight decay also holds for parameters of one dimension or none.
-        foreach: whether to go over lists of tensors; None: except on the CPU, where torch's fused Adam does the work.
+        params: Parameters or parameter groups, of any real floating-point dtype. Gradients must be dense.
+        lr: Learning rate: the length of a step relative to the norm of the weights.
+        betas: Decay rates of both moments, from 0 to below 1.
+        eps: Added to the root of the second moment.
+        weight_decay: Weight decay, within the trust ratio.
+        bias_correction: Correct the moments for their start at zero.
+        norm_bounds: Lower and upper bound of the weights' norm in the trust ratio; None: no bounds.
+        adapt: Whether parameters have a trust ratio; None: those of two or more dimensions.
+        decay_1d: Whether weight decay applies to parameters of at most one dimension too.
+        foreach: Whether to use torch's foreach kernels; None: except on the CPU, where torch's fused Adam is used.
 
     Attributes:
-        trust_ratios: the last :math:`\phi(\|w\|) / \|r + \lambda w\|` of each parameter that has one, a 0-d tensor.
+        trust_ratios: The last :math:`\phi(\|w\|) / \|r + \lambda w\|` of each parameter that has one, a 0-d tensor.
 
     Raises:
-        ValueError: an argument is out of bounds.
+        ValueError: An argument is out of bounds.
     """
 
     def __init__(
@@ -66,13 +74,11 @@ class LAMB(Layerwise):
         decay_1d: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        check_between("lr", lr, 0)
         for index, beta in enumerate(betas):
             check_between(f"betas[{index}]", beta, 0, 1)
         check_between("eps", eps, 1e-30)
-        check_between("weight_decay", weight_decay, 0)
         if norm_bounds is not None and not 0 <= norm_bounds[0] < norm_bounds[1]:
-            raise ValueError(f"norm_bounds={norm_bounds} must rise from 0 or more")
+            raise ValueError(f"norm_bounds={norm_bounds} must be increasing and at least 0")
         super().__init__(
             params,
             {
@@ -82,81 +88,95 @@ class LAMB(Layerwise):
                 "weight_decay": weight_decay,
                 "bias_correction": bias_correction,
                 "norm_bounds": norm_bounds,
-                "adapt": adapt,
-                "decay_1d": decay_1d,
-                "foreach": foreach,
             },
+            adapt=adapt,
+            decay_1d=decay_1d,
+            foreach=foreach,
         )
 
     def _update(
-        self, group: Mapping[str, Any], parameters: list[torch.Tensor], weight_decay: float, adapts: bool
+        self,
+        group: Mapping[str, Any],
+        parameters: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        *,
+        weight_decay: float,
+        adapts: bool,
     ) -> None:
-        states = [self._state_of(parameter) for parameter in parameters]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        lists = uses_lists(group, parameters[0].device) or not all(map(_are_alike, parameters, states))
-        updates = (_updates if lists else _fused_updates)(group, parameters, states, weight_decay)
-        rate = float(group["lr"])
+        state = self._advance_state(parameters)
+        foreach = uses_foreach(group, parameters[0].device) or not all(
+            map(_have_same_strides, parameters, grads, state.means, state.squares)
+        )
+        updates = (_foreach_updates if foreach else _fused_updates)(group, parameters, grads, state, weight_decay)
+        lr = float(group["lr"])
         if not adapts:
-            torch._foreach_add_(parameters, updates, alpha=-rate)
+            torch._foreach_add_(parameters, updates, alpha=-lr)
             return
         weights = norms(parameters)
         if group["norm_bounds"] is not None:
             weights = weights.clamp(*group["norm_bounds"])
-        ratios = self._note(parameters, quotient(weights, norms(updates)))
-        if lists:
+        ratios = self._set_trust_ratios(parameters, weights, norms(updates))
+        if foreach:
             torch._foreach_mul_(updates, ratios)
-            torch._foreach_add_(parameters, updates, alpha=-rate)
+            torch._foreach_add_(parameters, updates, alpha=-lr)
             return
         for parameter, update, ratio in zip(parameters, updates, ratios, strict=True):
-            parameter.add_(update, alpha=-rate * ratio.item())
+            parameter.add_(update, alpha=-lr * ratio.item())
 
-    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state
+    def _advance_state(self, parameters: list[torch.Tensor]) -> _State:
+        """Return the state with its step counts advanced by one."""
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, 1)
+        return _State(steps, self._buffers(parameters, "exp_avg"), self._buffers(parameters, "exp_avg_sq"))
 
 
-def _updates(
-    group: Mapping[str, Any], parameters: list[torch.Tensor], states: list[dict[str, Any]], weight_decay: float
+def _foreach_updates(
+    group: Mapping[str, Any],
+    parameters: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    state: _State,
+    weight_decay: float,
 ) -> list[torch.Tensor]:
-    """Adam's direction and the decay: r + lambda w."""
+    """Return Adam's direction plus weight decay, r + lambda w."""
     beta1, beta2 = group["betas"]
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-    torch._foreach_lerp_(means, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    roots = torch._foreach_sqrt(squares)
+    torch._foreach_lerp_(state.means, grads, 1 - beta1)
+    torch._foreach_mul_(state.squares, beta2)
+    torch._foreach_addcmul_(state.squares, grads, grads, 1 - beta2)
+    roots = torch._foreach_sqrt(state.squares)
     if group["bias_correction"]:
-        steps = [state["step"].item() for state in states]
+        steps = [step.item() for step in state.steps]
         torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
         torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
+        updates = torch._foreach_div(state.means, [1 - beta1**step for step in steps])
         torch._foreach_div_(updates, roots)
     else:
         torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, roots)
+        updates = torch._foreach_div(state.means, roots)
     if weight_decay:
         torch._foreach_add_(updates, parameters, alpha=weight_decay)
     return list(updates)
 
 
 def _fused_updates(
-    group: Mapping[str, Any], parameters: list[torch.Tensor], states: list[dict[str, Any]], weight_decay: float
+    group: Mapping[str, Any],
+    parameters: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    state: _State,
+    weight_decay: float,
 ) -> list[torch.Tensor]:
-    """The same by torch's fused Adam, which takes a step of length 1 from -lambda w; its sign turned."""
+    """Return the same as ``_foreach_updates``, computed by torch's fused Adam: one step from lambda w with lr=-1."""
     updates = [parameter * weight_decay if weight_decay else torch.zeros_like(parameter) for parameter in parameters]
-    steps = [state["step"] for state in states]
+    steps = state.steps
     if not group["bias_correction"]:
         steps = [torch.full_like(step, _FOREVER) for step in steps]
     torch._fused_adam_(
         updates,
-        [parameter.grad for parameter in parameters if parameter.grad is not None],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        grads,
+        state.means,
+        state.squares,
         [],
         steps,
         lr=-1.0,
@@ -170,10 +190,7 @@ def _fused_updates(
     return updates
 
 
-def _are_alike(parameter: torch.Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether memory is laid out alike and without gaps, as the fused loop needs it."""
-    grad = parameter.grad
-    strides = {
-        tensor.stride() for tensor in (parameter, grad, state["exp_avg"], state["exp_avg_sq"]) if tensor is not None
-    }
-    return len(strides) == 1 and torch.empty_like(parameter).stride() == parameter.stride()
+def _have_same_strides(parameter: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether all have the same strides, without gaps: the fused kernel treats memory as one-dimensional."""
+    is_same = all(other.stride() == parameter.stride() for other in others)
+    return is_same and torch.empty_like(parameter).stride() == parameter.stride()

@@ -1,4 +1,4 @@
-"""What LARS and LAMB share: a trust ratio for each parameter, and which parameters have one and decay."""
+"""Base of LARS and LAMB: a trust ratio per parameter, and rules for which parameters adapt and decay."""
 
 from __future__ import annotations
 
@@ -15,26 +15,48 @@ from torch.optim import Optimizer
 class Layerwise(Optimizer):
     """An optimizer that scales the step of each parameter by a trust ratio, the quotient of two norms.
 
-    A parameter here is what the papers call a layer. Each is treated for itself, so gradients may come in parts, and
-    only those that are there are stepped on.
+    A parameter here is what the papers call a layer. Each parameter is updated independently of all others, so a step
+    may update only those that have a gradient.
 
-    Keys of a group, beside those of the subclass: ``weight_decay``; ``decay_1d``, whether it also holds for parameters
-    of one dimension or none (biases, norms), which it does not by default; ``adapt``, whether the group's parameters
-    have a trust ratio (None: those of two dimensions or more, as both papers' experiments do).
+    Keys of a parameter group, besides those of the subclass:
+
+    - ``weight_decay``;
+    - ``decay_1d``: whether weight decay applies to parameters of at most one dimension too (biases, norms);
+    - ``adapt``: whether the parameters have a trust ratio; None: those of two or more dimensions have one, as in the
+      experiments of both papers;
+    - ``foreach``: whether to use torch's foreach kernels; None: except on the CPU.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Default options of the subclass, with ``lr`` and ``weight_decay``.
+        adapt, decay_1d, foreach: Defaults of the keys above.
 
     Attributes:
-        trust_ratios: of each parameter that has one, that of its last step, a 0-d tensor on its device.
+        trust_ratios: The trust ratio of each parameter in its last step: a 0-d tensor on the parameter's device.
+
+    Raises:
+        ValueError: ``lr`` or ``weight_decay`` is negative.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, adapt: bool | None, decay_1d: bool, foreach: bool | None
+    ) -> None:
+        check_between("lr", defaults["lr"], 0)
+        check_between("weight_decay", defaults["weight_decay"], 0)
+        super().__init__(params, {**defaults, "adapt": adapt, "decay_1d": decay_1d, "foreach": foreach})
         self.trust_ratios: dict[torch.Tensor, torch.Tensor] = {}
 
     @abstractmethod
     def _update(
-        self, group: Mapping[str, Any], parameters: list[torch.Tensor], weight_decay: float, adapts: bool
+        self,
+        group: Mapping[str, Any],
+        parameters: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        *,
+        weight_decay: float,
+        adapts: bool,
     ) -> None:
-        """Step on parameters of one group, device and dtype, all of which have a gradient."""
+        """Update parameters of one group, device and dtype by their gradients."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -43,28 +65,44 @@ class Layerwise(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
+            batches: defaultdict[Any, list[torch.Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None or parameter.numel() == 0:
                     continue
                 if parameter.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
                 decay = group["weight_decay"] if parameter.dim() > 1 or group["decay_1d"] else 0.0
                 adapts = parameter.dim() > 1 if group["adapt"] is None else group["adapt"]
-                alike[parameter.device, parameter.dtype, decay, adapts].append(parameter)
-            for (*_, decay, adapts), parameters in alike.items():
-                self._update(group, parameters, decay, adapts)
+                batches[parameter.device, parameter.dtype, decay, adapts].append(parameter)
+            for (*_, decay, adapts), parameters in batches.items():
+                grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                self._update(group, parameters, grads, weight_decay=decay, adapts=adapts)
         return loss
 
-    def _note(self, parameters: list[torch.Tensor], ratios: torch.Tensor) -> list[torch.Tensor]:
-        """The ratios one by one, remembered."""
-        parts = list(ratios.unbind())
-        self.trust_ratios.update(zip(parameters, parts, strict=True))
-        return parts
+    def _set_trust_ratios(
+        self, parameters: list[torch.Tensor], numerators: torch.Tensor, denominators: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the quotient for each parameter, and keep it in ``trust_ratios``.
+
+        It is 1 where the numerator or the denominator is 0: otherwise a parameter at zero would stay there.
+        """
+        ones = torch.ones_like(numerators)
+        is_positive = (numerators > 0) & (denominators > 0)
+        quotients = torch.where(is_positive, numerators / torch.where(is_positive, denominators, ones), ones)
+        ratios = list(quotients.unbind())
+        self.trust_ratios.update(zip(parameters, ratios, strict=True))
+        return ratios
+
+    def _buffers(self, parameters: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+        """Return a tensor of the optimizer's state for each parameter. It starts at zero."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return [self.state[parameter][name] for parameter in parameters]
 
 
 def trust_ratios(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
-    """The last trust ratio of each parameter that has one, as "trust_ratio/<name>", for metrics and TensorBoard."""
+    """Return the last trust ratio of each parameter that has one, as "trust_ratio/<name>", for metrics."""
     if not isinstance(optimizer, Layerwise):
         return {}
     ratios = {n: optimizer.trust_ratios[p] for n, p in model.named_parameters() if p in optimizer.trust_ratios}
@@ -74,22 +112,15 @@ def trust_ratios(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
     return {f"trust_ratio/{name}": value for name, value in zip(ratios, values, strict=True)}
 
 
-def uses_lists(group: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether to work on lists of tensors, as GPUs like it."""
+def uses_foreach(group: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether to update parameters with torch's foreach kernels, which suit GPUs."""
     return group["foreach"] if group["foreach"] is not None else device.type != "cpu"
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of each tensor, in one of at least fp32: in fp16 it would overflow."""
+    """Return the 2-norm of each tensor, in at least float32: norms may overflow float16."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide))
-
-
-def quotient(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """``numerator / denominator``; 1 where either is 0: a parameter at zero must be able to leave it."""
-    ones = torch.ones_like(numerator)
-    is_sound = (numerator > 0) & (denominator > 0)
-    return torch.where(is_sound, numerator / torch.where(is_sound, denominator, ones), ones)
 
 
 def check_between(name: str, value: float, low: float, high: float = float("inf")) -> None:

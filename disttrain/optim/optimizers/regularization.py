@@ -1,4 +1,4 @@
-"""L1, and weight decay that is decoupled from the gradient, for any torch optimizer: a hook before its step."""
+"""L1 regularization and decoupled weight decay for any torch optimizer, as a hook before its step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from disttrain.errors import UserError
 
 
 class Regularization:
-    """Adds ``l1 sign(w)`` to the gradients and shrinks weights by ``1 - lr weight_decay``, before each step.
+    """Adds ``l1 * sign(w)`` to gradients and multiplies weights by ``1 - lr * decoupled_decay`` before each step.
 
-    ``group["l1"]`` and ``group["decoupled_decay"]`` say how much; a group without them is left alone. Decay is that of
-    Loshchilov and Hutter (2019), as in torch's AdamW: L2 adds to the gradient, this acts on the weights themselves.
+    A parameter group sets both by its keys ``"l1"`` and ``"decoupled_decay"``. Decoupled weight decay acts on the
+    weights themselves, as in torch's AdamW (Loshchilov and Hutter 2019), where L2 regularization adds to the gradient.
 
     Example::
 
@@ -22,13 +22,13 @@ class Regularization:
         Regularization(optimizer, l1=1e-5, decoupled_decay=1e-4)
 
     Args:
-        optimizer: plain, to be wrapped in a DistributedOptimizer afterwards, if at all.
-        l1: of groups that do not say.
-        decoupled_decay: of groups that do not say.
+        optimizer: A plain torch optimizer. Wrap it in a DistributedOptimizer afterwards, if at all.
+        l1: Default of groups without the key.
+        decoupled_decay: Default of groups without the key.
     """
 
     acts_by_parameter = True
-    """Each parameter that has a gradient is treated for itself, so steps may be taken bucket by bucket."""
+    """Each parameter is updated independently of all others, so the optimizer may step bucket by bucket."""
 
     def __init__(self, optimizer: Optimizer, l1: float = 0.0, decoupled_decay: float = 0.0) -> None:
         for group in optimizer.param_groups:
@@ -39,7 +39,9 @@ class Regularization:
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], kwargs.get("closure"))):
-            raise UserError("l1 and decoupled decay come before the step, so the step cannot take a closure")
+            raise UserError(
+                "l1 and decoupled weight decay are applied before the step, so step() cannot take a closure"
+            )
         for group in optimizer.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:

@@ -1,7 +1,7 @@
-"""Optimizers by name: the fields are the config's ``optimizer:`` section.
+"""Optimizers by name; the fields of each class are the config's ``optimizer:`` section.
 
-torch's own, and LARS and LAMB, which torch has not. The fused variants update all parameters in one pass over memory,
-on the CPU too; where there is none, torch goes over lists of tensors on a GPU.
+These are torch's own, and LARS and LAMB, which torch lacks. torch's fused variant is used where there is one: it
+updates all parameters in one pass over memory, also on the CPU.
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class OptimizerSection(Section, ABC):
-    """What every optimizer has."""
+    """The fields of every optimizer."""
 
     lr: float = Field(gt=0, description="learning rate, before the schedule's factor")
     weight_decay: float = Field(default=0.0, ge=0)
-    l1: float = Field(default=0.0, ge=0, description="times the sign of the weights is added to the gradient")
-    decay_1d: bool = Field(default=True, description="whether biases and norms decay too")
+    l1: float = Field(default=0.0, ge=0, description="L1 regularization: l1 * sign(w) is added to the gradient")
+    decay_1d: bool = Field(default=True, description="whether weight decay applies to biases and norms too")
     lr_scaling: Literal["none", "linear", "sqrt"] = Field(
-        default="none", description="how the rate follows batch_size / base_batch_size (linear: Goyal et al. 2017)"
+        default="none", description="how lr scales with batch_size / base_batch_size (linear: Goyal et al. 2017)"
     )
-    base_batch_size: int | None = Field(default=None, ge=1, description="the batch that lr is meant for")
+    base_batch_size: int | None = Field(default=None, ge=1, description="the batch size that lr is tuned for")
 
     layerwise: ClassVar[bool] = False
-    """Whether it has a trust ratio for each parameter."""
+    """Whether it has a trust ratio per parameter."""
 
     @model_validator(mode="after")
     def _check_scaling(self) -> OptimizerSection:
         if (self.lr_scaling == "none") != (self.base_batch_size is None):
             raise UserError(
                 f"optimizer.base_batch_size={self.base_batch_size} and optimizer.lr_scaling={self.lr_scaling!r}: set "
-                "both, lr_scaling to linear or sqrt, or neither"
+                "both, with lr_scaling=linear or sqrt, or neither"
             )
         return self
 
     def scale(self, batch_size: int) -> float:
-        """What the rate is multiplied by for a global batch of so many samples."""
+        """Return the factor on the learning rate for a global batch of ``batch_size`` samples."""
         if self.base_batch_size is None:
             return 1.0
         ratio = batch_size / self.base_batch_size
         return math.sqrt(ratio) if self.lr_scaling == "sqrt" else ratio
 
     def build(self, parameters: Parameters) -> Optimizer:
-        """The torch optimizer over ``parameters``, or over groups of them that may have an ``lr``, a ``weight_decay``
-        and, for LARS and LAMB, ``adapt`` of their own."""
+        """Return a torch optimizer over parameters or parameter groups.
+
+        A group may have its own ``lr`` and ``weight_decay`` and, for LARS and LAMB, ``adapt``.
+        """
         groups = self._groups(parameters)
         optimizer = self._build(groups)
         if any(group["l1"] or group["decoupled_decay"] for group in optimizer.param_groups):
@@ -67,41 +69,41 @@ class OptimizerSection(Section, ABC):
 
     @abstractmethod
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer over groups that have an ``lr`` and a ``weight_decay``."""
+        """Return the optimizer over groups that all have ``lr`` and ``weight_decay``."""
 
     def _groups(self, parameters: Parameters) -> list[dict[str, Any]]:
         given = list(parameters)
         groups = [dict(entry) for entry in given if isinstance(entry, dict)] or [{"params": given}]
-        divided = [part for group in groups for part in self._by_dimension(group)]
+        divided = [part for group in groups for part in self._split_by_dimension(group)]
+        is_decoupled = getattr(self, "decoupled", False)
         for group in divided:
             decay = group.setdefault("weight_decay", self.weight_decay)
-            is_outside = getattr(self, "decoupled", False)
-            group.update(weight_decay=0.0 if is_outside else decay, decoupled_decay=decay if is_outside else 0.0)
+            group.update(weight_decay=0.0 if is_decoupled else decay, decoupled_decay=decay if is_decoupled else 0.0)
             group.setdefault("lr", self.lr)
             group["l1"] = self.l1
         return divided
 
-    def _by_dimension(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        """The group, in two where its biases and norms do not decay though the rest does."""
+    def _split_by_dimension(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Split off biases and norms as a group without weight decay, unless they decay like the other parameters."""
         if self.decay_1d or "weight_decay" in group or self.weight_decay == 0:
             return [group]
         parameters = list(group["params"])
-        rest, flat = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-        parts = [{**group, "params": rest}, {**group, "params": flat, "weight_decay": 0.0}]
+        matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+        parts = [{**group, "params": matrices}, {**group, "params": vectors, "weight_decay": 0.0}]
         return [part for part in parts if part["params"]]
 
 
 class _Decoupled(OptimizerSection, ABC):
     decoupled: bool = Field(
-        default=False, description="weight decay acts on the weights themselves; else it is L2, added to the gradient"
+        default=False, description="apply weight decay to the weights themselves; false: add it to the gradient (L2)"
     )
 
 
 class SGD(_Decoupled):
-    """Stochastic gradient descent, with momentum.
+    """Stochastic gradient descent with momentum.
 
-    Its momentum is kept without the rate, so history follows the rate when that jumps: what Goyal et al. (2017, remark
-    3) call momentum correction is built in.
+    The momentum buffer is kept without the learning rate, so past gradients follow the current learning rate. No
+    momentum correction (Goyal et al. 2017, remark 3) is needed.
     """
 
     momentum: float = Field(default=0.0, ge=0, lt=1)
@@ -110,7 +112,7 @@ class SGD(_Decoupled):
     @model_validator(mode="after")
     def _check(self) -> SGD:
         if self.nesterov and self.momentum == 0:
-            raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum, 0.9 say")
+            raise UserError("optimizer.nesterov=true needs momentum: set optimizer.momentum, for example to 0.9")
         return self
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -118,7 +120,7 @@ class SGD(_Decoupled):
 
 
 class Adagrad(_Decoupled):
-    """Steps divided by the root of the sum of squares (Duchi et al. 2011)."""
+    """Divides the gradient by the root of the sum of its squares (Duchi et al. 2011)."""
 
     eps: float = Field(default=1e-10, gt=0)
     initial_accumulator_value: float = Field(default=0.0, ge=0)
@@ -135,7 +137,7 @@ class Adagrad(_Decoupled):
 
 
 class Adadelta(_Decoupled):
-    """Steps in the units of the weights (Zeiler 2012); the rate is usually 1."""
+    """Takes steps in the units of the weights (Zeiler 2012); the learning rate is usually 1."""
 
     lr: float = Field(default=1.0, gt=0, description="learning rate, before the schedule's factor")
     rho: float = Field(default=0.9, ge=0, lt=1)
@@ -146,12 +148,12 @@ class Adadelta(_Decoupled):
 
 
 class RMSprop(_Decoupled):
-    """Steps divided by the root of a mean of squares (Tieleman and Hinton 2012)."""
+    """Divides the gradient by the root of a moving average of its squares (Tieleman and Hinton 2012)."""
 
-    alpha: float = Field(default=0.99, ge=0, lt=1, description="how much of the mean of squares is kept each step")
+    alpha: float = Field(default=0.99, ge=0, lt=1, description="fraction of the average that each step keeps")
     eps: float = Field(default=1e-8, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    centered: bool = Field(default=False, description="divide by the standard deviation")
+    centered: bool = Field(default=False, description="divide by an estimate of the standard deviation instead")
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
         return torch.optim.RMSprop(
@@ -176,7 +178,7 @@ class _Moments(OptimizerSection, ABC):
 
 
 class Adam(_Moments, _Decoupled):
-    """Adaptive moments (Kingma and Ba 2015)."""
+    """Adaptive moment estimation (Kingma and Ba 2015)."""
 
     amsgrad: bool = False
 
@@ -194,15 +196,17 @@ class AdamW(_Moments):
 
 
 class Lars(_Decoupled):
-    """SGD whose steps are scaled to the weights, layer by layer (You, Gitman and Ginsburg 2017)."""
+    """SGD with steps proportional to the norm of the weights, layer by layer (You, Gitman and Ginsburg 2017)."""
 
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    trust_coefficient: float = Field(default=1e-3, gt=0, description="a step's part of the weights' norm, at rate 1")
+    trust_coefficient: float = Field(
+        default=1e-3, gt=0, description="length of a step over the norm of the weights, at lr=1"
+    )
     momentum_correction: bool = Field(
-        default=False, description="history follows the rate when that changes; the paper's does not"
+        default=False, description="past gradients follow the current learning rate; the paper's do not"
     )
     eps: float = Field(default=0.0, ge=0)
-    decay_1d: bool = Field(default=False, description="whether biases and norms decay too")
+    decay_1d: bool = Field(default=False, description="whether weight decay applies to biases and norms too")
 
     layerwise = True
 
@@ -214,26 +218,26 @@ class Lars(_Decoupled):
             trust_coefficient=self.trust_coefficient,
             momentum_correction=self.momentum_correction,
             eps=self.eps,
-            decay_1d=True,  # the groups say what decays
+            decay_1d=True,  # the groups decide what decays
         )
 
 
 class Lamb(_Moments):
-    """Adam whose steps are scaled to the weights, layer by layer (You et al. 2020)."""
+    """Adam with steps proportional to the norm of the weights, layer by layer (You et al. 2020)."""
 
     eps: float = Field(default=1e-6, gt=0)
     bias_correction: bool = True
     norm_bounds: tuple[float, float] | None = Field(
-        default=None, description="the least and the largest norm of weights that counts; null: any"
+        default=None, description="lower and upper bound of the weights' norm in the trust ratio; null: no bounds"
     )
-    decay_1d: bool = Field(default=False, description="whether biases and norms decay too")
+    decay_1d: bool = Field(default=False, description="whether weight decay applies to biases and norms too")
 
     layerwise = True
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Lamb:
         if self.norm_bounds is not None and not 0 <= self.norm_bounds[0] < self.norm_bounds[1]:
-            raise UserError(f"optimizer.norm_bounds={list(self.norm_bounds)} must rise from 0 or more")
+            raise UserError(f"optimizer.norm_bounds={list(self.norm_bounds)} must be increasing and at least 0")
         return self
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -244,7 +248,7 @@ class Lamb(_Moments):
             eps=self.eps,
             bias_correction=self.bias_correction,
             norm_bounds=self.norm_bounds,
-            decay_1d=True,  # the groups say what decays
+            decay_1d=True,  # the groups decide what decays
         )
 
 

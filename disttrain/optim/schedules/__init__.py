@@ -1,13 +1,13 @@
-"""Learning rates over a run, by name: a factor on the optimizer's own rate.
+"""Learning-rate schedules by name.
 
-``docs/recipe.md`` has the formulas. One that is new is a class with a ``shape``, named here.
+``docs/recipe.md`` has the formulas. To add a schedule, write a class with a ``shape`` and list it here.
 """
 
 from __future__ import annotations
 
-from disttrain.optim.schedules.base import Schedule
+from disttrain.optim.schedules.learning_rate import CLASSES, LearningRate, Schedule, schedules
 from disttrain.optim.schedules.reduce_on_plateau import ReduceOnPlateau
-from disttrain.optim.schedules.sequence import InSequence
+from disttrain.optim.schedules.sequence import Sequential
 from disttrain.optim.schedules.shapes import (
     Constant,
     Cosine,
@@ -19,13 +19,10 @@ from disttrain.optim.schedules.shapes import (
     Polynomial,
     Step,
 )
-from disttrain.validation import Registry
 
-__all__ = ["Constant", "Cosine", "ReduceOnPlateau", "Schedule", "schedules"]
+__all__ = ["Constant", "Cosine", "LearningRate", "ReduceOnPlateau", "Schedule", "schedules"]
 
-schedules: Registry[Schedule] = Registry(
-    "schedule",
-    Schedule,  # type: ignore[type-abstract]
+CLASSES.update(
     {
         "constant": Constant,
         "step": Step,
@@ -37,6 +34,6 @@ schedules: Registry[Schedule] = Registry(
         "polynomial": Polynomial,
         "one_cycle": OneCycle,
         "reduce_on_plateau": ReduceOnPlateau,
-        "sequence": InSequence,
-    },
+        "sequence": Sequential,
+    }
 )

@@ -1,4 +1,4 @@
-"""One schedule after another."""
+"""Schedules one after another."""
 
 from __future__ import annotations
 
@@ -8,56 +8,58 @@ from typing import Any
 from pydantic import Field, SerializeAsAny, field_serializer, field_validator, model_validator
 
 from disttrain.errors import UserError
-from disttrain.optim.schedules.base import Schedule
+from disttrain.optim.schedules.learning_rate import Schedule, schedules
 from disttrain.validation import Section, validate
 
-_OWN = ("steps", "epochs", "lr_factor")
+_PART_FIELDS = ("steps", "epochs", "lr_factor")
 
 
-class Part(Section):
-    """A schedule with the length of the stretch that it has."""
+class SequencePart(Section):
+    """A schedule and how long it lasts."""
 
     schedule: SerializeAsAny[Schedule]
-    steps: int | None = Field(default=None, ge=1, description="how long it lasts; the last part may take the rest")
+    steps: int | None = Field(default=None, ge=1, description="length of the part; the last one may omit it")
     epochs: float | None = Field(default=None, gt=0, description="the same in epochs")
     lr_factor: float = Field(default=1.0, gt=0, description="multiplies the rate throughout the part")
 
     def length(self, steps_per_epoch: float | None) -> int | None:
-        """In steps; None: the rest."""
+        """Return the length in steps; None: up to the end of the run."""
         if self.epochs is None:
             return self.steps
         assert steps_per_epoch is not None
         return max(1, round(self.epochs * steps_per_epoch))
 
 
-class InSequence(Schedule):
-    """Schedules one after another, each as if its stretch were the run, its own warm-up included.
+class Sequential(Schedule):
+    """Runs schedules one after another. Each treats its part as a run of its own, with its own warmup.
 
     ``parts: [{name: constant, warmup_steps: 100, epochs: 5}, {name: cosine, lr_factor: 0.5}]``. All parts but the last
-    say how long they are, by ``steps`` or ``epochs``.
+    need a length, ``steps`` or ``epochs``.
     """
 
-    parts: tuple[Part, ...] = Field(min_length=1, description="sections with a name, its fields, and steps or epochs")
+    parts: tuple[SequencePart, ...] = Field(
+        min_length=1, description="sections with the name and fields of a schedule, and steps or epochs"
+    )
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _build_parts(cls, parts: Any) -> tuple[Part, ...]:
+    def _build_parts(cls, parts: Any) -> tuple[SequencePart, ...]:
         if not isinstance(parts, Sequence) or isinstance(parts, str):
             raise UserError("should be a list of schedules, such as [{name: linear, steps: 100}, {name: constant}]")
         return tuple(_build_part(part, f"schedule.parts.{index}") for index, part in enumerate(parts))
 
     @field_serializer("parts")
-    def _dump_parts(self, parts: tuple[Part, ...]) -> list[dict[str, Any]]:
-        from disttrain.optim.schedules import schedules
-
-        own = [part.model_dump(mode="json", include=set(_OWN)) for part in parts]
-        return [{**schedules.dump(part.schedule), **rest} for part, rest in zip(parts, own, strict=True)]
+    def _dump_parts(self, parts: tuple[SequencePart, ...]) -> list[dict[str, Any]]:
+        return [
+            {**schedules.dump(part.schedule), **part.model_dump(mode="json", include=set(_PART_FIELDS))}
+            for part in parts
+        ]
 
     @model_validator(mode="after")
-    def _check(self) -> InSequence:
+    def _check(self) -> Sequential:
         if self.warmup_steps or self.warmup_epochs or self.by != "step":
             odd = "warmup_steps" if self.warmup_steps else "warmup_epochs" if self.warmup_epochs else "by"
-            raise UserError(f"schedule.{odd} is for the parts of a sequence: set schedule.parts.0.{odd}")
+            raise UserError(f"schedule.{odd} belongs to the parts of a sequence: set schedule.parts.0.{odd}")
         for index, part in enumerate(self.parts):
             key = f"schedule.parts.{index}"
             if part.steps is not None and part.epochs is not None:
@@ -76,16 +78,16 @@ class InSequence(Schedule):
         raise AssertionError("the parts have the shapes")
 
     def factor(self, step: float, num_steps: int, steps_per_epoch: float | None = None) -> float:
-        for part, start, length in self._stretches(num_steps, steps_per_epoch):
+        for part, start, length in self._intervals(num_steps, steps_per_epoch):
             if step < start + length or part is self.parts[-1]:
                 return part.lr_factor * part.schedule.factor(step - start, length, steps_per_epoch)
         raise AssertionError
 
-    def notable(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
+    def notable_steps(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
         return {
             start + step
-            for part, start, length in self._stretches(num_steps, steps_per_epoch)
-            for step in part.schedule.notable(length, steps_per_epoch)
+            for part, start, length in self._intervals(num_steps, steps_per_epoch)
+            for step in part.schedule.notable_steps(length, steps_per_epoch)
         }
 
     def check(
@@ -93,19 +95,20 @@ class InSequence(Schedule):
     ) -> None:
         if self.needs_epochs and steps_per_epoch is None:
             return
-        stretches = list(self._stretches(num_steps, steps_per_epoch))
-        _, start, length = stretches[-1]
+        intervals = list(self._intervals(num_steps, steps_per_epoch))
+        _, start, length = intervals[-1]
         if length < 1 or start + length != num_steps:
             end = start + length if length >= 1 else start
             raise UserError(
                 f"{key}.parts last {end} steps{' without the last one' if length < 1 else ''}, but the {span} has "
-                f"{num_steps}: change their lengths, or leave out that of the last, which then takes the rest"
+                f"{num_steps}: change their lengths, or remove that of the last part, which then takes the remaining "
+                "steps"
             )
-        for index, (part, _, length) in enumerate(stretches):
+        for index, (part, _, length) in enumerate(intervals):
             part.schedule.check(length, steps_per_epoch, f"{key}.parts.{index}", "part")
 
-    def _stretches(self, num_steps: int, steps_per_epoch: float | None) -> Iterator[tuple[Part, int, int]]:
-        """Each part with its first step and its number of steps."""
+    def _intervals(self, num_steps: int, steps_per_epoch: float | None) -> Iterator[tuple[SequencePart, int, int]]:
+        """Yield each part, its first step and its number of steps."""
         start = 0
         for part in self.parts:
             given = part.length(steps_per_epoch)
@@ -114,14 +117,11 @@ class InSequence(Schedule):
             start += length
 
 
-def _build_part(spec: Any, key: str) -> Part:
-    from disttrain.optim.schedules import schedules
-
-    if isinstance(spec, Part):
+def _build_part(spec: Any, key: str) -> SequencePart:
+    if isinstance(spec, SequencePart):
         return spec
     if not isinstance(spec, Mapping):
-        return Part(schedule=schedules.build(spec, key))
-    own = {name: value for name, value in spec.items() if name in _OWN}
-    return validate(
-        Part, {"schedule": schedules.build({k: v for k, v in spec.items() if k not in _OWN}, key), **own}, key
-    )
+        return SequencePart(schedule=schedules.build(spec, key))
+    fields = {name: value for name, value in spec.items() if name in _PART_FIELDS}
+    schedule = {name: value for name, value in spec.items() if name not in _PART_FIELDS}
+    return validate(SequencePart, {"schedule": schedules.build(schedule, key), **fields}, key)

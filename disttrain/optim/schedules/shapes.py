@@ -1,7 +1,7 @@
-"""The schedules that know the whole run beforehand: a factor as a pure function of time.
+"""Schedules that are a function of time alone, so that a resumed run needs no state but its step.
 
-Because the factor depends on the time alone, a run that goes on from a checkpoint needs no state but its step. Each is
-torch's scheduler of that name where torch has one, to rounding (``tests/unit/optim/schedules/test_schedules.py``).
+Each equals torch's scheduler of the same name, where there is one, up to rounding
+(``tests/unit/optim/schedules/test_schedules.py``).
 """
 
 from __future__ import annotations
@@ -14,40 +14,42 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from disttrain.errors import UserError
-from disttrain.optim.schedules.base import Schedule
+from disttrain.optim.schedules.learning_rate import Schedule
 
-_FINAL = Field(default=0.0, ge=0, le=1, description="what is left of the rate at the end of the run")
+_FINAL = Field(default=0.0, ge=0, le=1, description="factor on the rate at the end of the run")
 
 
 class Constant(Schedule):
-    """The full rate from the warm-up's end on."""
+    """The full rate after the warmup."""
 
     def shape(self, time: float, length: float) -> float:
         return 1.0
 
 
 class Step(Schedule):
-    """A cut by ``gamma`` every ``step_size`` steps or epochs, counted from the beginning, the warm-up included."""
+    """Multiplies the rate by ``gamma`` every ``step_size`` steps or epochs, counted from the start of the run."""
 
-    step_size: int = Field(ge=1, description="steps or epochs between two cuts")
-    gamma: float = Field(default=0.1, gt=0, description="what the rate is multiplied by at each")
+    step_size: int = Field(ge=1, description="steps or epochs between two reductions")
+    gamma: float = Field(default=0.1, gt=0, description="what the rate is multiplied by each time")
 
     counts_warmup = True
 
     def shape(self, time: float, length: float) -> float:
         return float(self.gamma ** (time // self.step_size))
 
-    def notable(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
-        every = self.step_size * _steps_a_unit(self, steps_per_epoch)
-        cuts = (math.ceil(every * index) for index in range(1, math.ceil(num_steps / every)))
-        return super().notable(num_steps, steps_per_epoch) | set(cuts)
+    def notable_steps(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
+        every = self.step_size * _steps_per_unit(self, steps_per_epoch)
+        reductions = (math.ceil(every * index) for index in range(1, math.ceil(num_steps / every)))
+        return super().notable_steps(num_steps, steps_per_epoch) | set(reductions)
 
 
 class MultiStep(Schedule):
-    """A cut by ``gamma`` at each milestone, counted from the beginning, the warm-up included (Goyal et al. 2017)."""
+    """Multiplies the rate by ``gamma`` at each milestone, counted from the start of the run (Goyal et al. 2017)."""
 
-    milestones: tuple[int, ...] = Field(min_length=1, description="steps or epochs at which the rate is cut, rising")
-    gamma: float = Field(default=0.1, gt=0, description="what the rate is multiplied by at each")
+    milestones: tuple[int, ...] = Field(
+        min_length=1, description="steps or epochs of the reductions, in increasing order"
+    )
+    gamma: float = Field(default=0.1, gt=0, description="what the rate is multiplied by each time")
 
     counts_warmup = True
 
@@ -55,15 +57,15 @@ class MultiStep(Schedule):
     @classmethod
     def _check_order(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
         if milestones[0] < 1 or any(a >= b for a, b in itertools.pairwise(milestones)):
-            raise UserError(f"must rise from 1 on: use {sorted({m for m in milestones if m > 0}) or [1]}")
+            raise UserError(f"must be increasing and at least 1: use {sorted({m for m in milestones if m > 0}) or [1]}")
         return milestones
 
     def shape(self, time: float, length: float) -> float:
         return float(self.gamma ** bisect_right(self.milestones, time))
 
-    def notable(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
-        unit = _steps_a_unit(self, steps_per_epoch)
-        return super().notable(num_steps, steps_per_epoch) | {math.ceil(unit * cut) for cut in self.milestones}
+    def notable_steps(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
+        unit = _steps_per_unit(self, steps_per_epoch)
+        return super().notable_steps(num_steps, steps_per_epoch) | {math.ceil(unit * m) for m in self.milestones}
 
     def check(
         self, num_steps: int, steps_per_epoch: float | None = None, key: str = "schedule", span: str = "run"
@@ -71,18 +73,18 @@ class MultiStep(Schedule):
         super().check(num_steps, steps_per_epoch, key, span)
         if self.needs_epochs and steps_per_epoch is None:
             return
-        unit = _steps_a_unit(self, steps_per_epoch)
+        unit = _steps_per_unit(self, steps_per_epoch)
         first, last = self.milestones[0], self.milestones[-1]
         if (warmup := self.warmup_length(steps_per_epoch)) > first * unit:
             raise UserError(
-                f"{key}.milestones={list(self.milestones)} begin within the warm-up of {warmup} steps: milestones are "
-                f"counted from the beginning of the {span}; raise {first}, or shorten the warm-up"
+                f"{key}.milestones={list(self.milestones)} start within the warmup of {warmup} steps: milestones are "
+                f"counted from the start of the {span}; raise {first}, or shorten the warmup"
             )
         if last * unit >= num_steps:
             length = math.ceil(num_steps / unit)
             raise UserError(
                 f"{key}.milestones={list(self.milestones)}: {self.by} {last} is never reached, the {span} has "
-                f"{length} {self.by}s: lower it, or leave it out"
+                f"{length} {self.by}s: lower or remove it"
             )
 
 
@@ -96,16 +98,16 @@ class Exponential(Schedule):
 
 
 class InverseTime(Schedule):
-    """``1 / (1 + rate time)``, the decay that stochastic approximation asks for (Robbins and Monro 1951)."""
+    """``1 / (1 + rate * time)``, a decay under which stochastic approximation converges (Robbins and Monro 1951)."""
 
-    rate: float = Field(gt=0, description="how fast it falls: half of the rate is left after 1 / rate steps or epochs")
+    rate: float = Field(gt=0, description="speed of the decay: the factor is 1/2 after 1 / rate steps or epochs")
 
     def shape(self, time: float, length: float) -> float:
         return 1 / (1 + self.rate * time)
 
 
 class Cosine(Schedule):
-    """Half a cosine from the full rate down to ``final_lr_factor`` of it (Loshchilov and Hutter 2017, SGDR)."""
+    """Half a cosine from the full rate to ``final_lr_factor`` of it (Loshchilov and Hutter 2017, SGDR)."""
 
     final_lr_factor: float = _FINAL
 
@@ -115,7 +117,7 @@ class Cosine(Schedule):
 
 
 class Linear(Schedule):
-    """A straight line from the full rate down to ``final_lr_factor`` of it."""
+    """A straight line from the full rate to ``final_lr_factor`` of it."""
 
     final_lr_factor: float = _FINAL
 
@@ -124,32 +126,32 @@ class Linear(Schedule):
 
 
 class Polynomial(Schedule):
-    """``(1 - time / length) ** power``, down to ``final_lr_factor``. LARS was shown with a power of 2."""
+    """``(1 - time / length) ** power``, down to ``final_lr_factor``. The LARS paper uses a power of 2."""
 
     power: float = Field(default=2.0, gt=0)
     final_lr_factor: float = _FINAL
 
     def shape(self, time: float, length: float) -> float:
-        left = (1 - min(1.0, time / length)) ** self.power
-        return float(self.final_lr_factor + (1 - self.final_lr_factor) * left)
+        remaining = (1 - min(1.0, time / length)) ** self.power
+        return float(self.final_lr_factor + (1 - self.final_lr_factor) * remaining)
 
 
 class OneCycle(Schedule):
-    """Up to the full rate and down again (Smith and Topin 2018, Super-Convergence), in torch's two phases.
+    """Rises to the full rate and falls again (Smith and Topin 2018, Super-Convergence), in two phases as torch's.
 
-    It is a warm-up too, so it takes none. Momentum is not cycled.
+    It has its own warmup and takes no other. Momentum is not cycled.
     """
 
-    peak_at: float = Field(default=0.3, gt=0, lt=1, description="the part of the run in which the rate rises")
-    start_factor: float = Field(default=1 / 25, gt=0, le=1, description="of the rate, at the beginning")
-    final_lr_factor: float = Field(default=1 / 250_000, ge=0, le=1, description="of the rate, at the end")
+    peak_at: float = Field(default=0.3, gt=0, lt=1, description="fraction of the run in which the rate rises")
+    start_factor: float = Field(default=1 / 25, gt=0, le=1, description="factor on the rate at the start")
+    final_lr_factor: float = Field(default=1 / 250_000, ge=0, le=1, description="factor on the rate at the end")
     anneal: Literal["cosine", "linear"] = "cosine"
 
     @model_validator(mode="after")
     def _check(self) -> OneCycle:
         if self.warmup_steps or self.warmup_epochs:
             raise UserError(
-                "schedule.name='one_cycle' and a warm-up clash, since it begins with one: leave out warmup_steps and "
+                "schedule.name='one_cycle' cannot have a warmup, since it starts with one: remove warmup_steps and "
                 "warmup_epochs, and set schedule.peak_at and schedule.start_factor"
             )
         return self
@@ -166,11 +168,11 @@ class OneCycle(Schedule):
             return (end - start) * progress + start
         return end + (start - end) / 2 * (math.cos(math.pi * progress) + 1)
 
-    def notable(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
-        return super().notable(num_steps, steps_per_epoch) | {max(0, round(self.peak_at * num_steps) - 1)}
+    def notable_steps(self, num_steps: int, steps_per_epoch: float | None = None) -> set[int]:
+        return super().notable_steps(num_steps, steps_per_epoch) | {max(0, round(self.peak_at * num_steps) - 1)}
 
 
-def _steps_a_unit(schedule: Schedule, steps_per_epoch: float | None) -> float:
+def _steps_per_unit(schedule: Schedule, steps_per_epoch: float | None) -> float:
     if schedule.by == "step":
         return 1
     assert steps_per_epoch is not None

@@ -19,7 +19,7 @@ from disttrain.collectives import (
     size_bytes,
 )
 from disttrain.comm.base import Communicator
-from disttrain.comm.work import DeferredWork, Work
+from disttrain.comm.work import Work
 from disttrain.compression import Bucket
 
 
@@ -122,14 +122,12 @@ class Ledger:
             num_messages(collective, world_size, rank),
         )
         self._current.append(entry)
-        work = comm.start(collective, account=account)
 
-        def finish() -> Result:
-            result = work.wait()
+        def count_received(result: Result) -> Result:
             entry.received_bytes = received_bytes(collective, result, world_size, rank)
             return result
 
-        return DeferredWork(finish)
+        return comm.start(collective, account=account).then(count_received)
 
     def end_step(self, num_elements: int) -> None:
         """Close the account of a step that exchanged gradients of ``num_elements`` elements."""

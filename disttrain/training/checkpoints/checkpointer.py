@@ -15,7 +15,7 @@ import torch
 
 from disttrain.comm.collective_errors import collective_errors
 from disttrain.errors import UserError
-from disttrain.optim.averaging import NoAverage, WeightAverage
+from disttrain.optim.averaging import BaseAverage
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.optim.model_buffers import ModelBuffers
 from disttrain.training.checkpoints import contents
@@ -112,7 +112,7 @@ class Checkpointer:
         started = time.perf_counter()
         self.wait(self._section.in_flight - 1)
         waited = time.perf_counter()
-        with self._buffers.alike() as own_buffers:
+        with self._buffers.synchronized() as own_buffers:
             self._start_writing(step, metrics, own_buffers)
         if not self._section.background:
             self.wait()
@@ -201,7 +201,7 @@ def _state_of(name: str, checkpoint: StoredCheckpoint) -> Mapping[str, Any]:
 class AverageState:
     """The state of a weight average in the form that ``Checkpointer.register`` takes."""
 
-    def __init__(self, average: WeightAverage | NoAverage) -> None:
+    def __init__(self, average: BaseAverage) -> None:
         self._average = average
 
     def state_dict(self) -> dict[str, Any]:

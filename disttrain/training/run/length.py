@@ -41,7 +41,7 @@ class RunLength:
         max_steps: int | None,
         drop_last: bool = False,
     ) -> None:
-        self._clock, self._batch_size = policy.clock, policy.reference(batch_size)
+        self._unit, self._batch_size = policy.progress_unit, policy.reference_size(batch_size)
         self.steps_per_epoch = num_samples // self._batch_size if drop_last else -(-num_samples // self._batch_size)
         self._epochs, self._max_steps = epochs, max_steps
         limits = (max_steps, epochs and epochs * self.steps_per_epoch)
@@ -62,11 +62,11 @@ class RunLength:
     @property
     def may_take_fewer_steps(self) -> bool:
         """Whether ``num_steps`` is only an upper limit of the number of optimizer steps."""
-        return self._clock != "steps"
+        return self._unit != "steps"
 
     def position(self, progress: Progress, scale_invariant_steps: float) -> float:
         """Return the position, from 0 to ``num_steps``."""
-        if self._clock == "gains":
+        if self._unit == "gains":
             return min(float(self.num_steps), scale_invariant_steps)
         done = [0.0]  # integer products come first, so that the division is exact with a constant batch
         if self._epochs is not None:
@@ -78,7 +78,7 @@ class RunLength:
 
     def is_over(self, progress: Progress, scale_invariant_steps: float) -> bool:
         """Whether the run has reached its end."""
-        if self._clock == "gains":  # gains are at least 1, so a run takes more steps only if some were skipped
+        if self._unit == "gains":  # gains are at least 1, so a run takes more steps only if some were skipped
             return scale_invariant_steps >= self.num_steps - 1e-6 or progress.step >= self.num_steps
         by_epoch = self._epochs is not None and progress.epoch >= self._epochs
         return by_epoch or (self._max_steps is not None and progress.step >= self._max_steps)

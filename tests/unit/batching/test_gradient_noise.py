@@ -1,4 +1,4 @@
-"""The noise of gradients: unbiased from any number of ranks, blind to compression, loss scale and skipped steps."""
+"""Gradient noise: unbiased for any number of ranks, independent of compression, loss scale and skipped steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIM, TRACE, SQUARE = 40, 90.0, 3.0
 
 
 def samples(count: int, seed: int) -> np.ndarray:
-    """Gradients of single samples: a mean of squared norm 3, and noise of another size in every entry, 90 in all."""
+    """Gradients of single samples: a mean of squared norm 3, and noise of variance 90 that differs by entry."""
     draw = np.random.default_rng(seed)
     deviation = np.sqrt(np.arange(1, DIM + 1) * TRACE / (DIM * (DIM + 1) / 2))
     mean = np.full(DIM, math.sqrt(SQUARE / DIM))
@@ -30,7 +30,7 @@ def samples(count: int, seed: int) -> np.ndarray:
 
 
 def measured(gradients: np.ndarray, sizes: list[int]) -> SquaredNorms:
-    """What a reducer would measure where each rank has so many of the samples."""
+    """What a reducer measures if the ranks have ``sizes`` of the samples."""
     total, count = len(gradients), len(sizes)
     parts = np.split(gradients, np.cumsum(sizes)[:-1])
     # Each rank's loss is weighted by its share, so that the mean over ranks is that over samples.
@@ -57,10 +57,10 @@ def test_one_process_compares_its_first_pass_with_the_whole() -> None:
         )
         assert noise.update(norms, [16], 64)
     assert noise.scale == pytest.approx(TRACE / SQUARE, rel=0.05)
-    assert not noise.update(norms, [64], 64), "there is but one part"
+    assert not noise.update(norms, [64], 64), "there is only one part"
 
 
-def test_the_two_estimators_are_smoothed_for_themselves() -> None:
+def test_the_two_estimates_are_smoothed_separately() -> None:
     noise, pairs = GradientNoise(smoothing=0.5), []
     for step in range(3):
         norms = measured(samples(8, step), [4, 4])
@@ -75,7 +75,7 @@ def test_the_two_estimators_are_smoothed_for_themselves() -> None:
     assert again.state_dict() == noise.state_dict()
 
 
-def test_the_gain_is_the_ratio_where_all_is_noise_and_one_where_there_is_none() -> None:
+def test_the_gain_is_the_ratio_if_all_is_noise_and_one_without_noise() -> None:
     noise = GradientNoise()
     assert noise.gain(16, 256) == 1, "before anything was measured"
     noise.update(SquaredNorms(part=100 / 32, whole=100 / 64), [32, 32], 64)  # no mean
@@ -124,24 +124,24 @@ def test_norms_are_those_of_raw_gradients(spec: dict[str, Any], scaled: bool, wo
             loss_scale=LossScale(2.0**10) if scaled else None,
             norms_every=2,
         )
-        sound = 0
-        for step, is_spoilt in enumerate([False, False, True, False, True, True, False, False, False]):
+        num_finite = 0
+        for step, is_infinite in enumerate([False, False, True, False, True, True, False, False, False]):
             own = [square_of(loss_of(model, rank, step), model) for rank in range(world_size)]
             mean = sum(loss_of(model, rank, step) for rank in range(world_size)) / world_size
             assert isinstance(mean, torch.Tensor)
             whole = square_of(mean, model)
             optimizer.zero_grad()
-            factor = math.inf if is_spoilt and comm.rank == 1 else 1.0
+            factor = math.inf if is_infinite and comm.rank == 1 else 1.0
             optimizer.scale(loss_of(model, comm.rank, step) * factor).backward()
             optimizer.step()
-            if is_spoilt or sound % 2:  # a step that was skipped does not count
+            if is_infinite or num_finite % 2:  # skipped steps do not count
                 assert optimizer.norms is None
             else:
                 assert optimizer.norms is not None
                 assert optimizer.norms == pytest.approx((sum(own) / world_size, whole), rel=1e-9)
-            sound += not is_spoilt
+            num_finite += not is_infinite
         measured_bytes = optimizer.wire.by_compressor["statistics"].sent_bytes
-        assert (measured_bytes > 1000) == (spec["name"] != "dense"), "compressed gradients are averaged once more"
+        assert (measured_bytes > 1000) == (spec["name"] != "dense"), "compressed gradients take one more dense exchange"
 
     simulate(world_size, run)
 
@@ -189,7 +189,7 @@ def test_a_step_whose_gradients_come_in_two_exchanges_is_not_measured() -> None:
 
 
 @pytest.mark.parametrize(("compressor", "expected"), [("dense", list(range(12))), ("topk", [0, 1, 2, 10])])
-def test_what_costs_an_exchange_is_measured_rarely(compressor: str, expected: list[int]) -> None:
+def test_measurements_that_cost_an_exchange_are_rare(compressor: str, expected: list[int]) -> None:
     def run(comm: Communicator) -> list[int]:
         model = copy.deepcopy(MODEL)
         optimizer = DistributedOptimizer(

@@ -1,4 +1,4 @@
-"""Each policy's choice, and how a batch is split into passes."""
+"""The batch sizes that each policy chooses, and how a batch is split into passes."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def noise_of(square_norm: float, trace: float, num_measured: int = 30) -> Gradie
 def target(policy: BatchPolicy, **changes: Any) -> float:
     usual = {
         "batch_size": 64,
-        "initial": 16,
+        "initial_size": 16,
         "step": 100,
         "epochs": 2.5,
         "epoch_losses": None,
         "noise": noise_of(1.0, 300.0),
         "is_measured": True,
     }
-    return policy.target(PolicyInputs(**{**usual, **changes}))
+    return policy.target_size(PolicyInputs(**{**usual, **changes}))
 
 
 def test_a_schedule_multiplies_at_its_milestones() -> None:
     policy = registry.build({"name": "schedule", "milestones": [1, 2.5], "factor": 3, "max_batch_size": 100})
     assert [target(policy, epochs=epochs) for epochs in (0.99, 1, 2.49, 2.5, 9)] == [16, 48, 48, 144, 144]
-    assert policy.cut(144, 100) == pytest.approx(100 / 144), "what the batch cannot take, the learning rate does"
+    assert policy.lr_factor(144, 100) == pytest.approx(100 / 144), "the learning rate falls where the batch cannot grow"
     by_step = registry.build({"name": "schedule", "milestones": [100], "unit": "step", "max_batch_size": 99})
     assert [target(by_step, step=step) for step in (99, 100)] == [16, 32]
 
 
-def test_a_plateau_doubles_where_the_loss_does_not_fall_by_a_factor() -> None:
+def test_plateau_doubles_the_batch_if_the_loss_does_not_fall_by_a_factor() -> None:
     policy = registry.build({"name": "plateau", "factor": 0.9, "max_batch_size": 256})
     cases = {None: 64, (0.89, 1.0): 64, (0.91, 1.0): 128, (2.0, 1.0): 128}
     assert {losses: target(policy, epoch_losses=losses) for losses in cases} == cases
 
 
-def test_the_noise_scale_lets_the_batch_grow_as_far_as_it_goes_itself() -> None:
+def test_the_batch_grows_up_to_the_noise_scale() -> None:
     policy = registry.build({"name": "noise_scale", "max_batch_size": 1024})
     sizes = [target(policy, batch_size=size) for size in (64, 128, 149, 150, 151, 1024)]
     assert sizes == [128, 256, 298, 300, 151, 1024]
@@ -61,14 +61,14 @@ def test_the_noise_scale_lets_the_batch_grow_as_far_as_it_goes_itself() -> None:
     assert target(half) == 64
 
 
-def test_the_norm_test_grows_to_where_it_passes() -> None:
+def test_the_norm_test_grows_the_batch_until_it_passes() -> None:
     policy = registry.build({"name": "norm_test", "theta": 0.5, "max_batch_size": 4096})
     wanted = 300 / (0.25 * (1 + 300 / 64))
     assert target(policy) == pytest.approx(wanted)
     size = 64.0
     for _ in range(60):
         size = target(policy, batch_size=size)
-    assert 300 / size == pytest.approx(0.25 * (1 + 300 / size)), "then the noise is theta times the norm"
+    assert 300 / size == pytest.approx(0.25 * (1 + 300 / size)), "the noise is theta times the norm"
     assert target(policy, batch_size=1000) == 1000, "it passes already"
     assert target(policy, noise=noise_of(1.0, 0.0)) == 64
 
@@ -82,8 +82,8 @@ def test_the_norm_test_grows_to_where_it_passes() -> None:
         (64, 1, 8, 1, 8),
         (96, 1, 10, 4, 3),
         (96, 1, 7, 4, 4),
-        (100, 1, 10, 4, 5),  # three would do, five split evenly
-        (101, 1, 10, 4, 3),  # nothing does: parts differ by a sample
+        (100, 1, 10, 4, 5),  # three suffice, five split evenly
+        (101, 1, 10, 4, 3),  # nothing splits evenly: parts differ by a sample
         (4, 4, 1, 1, 4),
     ],
 )
@@ -105,7 +105,7 @@ SPEC = {"name": "noise_scale", "max_batch_size": 100, "min_measurements": 1, "sm
     ("lr_scaling", "gain"),
     [("none", 1), ("linear", 100 / 16), ("sqrt", 2.5), ("adascale", (1 + 900 / 16) / (1 + 900 / 100))],
 )
-def test_the_learning_rate_follows_and_the_batch_keeps_below_its_limit(lr_scaling: str, gain: float) -> None:
+def test_the_learning_rate_follows_the_batch_which_stays_within_its_limit(lr_scaling: str, gain: float) -> None:
     growing = GrowingBatch(registry.build({**SPEC, "lr_scaling": lr_scaling}), SingleProcess(), 16, 1000, 2)
     norms = SquaredNorms(0.25 + 900 * 8 / 16**2, 1 + 900 / 16)  # of a first pass of 8 in 16
     sizes = []
@@ -126,12 +126,12 @@ def test_a_batch_does_not_outgrow_the_data() -> None:
     assert growing.batch_size == 40
 
 
-def test_skipped_steps_are_not_noted() -> None:
+def test_skipped_steps_are_not_recorded() -> None:
     growing = GrowingBatch(registry.build({"name": "plateau", "max_batch_size": 64}), SingleProcess(), 16, 1000)
     for step, loss in enumerate([1.0, math.inf, 3.0]):
         bad = math.isinf(loss)
         growing.update(
-            torch.tensor(loss), 16, sizes=[16], norms=None, step=step, epochs=0, ends_epoch=step == 2, is_sound=not bad
+            torch.tensor(loss), 16, sizes=[16], norms=None, step=step, epochs=0, ends_epoch=step == 2, is_skipped=bad
         )
     assert growing.state_dict()["last_loss"] == 2.0
     assert growing.scale_invariant_steps == 2
@@ -145,7 +145,7 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
     )
     assert growing.batch_size == 64
     assert growing.gain == pytest.approx((1 + 640 / 16) / (1 + 640 / 64))
-    assert growing.scale_invariant_steps == 1, "the first step had nothing to go by"
+    assert growing.scale_invariant_steps == 1, "nothing was measured before the first step"
     growing.update(torch.tensor(1.0), 64, sizes=[32], norms=None, step=2, epochs=0.2)
     assert growing.scale_invariant_steps == pytest.approx(1 + growing.gain)
 
@@ -153,13 +153,16 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "plateau", "max_batch_size": 8}, "batch.max_batch_size=8 is below batch_size=16, with which"),
+        (
+            {"name": "plateau", "max_batch_size": 8},
+            "batch.max_batch_size=8 is below batch_size=16, which the run starts with",
+        ),
         ({"name": "adascale", "base_batch_size": 32}, "batch.base_batch_size=32 is above batch_size=16"),
         (
             {"name": "schedule", "max_batch_size": 64, "milestones": [3, 10]},
             "ends at epochs=10, so 10 is never reached",
         ),
-        ({"name": "schedule", "max_batch_size": 64, "milestones": [3, 2]}, "batch.milestones=.* in rising order"),
+        ({"name": "schedule", "max_batch_size": 64, "milestones": [3, 2]}, "batch.milestones=.* in increasing order"),
         ({"name": "schedule", "max_batch_size": 64, "milestones": []}, "batch.milestones"),
         ({"name": "plateau"}, "missing key 'batch.max_batch_size'"),
         ({"name": "plateu"}, "did you mean 'plateau'"),
@@ -167,10 +170,10 @@ def test_adascale_has_its_gain_over_the_base_batch() -> None:
         ({"name": "adascale", "base_batch_size": 4, "lr_scaling": "sqrt"}, "batch.lr_scaling"),
         ({"name": "fixed", "max_micro_batch": 0}, "batch.max_micro_batch"),
         ({"name": "fixed", "max_micro_batch": "car"}, "batch.max_micro_batch"),
-        ({"name": "fixed", "memory_gib": 2}, "batch.max_micro_batch=auto"),
+        ({"name": "fixed", "memory_gib": 2}, "batch.memory_gib needs batch.max_micro_batch=auto"),
     ],
 )
-def test_what_does_not_fit_is_refused(spec: dict[str, Any], message: str) -> None:
+def test_policies_that_do_not_fit_are_refused(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         registry.build(spec).check(16, 10, None)
 
@@ -181,7 +184,7 @@ def test_noise_needs_two_parts() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_in_a_loop_of_ones_own(world_size: int) -> None:
+def test_in_a_users_own_loop(world_size: int) -> None:
     """A gradient of known noise: the batch grows to its noise scale and no further, whatever the number of ranks."""
     scale = 100.0  # trace 100 over a squared norm of 1
 
@@ -220,3 +223,13 @@ def test_in_a_loop_of_ones_own(world_size: int) -> None:
         assert sizes == sorted(sizes)
         assert sizes[-1] == 64
         assert gain == pytest.approx(8**0.5)
+
+
+def test_deprecated_names_still_work() -> None:
+    growing = GrowingBatch(registry.build({"name": "plateau", "max_batch_size": 64}), SingleProcess(), 16, 1000)
+    with pytest.warns(DeprecationWarning, match="use is_skipped"):
+        growing.update(torch.tensor(1.0), 16, step=1, epochs=0.1, is_sound=False)
+    assert growing.scale_invariant_steps == 0
+    with pytest.warns(DeprecationWarning, match="use resume"):
+        growing.go_on(1, 0.1)
+    assert growing.batch_size == 16

@@ -123,11 +123,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "two warm-ups": (["schedule.warmup_steps=1", "schedule.warmup_epochs=1"], "clash: set one of them"),
     "one cycle and a warm-up": (
         ["schedule.name=one_cycle", "schedule.warmup_steps=1"],
-        "and a warm-up clash, since",
+        "schedule.name='one_cycle' cannot have a warmup, since",
     ),
     "milestones out of order": (
         ["schedule.name=multi_step", "schedule.milestones=[5,2]"],
-        "schedule.milestones=[5, 2] must rise from 1 on: use [2, 5]",
+        "schedule.milestones=[5, 2] must be increasing and at least 1: use [2, 5]",
     ),
     "milestone after the end": (
         ["schedule.name=multi_step", "schedule.milestones=[2,9]", "max_steps=5"],
@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "milestone in the warm-up": (
         ["schedule.name=multi_step", "schedule.milestones=[2]", "schedule.warmup_steps=3", "max_steps=5"],
-        "schedule.milestones=[2] begin within the warm-up of 3 steps",
+        "schedule.milestones=[2] start within the warmup of 3 steps",
     ),
     "parts that are no list": (["schedule.name=sequence", "schedule.parts=3"], "schedule.parts=3 should be a list of"),
     "parts without a length": (
@@ -156,7 +156,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "warm-up of a sequence": (
         ["schedule.name=sequence", "schedule.parts=[cosine]", "schedule.warmup_steps=2"],
-        "schedule.warmup_steps is for the parts of a sequence: set schedule.parts.0.warmup_steps",
+        "schedule.warmup_steps belongs to the parts of a sequence: set schedule.parts.0.warmup_steps",
     ),
     "plateau in a sequence": (
         ["schedule.name=sequence", "schedule.parts=[reduce_on_plateau]"],
@@ -176,10 +176,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "norm bounds that fall": (
         ["optimizer.name=lamb", "optimizer.lr=0.1", "optimizer.norm_bounds=[3,1]"],
-        "optimizer.norm_bounds=[3.0, 1.0] must rise from 0",
+        "optimizer.norm_bounds=[3.0, 1.0] must be increasing and at least 0",
     ),
     "rules of layers that are no list": (["layers.rules=3"], "layers.rules=3 should be a list of rules, such as"),
-    "rule of layers that says nothing": (["layers.rules=[{match: '0.*'}]"], "layers.rules ('0.*') says nothing: give"),
+    "rule of layers that says nothing": (["layers.rules=[{match: '0.*'}]"], "layers.rules ('0.*') sets nothing: add"),
     "rule of layers that clashes": (
         ["layers.rules=[{match: '0.*', freeze: true, lr_factor: 2}]"],
         "layers.rules ('0.*') has freeze and lr_factor, which clash",
@@ -190,7 +190,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "sets adapt, which is for trust ratios"),
     "decay above 1": (["layers.decay=1.1"], "layers.decay=1.1 should be less than or equal to 1"),
-    "order without decay": (["layers.order=['*']"], "layers.order=['*'] is for layers.decay: set that below 1"),
+    "order without decay": (
+        ["layers.order=['*']"],
+        "layers.order=['*'] has no effect without layers.decay: set that below 1",
+    ),
     "accumulation does not divide": (
         ["accumulation=7"],
         "batch_size=24 does not divide evenly among 1 worker x accumu",
@@ -235,9 +238,12 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "rule of layers that never decides": (
         ["layers.rules=[{lr_factor: 2}, {match: '0.*', freeze: true}]"],
-        "layers.rules.1 ('0.*') never decides: those before it take all that it matches",
+        "layers.rules.1 ('0.*') has no effect: earlier patterns match all of its parameters",
     ),
-    "everything frozen": (["layers.rules=[{freeze: true}]"], "layers.rules freeze every parameter: nothing is left"),
+    "everything frozen": (
+        ["layers.rules=[{freeze: true}]"],
+        "layers.rules freeze every parameter: at step 0 there is nothing to train",
+    ),
     "order that leaves one out": (
         ["layers.decay=0.5", "layers.order=['0.*']"],
         "layers.order has no layer for '3.weight': add a pattern that matches it",

@@ -17,8 +17,8 @@ with torch.random.fork_rng():
 
 
 def steps(comm: Communicator, count: int = 9, compressor: Any = "dense", **options: Any) -> dict[str, torch.Tensor]:
-    """The average after ``count`` steps on the joined batches, each rank on its part."""
-    model = copy.deepcopy(TEMPLATE).eval()  # fixed statistics: those of a batch depend on how it is split
+    """Return the average after ``count`` steps, in which each rank has its part of the batch."""
+    model = copy.deepcopy(TEMPLATE).eval()  # fixed statistics, since those of a batch depend on how it is split
     optimizer = DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), model, comm=comm, compressor=compressor
     )
@@ -32,8 +32,8 @@ def steps(comm: Communicator, count: int = 9, compressor: Any = "dense", **optio
 
 
 @pytest.mark.parametrize("options", [{"decay": 0.9}, {"decay": 0.99, "warmup": False}, {"after_steps": 3}], ids=str)
-def test_ranks_average_what_one_process_does(options: dict[str, Any]) -> None:
-    """The definition, restated: plain torch, one process, the joined batch."""
+def test_ranks_have_the_average_of_one_process(options: dict[str, Any]) -> None:
+    """The reference is the definition in plain torch: one process, the joined batch."""
     model = copy.deepcopy(TEMPLATE).eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     expected: dict[str, torch.Tensor] = {}
@@ -63,7 +63,7 @@ def test_averages_are_bit_identical_on_all_ranks_with_compression(compressor: An
     assert all(torch.equal(result[name], results[0][name]) for result in results for name in result)
 
 
-def test_a_skipped_step_leaves_no_trace() -> None:
+def test_a_skipped_step_does_not_change_the_average() -> None:
     def run(bad: bool) -> dict[str, torch.Tensor]:
         model = copy.deepcopy(TEMPLATE).eval()
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), model, comm=SingleProcess())
@@ -79,7 +79,7 @@ def test_a_skipped_step_leaves_no_trace() -> None:
     assert all(torch.equal(value, run(bad=True)[name]) for name, value in run(bad=False).items())
 
 
-def test_the_model_has_the_average_inside_and_its_own_weights_after() -> None:
+def test_the_model_has_the_average_inside_the_context_and_its_own_weights_after() -> None:
     model = copy.deepcopy(TEMPLATE)
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), model, comm=SingleProcess())
     average = WeightAverage(optimizer, decay=0.5, warmup=False)
@@ -106,7 +106,7 @@ def test_the_model_has_the_average_inside_and_its_own_weights_after() -> None:
     assert all(torch.equal(average.state_dict()[name], value) for name, value in wanted.items())
 
 
-def test_averaged_statistics_become_the_mean_over_ranks() -> None:
+def test_synchronized_statistics_are_the_mean_over_ranks() -> None:
     def run(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
         model = copy.deepcopy(TEMPLATE)
         optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), model, comm=comm)
@@ -127,12 +127,12 @@ def test_averaged_statistics_become_the_mean_over_ranks() -> None:
         assert torch.equal(mean, results[0][1])
 
 
-def test_refuses_what_cannot_be() -> None:
+def test_invalid_arguments_and_states_are_refused() -> None:
     model = nn.Linear(2, 2)
     optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.2), model, comm=SingleProcess())
     with pytest.raises(UserError, match=r"decay=1.0 must be above 0 and below 1"):
         WeightAverage(optimizer, decay=1.0)
     with pytest.raises(UserError, match="after_steps=-1 must be at least 0"):
         WeightAverage(optimizer, after_steps=-1)
-    with pytest.raises(UserError, match="of another model: 'bias' is only in one"):
+    with pytest.raises(UserError, match="belongs to another model: 'bias' is only in the model"):
         WeightAverage(optimizer).load_state_dict({"weight": torch.zeros(2, 2)}, 1)

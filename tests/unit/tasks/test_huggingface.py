@@ -1,4 +1,4 @@
-"""On a tiny model that the test makes: nothing is fetched."""
+"""Fine-tuning of a tiny model that the tests create: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def spec(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"name": "huggingface", "model": str(folder), "data": data, "dropout": 0.0, "max_length": 8, **changes}
 
 
-def test_padding_counts_for_nothing_and_losses_are_means(folder: Path) -> None:
+def test_padding_is_ignored_and_losses_are_means(folder: Path) -> None:
     task = tasks.registry.build(spec(folder))
     model, data = task.build_model().double().eval(), task.train_data()
 
@@ -68,7 +68,7 @@ def test_padding_counts_for_nothing_and_losses_are_means(folder: Path) -> None:
     assert loss(list(range(6))) == pytest.approx(sum(loss([index]) for index in range(6)) / 6, rel=1e-12)
 
 
-def test_the_held_out_texts_are_others_and_the_same_every_time(folder: Path) -> None:
+def test_the_held_out_texts_are_disjoint_and_the_same_every_time(folder: Path) -> None:
     first, again = (tasks.registry.build(spec(folder)) for _ in range(2))
     assert torch.equal(first.train_data().tensors[0], again.train_data().tensors[0])  # type: ignore[attr-defined]
     seen = {tuple(row) for row in first.train_data().tensors[0].tolist()}  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def test_the_held_out_texts_are_others_and_the_same_every_time(folder: Path) -> 
     assert not any(tuple(row) in seen for row in held_out)
 
 
-def test_the_body_is_the_folder_s_and_the_head_is_new(folder: Path) -> None:
+def test_the_body_is_loaded_from_the_folder_and_the_head_is_new(folder: Path) -> None:
     model = tasks.registry.build(spec(folder)).build_model()
     fresh = model.state_dict()["head.weight"].clone()
     section: dict[str, Any] = {"weights": str(folder), "rename": {"": "body."}, "reset": ("head.*", "body.pooler.*")}
@@ -105,7 +105,7 @@ def test_ranks_fine_tune_as_one_process_does(tmp_path: Path, folder: Path) -> No
 
     _, alone = train(config("alone"), SingleProcess())
     name = "body.embeddings.word_embeddings.weight"
-    assert not torch.equal(alone[name], torch.load(tmp_path / "begin.pt")[name].double()), "thawed"
+    assert not torch.equal(alone[name], torch.load(tmp_path / "begin.pt")[name].double()), "unfrozen"
     for _, together in simulate(2, lambda comm: train(config("together"), comm)):
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=0, atol=1e-10)
@@ -135,7 +135,7 @@ def test_other_kinds_of_data_hold_the_same_texts(tmp_path: Path, folder: Path, k
         ({"data": "pyproject.toml"}, r"should be a \.jsonl or \.csv file"),
     ],
 )
-def test_what_is_missing_is_one_line(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_missing_files_are_refused_in_one_line(folder: Path, changes: dict[str, Any], message: str) -> None:
     task = tasks.registry.build(spec(folder, **changes))
     with pytest.raises(UserError, match=message) as caught:
         (task.build_model(), task.train_data())

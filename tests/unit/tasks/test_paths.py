@@ -1,4 +1,4 @@
-"""``~`` in every path that a user gives is the home folder, never a folder of that name."""
+"""``~`` is the home directory in every path of a user, never a directory of that name."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_home_folder_is_put_in_its_place(home: Path) -> None:
+def test_the_home_directory_is_expanded(home: Path) -> None:
     assert expand_home("~") == str(home)
     assert expand_home("~/x") == resolve("~/x", "task.path") == str(home / "x")
     for path in ("x", "./~", "a/~/b", "/x~", ""):
         assert expand_home(path) == path
-    with pytest.raises(UserError, match=r"^'~nosuchuser/x' begins with the home folder of a user who does not exist"):
+    with pytest.raises(
+        UserError, match=r"^'~nosuchuser/x' starts with the home directory of a user who does not exist"
+    ):
         expand_home("~nosuchuser/x")
 
 
-def test_a_run_whose_every_path_is_in_the_home_folder(config: str, home: Path) -> None:
+def test_a_run_with_every_path_in_the_home_directory(config: str, home: Path) -> None:
     (home / "digits.yaml").write_text(CONFIG + "output: ~/runs\n")
     assert call("train", "~/digits.yaml") == 0
     assert (home / "runs/run/summary.json").is_file()
@@ -47,7 +49,7 @@ def test_a_run_whose_every_path_is_in_the_home_folder(config: str, home: Path) -
     assert not Path("~").exists()
 
 
-def test_data_and_weights_in_the_home_folder(home: Path) -> None:
+def test_data_and_weights_in_the_home_directory(home: Path) -> None:
     (home / "book.txt").write_text("to be or not to be " * 500)
     assert text_files.find("~/*.txt") == [("home/book.txt", home / "book.txt")]
     model = torch.nn.Linear(2, 2)
@@ -55,7 +57,7 @@ def test_data_and_weights_in_the_home_folder(home: Path) -> None:
     assert load_weights(model, "~/weights.pt").loaded == ["weight", "bias"]
 
 
-def test_the_home_of_nobody_is_one_line(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_home_of_an_unknown_user_is_refused_in_one_line(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", config, "output=~nosuchuser/runs") == 2
-    assert capsys.readouterr().err.startswith("error: '~nosuchuser/runs' begins with the home folder of a user who")
+    assert capsys.readouterr().err.startswith("error: '~nosuchuser/runs' starts with the home directory of a user who")
     assert not Path("~nosuchuser").exists()

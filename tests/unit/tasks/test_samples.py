@@ -1,4 +1,4 @@
-"""Files as people have them."""
+"""Files of labeled texts in the variants that occur in practice."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ READ: dict[str, tuple[bytes, list[tuple[str, str]]]] = {
 REFUSED: dict[str, tuple[bytes, str]] = {
     "semicolons.csv": (
         b"text;label\na;b\n",
-        ", line 1: no column is called 'text'; the columns are 'text;label'; separate columns by commas",
+        ", line 1: no column is named 'text'; the columns are 'text;label'; separate columns by commas",
     ),
     "tabs.csv": (
         b"text\tlabel\na\tb\n",
-        ", line 1: no column is called 'text'; the columns are 'text\\tlabel'; separate columns by commas",
+        ", line 1: no column is named 'text'; the columns are 'text\\tlabel'; separate columns by commas",
     ),
-    "capitals.csv": (b"Text,Label\na,b\n", ", line 1: no column is called 'text'; the columns are 'Text', 'Label'"),
+    "capitals.csv": (b"Text,Label\na,b\n", ", line 1: no column is named 'text'; the columns are 'Text', 'Label'"),
     "twice.csv": (
         b"text,label,text\na,b,c\n",
-        ", line 1: two columns are called 'text'; the columns are 'text', 'label', 'text'",
+        ", line 1: two columns are named 'text'; the columns are 'text', 'label', 'text'",
     ),
-    "short.csv": (b'text,label\n"two\nlines",pos\ngood\n', ", line 4: 1 field where the header has 2"),
+    "short.csv": (b'text,label\n"two\nlines",pos\ngood\n', ", line 4: 1 field, but the header has 2"),
     "comma.csv": (
         b"text,label\ngood, really good,pos\n",
-        ", line 2: 3 fields where the header has 2; a field with a comma",
+        ", line 2: 3 fields, but the header has 2; a field with a comma needs quotes",
     ),
     "no-label.csv": (b"text,label\ngood,pos\nbad, \n", ", line 3: the label is missing"),
     "open-quote.csv": (
@@ -59,7 +59,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "utf16.csv": ("text,label\na,b\n".encode("utf-16"), ", line 1: not valid UTF-8"),
     "empty.csv": (b"", " is empty"),
     "blank.jsonl": (b"\n \n", " is empty"),
-    "no-label.jsonl": (b'{"text": "a", "label": "b"}\n{"text": "a"}\n', ", line 2: no label; its keys are 'text'"),
+    "no-label.jsonl": (
+        b'{"text": "a", "label": "b"}\n{"text": "a"}\n',
+        ", line 2: the label is missing; the keys are 'text'",
+    ),
     "null-label.jsonl": (b'{"text": "a", "label": null}\n', ", line 1: the label is missing"),
     "empty-label.jsonl": (b'{"text": "a", "label": ""}\n', ", line 1: the label is missing"),
     "null-text.jsonl": (b'{"text": null, "label": "b"}\n', ", line 1: the text is missing"),
@@ -67,24 +70,24 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "list.jsonl": (b'{"text": ["a"], "label": 1}\n', ', line 1: the text should be a string, not ["a"]'),
     "array.jsonl": (
         b'[{"text": "a", "label": 1}]\n',
-        ", line 1: every line should be an object with text and label, not '[{",
+        ", line 1: each line should be an object with text and label, not '[{",
     ),
-    "half.jsonl": (b'{"text": "a", "label": "b"}\n{"text": "a", "la', ", line 2: no JSON (Unterminated string"),
-    "deep.jsonl": (b"[" * 100_000, ", line 1: no JSON (nested too deeply)"),
+    "half.jsonl": (b'{"text": "a", "label": "b"}\n{"text": "a", "la', ", line 2: not JSON (Unterminated string"),
+    "deep.jsonl": (b"[" * 100_000, ", line 1: not JSON (nested too deeply)"),
     "surrogate.jsonl": (b'{"text": "\\ud800", "label": 1}\n', ", line 1: the text has half of a surrogate pair"),
     "plain.txt": (b"a", " should be a .jsonl or .csv file"),
 }
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_meant_is_read(tmp_path: Path, name: str) -> None:
+def test_valid_files_are_read(tmp_path: Path, name: str) -> None:
     content, expected = READ[name]
     (tmp_path / name).write_bytes(content)
     assert list(read_samples(tmp_path / name, name)) == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_meant_is_one_line_that_says_where(tmp_path: Path, name: str) -> None:
+def test_malformed_files_are_refused_in_one_line_that_says_where(tmp_path: Path, name: str) -> None:
     content, message = REFUSED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -93,7 +96,7 @@ def test_what_is_not_meant_is_one_line_that_says_where(tmp_path: Path, name: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_has_a_file_a_class(tmp_path: Path) -> None:
+def test_a_folder_has_one_file_per_class(tmp_path: Path) -> None:
     (tmp_path / "pos.txt").write_bytes("good\r\nnews\r\n\r\nmore".encode("utf-8-sig"))
     (tmp_path / ".hidden").write_bytes(b"\xff")
     assert list(read_samples(tmp_path, "reviews")) == [("good news", "pos"), ("more", "pos")]

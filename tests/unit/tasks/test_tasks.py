@@ -34,7 +34,7 @@ def batch_of(task: Task, data: Any, indices: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("name", ["digits", "text"])
-def test_smoothed_labels_count_in_the_training_loss_alone(name: str) -> None:
+def test_label_smoothing_applies_to_the_training_loss_only(name: str) -> None:
     """(1 - s) x cross-entropy + s x the mean over classes of the negative log-probability (Szegedy et al. 2016)."""
     plain, smooth = (tasks.registry.build({**SPECS[name], "label_smoothing": share}) for share in (0.0, 0.2))
     model = plain.build_model().double().eval()
@@ -49,7 +49,7 @@ def test_smoothed_labels_count_in_the_training_loss_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 class TestContract:
-    """What the trainer relies on, for every task."""
+    """What the trainer requires of every task."""
 
     def test_the_loss_is_a_mean_over_samples(self, name: str) -> None:
         task = tasks.registry.build(SPECS[name])

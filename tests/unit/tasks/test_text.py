@@ -69,7 +69,7 @@ BOOK = "".join(f"line {number} of the book\n" for number in range(2000)).encode(
 
 
 @pytest.mark.parametrize("path", ["book/input.txt", "book", "book/*.txt", "book/inpu?.txt", "b[ao]ok/*.txt"])
-@pytest.mark.parametrize("held_out", [0.05, 0.3, 0.999])  # by its path, the file is among the held-out ones with 0.999
+@pytest.mark.parametrize("held_out", [0.05, 0.3, 0.999])  # with 0.999 the hash of its path would hold out the file
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, path: str, held_out: float) -> None:
     (tmp_path / "book").mkdir()
     (tmp_path / "book/input.txt").write_bytes(BOOK)
@@ -78,7 +78,7 @@ def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, path: str, held_ou
     assert len(rest) == pytest.approx(held_out * len(BOOK), abs=2)
 
 
-def test_the_ends_of_few_files_are_held_out_where_none_is_as_a_whole(tmp_path: Path) -> None:
+def test_the_ends_of_few_files_are_held_out_if_no_whole_file_is(tmp_path: Path) -> None:
     for name, size in {"a.txt": 1000, "b.txt": 3000, "empty.txt": 0}.items():
         (tmp_path / name).write_bytes(name[:1].encode() * size)
     train, rest = Text(path=str(tmp_path), held_out=0.01, context=16)._split
@@ -91,7 +91,7 @@ def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     assert text_files.find(f"{tmp_path}/book[1].txt") == [("book[1].txt", tmp_path / "book[1].txt")]
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^task.path: '.*gone.txt' cannot be read: No such file or directory"):
         text_files.read([("gone.txt", tmp_path / "gone.txt")])
 
@@ -116,7 +116,7 @@ def test_heads_divide_the_width() -> None:
         Text(width=10)
 
 
-def test_the_model_looks_at_earlier_bytes_alone() -> None:
+def test_the_model_is_causal() -> None:
     torch.manual_seed(0)
     model = GPT(context=12, width=16, heads=2, layers=2, dropout=0.0).double()
     tokens = torch.randint(0, 256, (3, 12))
@@ -127,7 +127,7 @@ def test_the_model_looks_at_earlier_bytes_alone() -> None:
     assert not torch.allclose(first[:, 7:], second[:, 7:])
 
 
-def test_an_untrained_model_needs_eight_bits_a_byte(tmp_path: Path) -> None:
+def test_an_untrained_model_needs_eight_bits_per_byte(tmp_path: Path) -> None:
     make_files(tmp_path)
     task = Text(path=str(tmp_path), held_out=0.3, width=32, layers=1, context=32)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Whole runs whose batch grows: every sample once an epoch, as one process would, and resumed to the bit."""
+"""Whole runs whose batch grows: each sample once per epoch, equal to one process, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def sizes_in(config: Any) -> list[int]:
 
 @every_policy
 @pytest.mark.parametrize("loader_workers", [0, 1])
-def test_every_sample_is_used_once_an_epoch(
+def test_every_sample_is_used_once_per_epoch(
     tmp_path: Path, policy: str, loader_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where processes read ahead in batches of the old size."""
+    """Also if loader workers have read ahead in batches of the old size."""
     seen: list[tuple[int, float]] = []  # epoch and sample, over all ranks
     own = threading.local()
     to_device = trainer_module.to_device
@@ -98,7 +98,7 @@ def test_ranks_equal_one_process_on_the_same_growing_batch(tmp_path: Path, polic
 @pytest.mark.parametrize(
     ("world_size", "compressor"), [(1, "dense"), (2, {"name": "topk", "ratio": 0.1, "min_numel": 1})], ids=["1", "2"]
 )
-def test_resuming_equals_no_stop_while_the_batch_grows(
+def test_resuming_equals_an_uninterrupted_run_while_the_batch_grows(
     tmp_path: Path, policy: str, world_size: int, compressor: Any
 ) -> None:
     changes = {
@@ -127,7 +127,7 @@ def test_resuming_equals_no_stop_while_the_batch_grows(
 
 
 @every_policy
-def test_another_number_of_ranks_goes_on_with_the_same_samples(tmp_path: Path, policy: str) -> None:
+def test_another_number_of_ranks_resumes_with_the_same_samples(tmp_path: Path, policy: str) -> None:
     config = config_of(tmp_path, policy, checkpoint={"every_steps": 1, "keep": 1}, epochs=3, batch_size=12)
 
     def position(comm: Communicator, config: Any) -> tuple[int, int, int, int]:
@@ -151,7 +151,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(tmp_path: Path, p
     assert summary["epochs"] == 3
 
 
-def test_skipped_steps_leave_no_trace_in_what_the_batch_goes_by(tmp_path: Path) -> None:
+def test_skipped_steps_do_not_change_the_state_of_the_batch(tmp_path: Path) -> None:
     config = config_of(tmp_path, "noise_scale", task={"bad_step": 5}, max_steps=6)
     trainer = Trainer(config, SingleProcess())
     states = []
@@ -171,7 +171,7 @@ def test_skipped_steps_leave_no_trace_in_what_the_batch_goes_by(tmp_path: Path) 
     assert states[3] != states[4]
 
 
-def test_what_a_batch_cannot_grow_the_learning_rate_falls(tmp_path: Path) -> None:
+def test_the_learning_rate_falls_where_the_batch_cannot_grow(tmp_path: Path) -> None:
     batch = {"name": "schedule", "milestones": [1, 2], "factor": 4, "max_batch_size": 32}
     config = config_of(tmp_path, "schedule", batch=batch, batch_size=8, schedule="constant", epochs=3)
     train(config, SingleProcess())
@@ -189,11 +189,11 @@ def test_adascale_runs_as_many_scale_invariant_steps_as_the_base_batch_has(tmp_p
     trained = [record for record in records(config) if record["kind"] == "train"]
     assert sum(record["gain"] for record in trained) == pytest.approx(base_steps, abs=4)
     assert all(1 <= record["gain"] <= 4 for record in trained)
-    assert trained[-1]["lr"] < 0.3 * max(record["lr"] for record in trained), "the schedule came to its end"
+    assert trained[-1]["lr"] < 0.3 * max(record["lr"] for record in trained), "the schedule reached its end"
     assert summary["ended_by"] == "last_step"
 
 
-def test_schedules_follow_the_data_where_the_batch_grows(tmp_path: Path) -> None:
+def test_schedules_follow_the_data_if_the_batch_grows(tmp_path: Path) -> None:
     config = config_of(tmp_path, "schedule", batch={**POLICIES["schedule"], "lr_scaling": "none", "max_batch_size": 50})
     train(config, SingleProcess())
     fixed = config_of(tmp_path / "fixed", "schedule", batch="fixed")
@@ -202,7 +202,7 @@ def test_schedules_follow_the_data_where_the_batch_grows(tmp_path: Path) -> None
     starts = [0.0]
     for record in records(config):
         if record["kind"] == "train":
-            if starts[-1] in rate_at:  # the rate of a step is that of where it began
+            if starts[-1] in rate_at:  # the rate of a step is that of its start
                 following = min(epoch for epoch in rate_at if epoch > starts[-1])
                 assert record["lr"] == pytest.approx(rate_at[following])
             starts.append(record["epoch"])
@@ -224,7 +224,7 @@ def test_both_bounds_of_a_run_that_grows() -> None:
     assert run_length.is_over(Progress(step=20, epoch=3), 0)
 
 
-def test_the_last_step_of_an_epoch_is_left_out_by_the_batch_of_that_moment(tmp_path: Path) -> None:
+def test_the_last_step_of_an_epoch_is_dropped_by_the_current_batch_size(tmp_path: Path) -> None:
     batch = {"name": "schedule", "milestones": [3], "unit": "step", "max_batch_size": 32, "factor": 2}
     config = config_of(tmp_path, "schedule", batch=batch, batch_size=16, drop_last=True, epochs=3)
     train(config, SingleProcess())

@@ -1,4 +1,4 @@
-"""Parameters that rules freeze until a step, in whole runs."""
+"""Whole runs with parameters that rules freeze until a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changes_of(trainer: Trainer, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, value in before.items() if not torch.equal(now[name], value)}
 
 
-def test_parameters_train_from_their_step_on(tmp_path: Path) -> None:
+def test_parameters_are_trained_from_their_step_on(tmp_path: Path) -> None:
     seen: list[tuple[int, set[str]]] = []
     before: dict[str, torch.Tensor] = {}
 
@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stop_at", [UNTIL, UNTIL + 1])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bit(
+def test_resuming_with_unfreezing_average_and_early_stopping_equals_an_uninterrupted_run_bit_for_bit(
     tmp_path: Path, stop_at: int, variant: str
 ) -> None:
     changes: dict[str, Any] = {
@@ -110,14 +110,17 @@ def test_resuming_with_thaw_average_and_early_stopping_equals_no_stop_bit_for_bi
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"match": "0.*", "until_step": 3}, r"layers.rules \('0\.\*'\) has until_step, which is for freeze"),
+        ({"match": "0.*", "until_step": 3}, r"layers.rules \('0\.\*'\) has until_step without freeze"),
         ({"match": "0.*", "freeze": True, "until_step": 0}, "layers.rules.0.until_step=0 should be greater than"),
-        ({"match": "0.*", "freeze": True, "until_step": 9}, "until_step=9 comes after the run's 9 steps"),
-        ({"match": "*", "freeze": True, "until_step": 2}, "freeze every parameter: nothing is left to train at first"),
+        ({"match": "0.*", "freeze": True, "until_step": 9}, "until_step=9 is never reached, the run has 9 steps"),
+        (
+            {"match": "*", "freeze": True, "until_step": 2},
+            "freeze every parameter: at step 0 there is nothing to train",
+        ),
         ({"match": "hed.*", "freeze": True, "until_step": 2}, r"layers.rules.0 \('hed\.\*'\) matches no parameter"),
     ],
 )
-def test_what_cannot_be_is_one_line(tmp_path: Path, rule: dict[str, Any], message: str) -> None:
+def test_impossible_rules_are_refused_in_one_line(tmp_path: Path, rule: dict[str, Any], message: str) -> None:
     def run() -> None:
         config = make_config(tmp_path, layers={"rules": [rule]})
         simulate(2, lambda comm: train(config, comm))
@@ -127,14 +130,14 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, rule: dict[str, Any], messag
     assert "\n" not in str(caught.value)
 
 
-def test_a_rule_for_compression_may_be_for_what_thaws_later(tmp_path: Path) -> None:
+def test_a_compression_rule_may_match_parameters_that_are_unfrozen_later(tmp_path: Path) -> None:
     rules = [{"match": "0.weight", "use": {"name": "topk", "min_numel": 1}}]
     config = make_config(tmp_path, layers=LAYERS, compressor={"name": "dense", "rules": rules})
     (summary, _), _ = simulate(2, lambda comm: train(config, comm))
     assert summary["wire"]["by_compressor"]["topk"]["dense_bytes"] == (9 - UNTIL) * 6 * 8 * 4
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_frozen_set(tmp_path: Path) -> None:
+def test_another_number_of_ranks_resumes_with_the_same_frozen_set(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"layers": LAYERS, "average": {"decay": 0.6}, "checkpoint": {"every_steps": 1}}
     _, expected = train(make_config(tmp_path / "alone", **changes), SingleProcess())
 

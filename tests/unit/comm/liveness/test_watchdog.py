@@ -158,13 +158,13 @@ def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
             comm=comm,
             compressor={"name": "topk", "min_numel": 1, "hierarchical": True},
         )
-        calls, starts = [], comm.activity.starts
+        calls, start_call = [], comm.activity.start_call
 
         def watched(kind: str, account: object) -> Any:
-            calls.append(str(call := starts(kind, account)))
+            calls.append(str(call := start_call(kind, account)))
             return call
 
-        comm.activity.starts = watched  # type: ignore[method-assign]
+        comm.activity.start_call = watched  # type: ignore[method-assign]
         for _ in range(2):
             model(torch.ones(3, 40)).sum().backward()
             optimizer.step()
@@ -252,7 +252,7 @@ def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall:
 def test_where_a_rank_is_before_it_does_anything_is_nowhere() -> None:
     activity = Activity()
     assert activity.report().doing == ""
-    activity.starts("Broadcast", None)
+    activity.start_call("Broadcast", None)
     assert activity.report().doing == "set-up"
     activity.enter("evaluation", 7)
     assert activity.report().doing == "step 7's evaluation"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from disttrain.errors import UserError
-from disttrain.optim.layers.depth import depths
+from disttrain.optim.layers.depth import layer_depths
 from disttrain.optim.layers.groups import Layers
 from disttrain.optim.optimizers.sections import optimizers
 
@@ -38,32 +38,32 @@ def build(**values: Any) -> Layers:
 
 
 def test_the_blocks_of_a_transformer_are_layers() -> None:
-    depth = depths(Transformer())
+    depth = layer_depths(Transformer())
     assert depth["embedding.weight"] == 0
     for name, value in depth.items():
         if name.startswith("encoder.blocks"):
             assert value == 1 + int(name.split(".")[2]), name
-    assert depth["norm.weight"] == 3, "with the block before it"
+    assert depth["norm.weight"] == 3, "it belongs to the block before it"
     assert depth["head.weight"] == 4
-    assert "head.weight" not in depths(Transformer(tied=True))
+    assert "head.weight" not in layer_depths(Transformer(tied=True))
 
 
-def test_the_modules_of_a_sequence_are_layers_and_norms_belong_to_those_before() -> None:
+def test_the_modules_of_a_sequence_are_layers_and_norms_belong_to_the_layer_before() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten())
-    assert depths(model) == {"0.weight": 0, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1, "3.bias": 1}
+    assert layer_depths(model) == {"0.weight": 0, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1, "3.bias": 1}
 
 
-def test_a_sequence_of_different_parts_is_looked_into() -> None:
+def test_a_sequence_of_different_modules_is_not_a_layer_list() -> None:
     model = nn.Sequential(Transformer(), nn.Linear(4, 2))
-    assert depths(model)["0.encoder.blocks.2.mlp.0.weight"] == 3
-    assert depths(model)["1.weight"] == 5
+    assert layer_depths(model)["0.encoder.blocks.2.mlp.0.weight"] == 3
+    assert layer_depths(model)["1.weight"] == 5
 
 
-def test_what_stands_beside_the_blocks_is_one_layer_each() -> None:
+def test_each_module_beside_the_blocks_is_one_layer() -> None:
     model = Transformer()
     parts = {"words": nn.Embedding(7, 4), "norm": nn.LayerNorm(4), "places": nn.Linear(4, 4)}
     model.embedding = nn.ModuleDict(parts)  # type: ignore[assignment]
-    depth = depths(model)
+    depth = layer_depths(model)
     assert {depth[name] for name in depth if name.startswith("embedding")} == {0}
     assert depth["encoder.blocks.0.norm.weight"] == 1
 
@@ -72,7 +72,7 @@ def test_without_lists_each_module_with_parameters_is_a_layer() -> None:
     model = nn.Module()
     model.body, model.head = nn.Module(), nn.Linear(2, 2)
     model.body.first, model.body.second = nn.Linear(2, 2), nn.Conv1d(2, 2, 1)
-    assert list(depths(model).values()) == [0, 0, 1, 1, 2, 2]
+    assert list(layer_depths(model).values()) == [0, 0, 1, 1, 2, 2]
 
 
 def test_decay_goes_from_the_head_down() -> None:
@@ -82,7 +82,7 @@ def test_decay_goes_from_the_head_down() -> None:
     assert assigned["embedding.weight"].lr_factor == 0.5**4
 
 
-def test_an_order_of_ones_own() -> None:
+def test_an_explicit_order() -> None:
     layers = build(decay=0.5, order=["embedding.*", "encoder.*", "*"])
     factors = {name: entry.lr_factor for name, entry in layers.assign(Transformer()).items()}
     assert factors["embedding.weight"] == 0.25
@@ -90,7 +90,7 @@ def test_an_order_of_ones_own() -> None:
     assert factors["norm.weight"] == factors["head.weight"] == 1
 
 
-def test_the_first_rule_decides_and_factors_multiply() -> None:
+def test_the_first_matching_rule_applies_and_factors_multiply() -> None:
     rules = [{"match": "*.norm.*", "lr_factor": 3, "weight_decay": 0}, {"match": "encoder.*", "lr_factor": 2}]
     assigned = build(rules=rules, decay=0.5).assign(Transformer())
     norm, linear = assigned["encoder.blocks.2.norm.weight"], assigned["encoder.blocks.2.mlp.0.weight"]
@@ -118,7 +118,7 @@ def test_without_rules_there_is_one_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "sgd", "adamw"])
-def test_biases_and_norms_decay_by_default_but_for_lars_and_lamb_and_as_rules_say(name: str) -> None:
+def test_biases_and_norms_decay_by_default_except_in_lars_and_lamb_and_as_rules_say(name: str) -> None:
     model = Transformer()
     section = optimizers.build({"name": name, "lr": 0.1, "weight_decay": 0.3})
     layers = build(rules=[{"match": "norm.bias", "weight_decay": 0.2}])
@@ -151,22 +151,25 @@ def test_rules_say_what_has_a_trust_ratio() -> None:
     ("values", "message"),
     [
         ({"rules": [{"match": "embeding.*", "freeze": True}]}, r"layers.rules.0 .* nearest name is 'embedding.weight'"),
-        ({"rules": [{"lr_factor": 2}, {"match": "norm.*", "lr_factor": 2}]}, r"layers.rules.1 .* never decides"),
+        (
+            {"rules": [{"lr_factor": 2}, {"match": "norm.*", "lr_factor": 2}]},
+            r"layers.rules.1 .* has no effect: earlier patterns",
+        ),
         ({"rules": [{"freeze": True}]}, "freeze every parameter"),
         ({"decay": 0.5, "order": ["embedding.*", "heads", "*"]}, r"layers.order.1 \('heads'\) matches no parameter"),
         ({"decay": 0.5, "order": ["embedding.*"]}, "layers.order has no layer for 'encoder.blocks.0.norm.weight'"),
-        ({"decay": 0.5, "order": ["*", "head.*"]}, r"layers.order.1 .* never decides"),
+        ({"decay": 0.5, "order": ["*", "head.*"]}, r"layers.order.1 .* has no effect: earlier patterns"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(values: dict[str, Any], message: str) -> None:
+def test_rules_that_do_not_fit_the_model_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(**values).assign(Transformer())
 
 
-def test_what_the_model_itself_has_frozen_counts_as_frozen() -> None:
+def test_parameters_that_the_model_froze_count_as_frozen() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    with pytest.raises(UserError, match="nothing is left to train"):
+    with pytest.raises(UserError, match="there is nothing to train"):
         build(rules=[{"match": "1.*", "freeze": True}]).freeze(model)
 
 

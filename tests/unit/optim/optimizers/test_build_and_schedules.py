@@ -72,12 +72,12 @@ def rates(spec: Any, num_steps: int, start: int = 0) -> list[float]:
     return seen
 
 
-def test_a_constant_rate_after_warm_up() -> None:
+def test_a_constant_rate_after_warmup() -> None:
     assert rates({"name": "constant", "warmup_steps": 4}, 6) == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     assert rates("constant", 3) == [0.5] * 3
 
 
-def test_the_cosine_is_torchs_after_warm_up() -> None:
+def test_the_cosine_is_torchs_after_warmup() -> None:
     seen = rates({"name": "cosine", "warmup_steps": 3, "final_lr_factor": 0.1}, 13)
     optimizer = torch.optim.SGD([parameter()], lr=0.5)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=0.05)
@@ -91,7 +91,7 @@ def test_the_cosine_is_torchs_after_warm_up() -> None:
 
 
 @given(st.integers(0, 20), st.integers(1, 60), st.floats(0, 1), st.integers(0, 100))
-def test_factors_stay_between_their_ends(warmup: int, more: int, final: float, step: int) -> None:
+def test_factors_stay_within_their_bounds(warmup: int, more: int, final: float, step: int) -> None:
     for schedule in (Constant(warmup_steps=warmup), Cosine(warmup_steps=warmup, final_lr_factor=final)):
         assert 0 <= schedule.factor(step, warmup + more) <= 1
     cosine = Cosine(warmup_steps=warmup, final_lr_factor=final)
@@ -100,11 +100,11 @@ def test_factors_stay_between_their_ends(warmup: int, more: int, final: float, s
 
 
 @pytest.mark.parametrize("start", [1, 2, 5])
-def test_going_on_at_a_step_gives_the_same_rates_bit_for_bit(start: int) -> None:
+def test_starting_at_a_step_gives_the_same_rates_bit_for_bit(start: int) -> None:
     spec = {"name": "cosine", "warmup_steps": 3}
     assert rates(spec, 9, start) == rates(spec, 9)[start:]
 
 
-def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
+def test_a_warmup_as_long_as_the_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"schedule.warmup_steps=5 must be less than the run's 5 steps"):
         rates({"name": "constant", "warmup_steps": 5}, 5)

@@ -1,4 +1,4 @@
-"""LARS and LAMB against plain re-statements of their papers, and what the papers claim of them."""
+"""LARS and LAMB against plain implementations of their papers, and the properties that the papers claim."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gradients(step: int) -> list[torch.Tensor]:
 
 
 def rate(step: int) -> float:
-    """With jumps, so that momentum with and without the rate differ."""
+    """A learning rate with jumps, so that momentum with and without the learning rate differ."""
     return 0.3 if step % 20 < 10 else 0.02
 
 
@@ -48,7 +48,7 @@ def make(cls: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.
 
 
 def lars_of_the_paper(momentum: float, weight_decay: float, eta: float, corrected: bool = False) -> list[torch.Tensor]:
-    """Algorithm 1 of arXiv:1708.03888, one parameter after another; biases take plain steps."""
+    """Algorithm 1 of arXiv:1708.03888, one parameter at a time; biases take SGD's steps."""
     result = []
     for index, w in enumerate(weights()):
         v = torch.zeros_like(w)
@@ -79,7 +79,7 @@ def test_lars_is_the_papers(momentum: float, weight_decay: float, corrected: boo
 def lamb_of_the_paper(
     weight_decay: float, corrected: bool, bounds: tuple[float, float] | None = None
 ) -> list[torch.Tensor]:
-    """Algorithm 2 of arXiv:1904.00962v5, one parameter after another; biases take steps of Adam."""
+    """Algorithm 2 of arXiv:1904.00962v5, one parameter at a time; biases take Adam's steps."""
     beta1, beta2, eps = 0.8, 0.95, 1e-6
     result = []
     for index, x in enumerate(weights()):
@@ -137,7 +137,7 @@ def test_the_length_of_lamb_steps_is_the_rate_times_that_of_the_weights(weight_d
 
 
 @pytest.mark.parametrize("cls", [LARS, LAMB])
-def test_a_norm_of_zero_does_not_hold_a_parameter_fast(cls: type[torch.optim.Optimizer]) -> None:
+def test_a_parameter_with_a_norm_of_zero_can_move(cls: type[torch.optim.Optimizer]) -> None:
     at_zero, unmoved = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
     optimizer = cls([at_zero, unmoved], lr=0.1)  # type: ignore[call-arg]
     at_zero.grad, unmoved.grad = torch.ones(2, 2), torch.zeros(2, 2)
@@ -158,7 +158,7 @@ def test_norms_of_half_precision_do_not_overflow(cls: type[torch.optim.Optimizer
 
 
 @pytest.mark.parametrize("cls", [LARS, LAMB])
-def test_memory_may_be_laid_out_in_any_way(cls: type[torch.optim.Optimizer]) -> None:
+def test_any_memory_layout_gives_the_same_result(cls: type[torch.optim.Optimizer]) -> None:
     values, gradient = torch.randn(6, 4, dtype=DTYPE), torch.randn(6, 4, dtype=DTYPE)
     results = []
     for parameter, grad in (
@@ -178,7 +178,7 @@ def test_memory_may_be_laid_out_in_any_way(cls: type[torch.optim.Optimizer]) -> 
 
 
 @pytest.mark.parametrize("cls", [LARS, LAMB])
-def test_keys_of_a_group_say_what_adapts_and_decays(cls: type[torch.optim.Optimizer]) -> None:
+def test_keys_of_a_group_set_what_adapts_and_decays(cls: type[torch.optim.Optimizer]) -> None:
     bias, matrix = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 3))
     groups = [{"params": [bias], "adapt": True, "decay_1d": True}, {"params": [matrix], "adapt": False}]
     optimizer = cls(groups, lr=0.1, weight_decay=0.5)  # type: ignore[call-arg]
@@ -216,13 +216,13 @@ def test_trust_ratios_by_name(cls: type[torch.optim.Optimizer]) -> None:
         (LAMB, {"lr": 1.0, "weight_decay": math.nan}),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+def test_arguments_out_of_bounds_are_refused(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must"):
         make(cls, **options)
 
 
 @pytest.mark.parametrize("cls", [LARS, LAMB])
-def test_a_state_dict_goes_on_bit_for_bit(cls: type[torch.optim.Optimizer]) -> None:
+def test_a_loaded_state_dict_continues_bit_for_bit(cls: type[torch.optim.Optimizer]) -> None:
     optimizer, parameters = make(cls, lr=0.1)
     follow(optimizer, parameters)
     other, copies = make(cls, lr=0.1)

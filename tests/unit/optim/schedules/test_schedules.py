@@ -1,4 +1,4 @@
-"""Every schedule is torch's of that name, to 1e-12, alone, after a warm-up, and in sequence."""
+"""Every schedule equals torch's scheduler of the same name to 1e-12: alone, after a warmup, and in a sequence."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from disttrain.optim.schedules import schedules
 from disttrain.optim.schedules.learning_rate import LearningRate
 
 NUM_STEPS, STEPS_PER_EPOCH, LR = 50, 5, 0.4
-Theirs = Callable[[Optimizer, int], torchs.LRScheduler]  # of the optimizer and the length in steps or epochs
+Theirs = Callable[[Optimizer, int], torchs.LRScheduler]  # from the optimizer and the length in steps or epochs
 
-# By name: options, and torch's scheduler for a run of so many steps or epochs.
+# By name: options, and torch's scheduler for a run of that many steps or epochs.
 CASES: dict[str, tuple[dict[str, Any], Theirs]] = {
     "constant": ({}, lambda o, n: torchs.ConstantLR(o, factor=1.0)),
     "step": ({"step_size": 4, "gamma": 0.5}, lambda o, n: torchs.StepLR(o, 4, 0.5)),
@@ -70,7 +70,7 @@ def torchs_rates(build: Callable[[Optimizer], Any], count: int) -> list[float]:
     for index in range(count):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        if index < count - 1:  # the one cycle ends with an error
+        if index < count - 1:  # OneCycleLR raises an error after its last step
             scheduler.step()
     return seen
 
@@ -98,9 +98,9 @@ def test_by_epoch_it_is_torchs_stepped_once_an_epoch(case: str) -> None:
 
 @pytest.mark.parametrize("start", [0.0, 0.25])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("one_cycle")])
-def test_a_linear_warm_up_is_torchs_before_it(case: str, start: float) -> None:
+def test_a_linear_warmup_is_torchs(case: str, start: float) -> None:
     options, theirs = CASES[case]
-    warmup = 3  # torch's reaches the end with its last step, so it starts one step up, and lasts one less
+    warmup = 3  # torch's includes both ends: it starts at our first factor and is one step shorter
     first = start + (1 - start) / warmup
 
     def build(optimizer: Optimizer) -> Any:
@@ -109,12 +109,12 @@ def test_a_linear_warm_up_is_torchs_before_it(case: str, start: float) -> None:
 
     spec = {"name": case, "warmup_steps": warmup, "warmup_start_factor": start, **options}
     expected = torchs_rates(build, NUM_STEPS)
-    if case in ("step", "multi_step"):  # these count from the beginning
+    if case in ("step", "multi_step"):  # these count from the start of the run
         expected[warmup:] = torchs_rates(lambda o: theirs(o, NUM_STEPS), NUM_STEPS)[warmup:]
     assert rates(spec) == close(expected)
 
 
-def test_an_exponential_warm_up_multiplies_by_the_same_each_step() -> None:
+def test_an_exponential_warmup_multiplies_by_a_constant_each_step() -> None:
     seen = rates({"name": "constant", "warmup_epochs": 2, "warmup": "exponential", "warmup_start_factor": 0.001})
     assert seen[9:] == [LR] * 41
     quotients = [after / before for before, after in itertools.pairwise(seen[:10])]
@@ -122,7 +122,7 @@ def test_an_exponential_warm_up_multiplies_by_the_same_each_step() -> None:
     assert seen[0] == pytest.approx(LR * 0.001 * quotients[0])
 
 
-def test_a_warm_up_in_epochs_before_a_schedule_of_epochs() -> None:
+def test_a_warmup_in_epochs_precedes_a_schedule_by_epoch() -> None:
     seen = rates({"name": "cosine", "by": "epoch", "warmup_epochs": 2})
     expected = torchs_rates(lambda o: torchs.CosineAnnealingLR(o, 8), 8)
     assert seen[:10] == pytest.approx([LR * (step + 1) / 10 for step in range(10)])
@@ -145,12 +145,12 @@ def test_a_sequence_is_torchs() -> None:
         return torchs.SequentialLR(optimizer, chain, [10, 25])
 
     expected = torchs_rates(build, NUM_STEPS)
-    for index in range(25, NUM_STEPS):  # torch's, without the sequence: begun late, its recursion starts elsewhere
+    for index in range(25, NUM_STEPS):  # in closed form: torch's recursion differs if it starts in the middle of a run
         expected[index] = LR * 0.5 * (1 + math.cos(math.pi * (index - 25) / 25))
     assert rates({"name": "sequence", "parts": parts}) == close(expected)
 
 
-def test_parts_of_a_sequence_have_warm_ups_and_factors() -> None:
+def test_parts_of_a_sequence_have_warmups_and_factors() -> None:
     parts = [{"name": "constant", "steps": 4, "warmup_steps": 2}, {"name": "linear", "lr_factor": 0.5}]
     assert rates({"name": "sequence", "parts": parts}, 8) == close(
         [LR * factor for factor in (0.5, 1, 1, 1, 0.5, 0.375, 0.25, 0.125)]
@@ -165,7 +165,7 @@ SPECS = [
 
 
 @given(st.sampled_from(SPECS), st.integers(1, NUM_STEPS - 1))
-def test_going_on_at_a_step_gives_the_same_rates_bit_for_bit(spec: dict[str, Any], start: int) -> None:
+def test_starting_at_a_step_gives_the_same_rates_bit_for_bit(spec: dict[str, Any], start: int) -> None:
     assert rates(spec, start=start) == rates(spec)[start:]
 
 
@@ -193,7 +193,7 @@ LOSSES = [5, 4, 3, 3, 3, 2.9999, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1,
     ids=str,
 )
 @pytest.mark.parametrize("stop_at", [None, 0, 3, 9, 15])
-def test_reduce_on_plateau_is_torchs_with_a_stop_or_without(
+def test_reduce_on_plateau_is_torchs_with_and_without_resuming(
     ours: dict[str, Any], theirs: dict[str, Any], stop_at: int | None
 ) -> None:
     reference = make_optimizer()
@@ -222,11 +222,11 @@ def test_scale_gain_and_the_rates_of_groups_multiply() -> None:
     rate = LearningRate(optimizer, schedules.build({"name": "linear"}), 4, scale=2.0)
     rate.set(1, gain=3.0)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 2 * 0.75 * 3)
-    assert held.item() == pytest.approx(0.3 * 2 * 0.75 * 3), "the tensor itself was changed"
+    assert held.item() == pytest.approx(0.3 * 2 * 0.75 * 3), "the tensor is changed in place"
     assert rate.lr == pytest.approx(0.2 * 2 * 0.75 * 3)
 
 
 def test_epochs_of_unknown_length_are_refused() -> None:
     for spec in ({"name": "cosine", "by": "epoch"}, {"name": "constant", "warmup_epochs": 1}):
-        with pytest.raises(UserError, match="counts epochs: give steps_per_epoch too"):
+        with pytest.raises(UserError, match="counts epochs: pass steps_per_epoch, or set"):
             LearningRate(make_optimizer(), schedules.build(spec), 10)

@@ -231,7 +231,7 @@ def test_saving_and_resuming_change_no_bit_of_what_each_rank_has_of_its_own(tmp_
 
     def buffers(comm: Communicator, config: Config) -> list[dict[str, torch.Tensor]]:
         seen: list[dict[str, torch.Tensor]] = []
-        train(config, comm, lambda trainer: seen.append({k: v.clone() for k, v in trainer.buffers.own().items()}))
+        train(config, comm, lambda trainer: seen.append({k: v.clone() for k, v in trainer.buffers.live().items()}))
         return seen
 
     never = simulate(3, lambda comm: buffers(comm, config("never", None)))

@@ -79,11 +79,11 @@ def test_growth_that_no_milestone_remembers_is_kept(tmp_path: Path) -> None:
     policy = {"name": "plateau", "max_batch_size": 40, "lr_scaling": "linear"}
     before = GrowingBatch(policy, SingleProcess(), 8, 100)
     before.resize(32)
-    before.go_on(10, 1.0)
+    before.resume(10, 1.0)
     for initial, batch_size in ((8, 32), (4, 16), (16, 40)):
         after = GrowingBatch(policy, SingleProcess(), initial, 100)
         after.load_state_dict(before.state_dict())
-        after.go_on(10, 1.0)
+        after.resume(10, 1.0)
         assert (after.batch_size, after.gain) == (batch_size, batch_size / initial)
 
 

@@ -1,4 +1,4 @@
-"""What follows a measurement and multiplies the rate: torch's ReduceLROnPlateau on a rate of 1."""
+"""A factor on the learning rate that falls when a metric stops improving: torch's ReduceLROnPlateau on a rate of 1."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
-class Tracker:
-    """Lowers its ``factor``, which begins at 1, as torch's scheduler lowers a rate.
+class PlateauTracker:
+    """Lowers its ``factor``, which starts at 1, as torch's scheduler lowers a learning rate.
 
     Args:
-        metric: the name of what it follows: "loss", or one that evaluation gives.
-        options: of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
+        metric: Name of the metric: "loss", or one that evaluation returns.
+        options: Options of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
     """
 
     def __init__(self, metric: str, **options: Any) -> None:
         self.metric = metric
-        # A rate of 1 that torch may lower: what is left of it is the factor.
+        # torch's scheduler lowers the rate of this optimizer, which starts at 1: the rate is the factor.
         self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         self._scheduler = ReduceLROnPlateau(self._optimizer, eps=0.0, **options)
 
@@ -29,11 +29,11 @@ class Tracker:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def observe(self, value: float) -> None:
-        """Take note of a new measurement, which must be equal on all ranks."""
+        """Record a new value of the metric. It must be equal on all ranks."""
         self._scheduler.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         best = float(self._scheduler.best)
         return {
             "factor": self.factor,
@@ -46,6 +46,6 @@ class Tracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         values = dict(state)
         self._optimizer.param_groups[0]["lr"] = values.pop("factor")
-        if values["best"] is None:  # nothing measured yet
+        if values["best"] is None:  # no value was observed yet
             del values["best"]
         self._scheduler.load_state_dict({**self._scheduler.state_dict(), **values})
