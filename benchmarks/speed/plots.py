@@ -1,7 +1,7 @@
-"""Draw the newest results of step_time.py for docs/compressors.md: step time of every compressor, link by link.
+"""Draw the figures of the documents from committed results.
 
 pip install matplotlib
-python benchmarks/plots.py benchmarks/results/<date>-step-time-compressors*.json
+python -m benchmarks plot
 """
 
 from __future__ import annotations
@@ -13,56 +13,81 @@ from typing import Annotated, Any
 
 import typer
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.common.machine import ROOT
+from benchmarks.common.options import RESULTS, describe_compressor
+from benchmarks.speed.frameworks import NO_EXCHANGE
+
+FIGURE = ROOT / "docs" / "step_time.svg"
+# The results that the figure is drawn from; docs/compressors.md has the same ones as a table.
+SOURCES = [
+    RESULTS / "step-time" / f"{name}.json"
+    for name in ("2026-11-22-all-100mbit-2", "2026-11-22-all-1gbit-2", "2026-11-22-all-fast-2")
+]
+LINKS = {"100mbit": "100 Mbit/s", "1gbit": "1 Gbit/s", "10gbit": "10 Gbit/s", "none": "unshaped links"}
+PEERS = {"ddp": "torch DDP", "horovod": "Horovod"}
+OURS, THEIRS, LOWER_BOUND = "#2a6f97", "#a9a9a9", "#d8d8d8"
 
 
 def main(
-    results: Annotated[list[Path], typer.Argument(help="JSON files that step_time.py wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="JSON files of step-time; by default those behind docs/step_time.svg.")
+    ] = SOURCES,
     model: Annotated[str, typer.Option()] = "mlp",
-    output: Annotated[Path, typer.Option()] = ROOT / "docs" / "step_time.svg",
+    output: Annotated[Path, typer.Option(help="The SVG file.")] = FIGURE,
 ) -> None:
-    """One panel a link, bars of ratios to the peer without compression; below 1 is faster."""
+    """Draw step times: a panel for each link, bars of ratios to the peer without compression."""
     import matplotlib
 
     matplotlib.use("svg")
-    # The same file from the same results.
-    matplotlib.rcParams["svg.hashsalt"] = "disttrain"
+    matplotlib.rcParams["svg.hashsalt"] = "disttrain"  # the same results give the same file
     from matplotlib import pyplot
 
-    rows: list[dict[str, Any]] = [row for path in results for row in json.loads(path.read_text())["rows"]]
-    rows = [row for row in rows if row["model"] == model]
+    rows = [row for path in results for row in json.loads(path.read_text())["rows"] if row["model"] == model]
     if not rows:
-        sys.exit(f"no rows for the model {model!r}")
-    links = list(dict.fromkeys(row["rate"] for row in rows))
-    names = list(dict.fromkeys(label(row) for row in rows))
+        sys.exit(f"error: no rows for model {model!r} in {', '.join(map(str, results))}")
+    peer = next(row["who"] for row in rows if row["who"] != "disttrain")
+    rows = sorted((row for row in rows if row["setting"]["name"] != "none"), key=_order)
+    links = sorted({row["rate"] for row in rows}, key=list(LINKS).index)
+    names = list(dict.fromkeys(map(_name, rows)))
     figure, axes = pyplot.subplots(
-        1, len(links), figsize=(2.2 + 2.4 * len(links), 0.6 + 0.24 * len(names)), sharey=True, squeeze=False
+        1, len(links), figsize=(2.2 + 2.4 * len(links), 0.8 + 0.24 * len(names)), sharey=True, squeeze=False
     )
     for axis, link in zip(axes[0], links, strict=True):
-        found = {label(row): row for row in rows if row["rate"] == link}
-        for place, name in enumerate(names):
-            if name in found:
-                is_ours = found[name]["who"] == "disttrain"
-                axis.barh(place, found[name]["ratio"], color="#2a6f97" if is_ours else "#a9a9a9", height=0.7)
-                axis.text(found[name]["ratio"], place, f" {found[name]['ratio']:.2f}", va="center", fontsize=7)
+        for row in rows:
+            if row["rate"] != link:
+                continue
+            place, ratio = names.index(_name(row)), row["ratio"]
+            errors = [[max(0.0, ratio - row["ratio_low"])], [max(0.0, row["ratio_high"] - ratio)]]
+            axis.barh(
+                place, ratio, xerr=errors, color=_color(row), height=0.7, error_kw={"elinewidth": 0.8, "capsize": 1.5}
+            )
+            axis.text(row["ratio_high"], place, f" {ratio:.2f}", va="center", fontsize=7)
         axis.axvline(1.0, color="black", linewidth=0.6)
-        axis.set_title(link, fontsize=9)
+        axis.set_title(LINKS[link], fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.set_xlim(0, 1.15 * max(1.0, *(row["ratio"] for row in found.values())))
+        axis.set_xlim(0, 1.15 * max(1.0, *(row["ratio_high"] for row in rows if row["rate"] == link)))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_yticks(range(len(names)), names)
     axes[0][0].invert_yaxis()
-    figure.supxlabel(f"step time / {rows[0]['who']} without compression", fontsize=8)
+    caption = f"step time relative to {PEERS[peer]} without compression (below 1 is faster), with 95 % intervals"
+    figure.supxlabel(caption, fontsize=8)
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})
 
 
-def label(row: dict[str, Any]) -> str:
-    setting = row["setting"]
-    return " ".join(
-        [row["who"] if row["who"] != "disttrain" else "", *(str(value) for value in setting.values())]
-    ).strip()
+def _name(row: dict[str, Any]) -> str:
+    if row["setting"] == NO_EXCHANGE:
+        return "no exchange"
+    name = describe_compressor(row["setting"])
+    return name if row["who"] == "disttrain" else f"{PEERS[row['who']]}, {name} hook"
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _order(row: dict[str, Any]) -> tuple[int, str]:
+    """Compressors by name, then the peer's hooks, then the lower bound."""
+    return (row["setting"] == NO_EXCHANGE) * 2 + (row["who"] != "disttrain"), _name(row)
+
+
+def _color(row: dict[str, Any]) -> str:
+    if row["setting"] == NO_EXCHANGE:
+        return LOWER_BOUND
+    return OURS if row["who"] == "disttrain" else THEIRS

@@ -1,22 +1,21 @@
-"""Step time of disttrain against its peers, side by side over links of a given rate.
+"""Step time of disttrain and its peers, side by side over links of a given rate.
 
-    python benchmarks/step_time.py --rate 1gbit --rate none --model mlp --model gpt --engine gloo --engine horovod
+    python -m benchmarks step-time --rate 1gbit --rate none --model mlp --model gpt --engine gloo --engine horovod
 
-Two teams of workers hold the same model, weights, data and inner optimizer, once for each setting: disttrain's
-compressors, the peer's hooks. All take turns, a few steps each, so that whatever else the machine does hits all. What
-counts is the ratio to the peer without compression in the same turn; the table gives the median over turns and its 95 %
-interval. Shaped links need root and iproute2; without them it says so and uses loopback.
+Two groups of workers train the same model with the same weights, data and inner optimizer: disttrain with each
+compressor, the peer with each communication hook. They take turns of a few steps each, so that other load on the
+machine affects all of them. The baseline is the peer without compression. The table gives, for each setting, the median
+over turns of the ratio to the baseline in the same turn, and the median's 95 % interval.
+
+Shaped links need root and iproute2. Without them the benchmark prints the reason and uses the loopback interface.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
-import sys
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,15 +23,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks.contenders import ALONE  # noqa: E402
-from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from benchmarks.network import ShapedNetwork  # noqa: E402
-from benchmarks.teams import Team, TeamError  # noqa: E402
-from disttrain import compression  # noqa: E402
+from benchmarks.common.machine import describe_machine, load_average
+from benchmarks.common.options import (
+    RESULTS,
+    LabelOption,
+    OutputOption,
+    describe_compressor,
+    parse_compressor,
+    parse_environment,
+    parse_rate,
+)
+from benchmarks.common.results import make_table, write_result
+from benchmarks.common.statistics import ratio_to_baseline
+from benchmarks.network import ShapedNetwork
+from benchmarks.speed.frameworks import NO_EXCHANGE
+from benchmarks.speed.worker_group import WorkerError, WorkerGroup
+from disttrain import compression
 
 console = Console(stderr=True)
 
@@ -53,7 +59,7 @@ class Hook(str, Enum):
     POWERSGD = "powersgd"
 
 
-# Engine -> the peer, what starts the workers, whether an idle team must be stopped (see Team.freeze).
+# Engine -> the peer, the launcher, whether to pause the workers of an idle group.
 ENGINES = {
     Engine.GLOO: ("ddp", "env", False),
     Engine.HOROVOD: ("horovod", "horovodrun", True),
@@ -71,37 +77,37 @@ def main(
         typer.Option(help="gloo: against torch DDP. horovod: against its own optimizer (horovodrun or mpirun)."),
     ] = [Engine.GLOO],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, max=64, help="One on each host.")] = 4,
-    turns: Annotated[int, typer.Option(min=2, help="Turns of each team.")] = 12,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one that is not timed.")] = 3,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of each setting.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one untimed step.")] = 3,
     compressor: Annotated[
         list[str], typer.Option(help="disttrain's: dense, topk:ratio=0.01, ...; all is every registered one.")
     ] = ["dense"],  # noqa: B006
     at_once: Annotated[
-        int, typer.Option(min=1, help="Compressors that a team holds at a time; the next ones get new processes.")
+        int, typer.Option(min=1, help="Compressors measured by the same processes; further ones get new processes.")
     ] = 4,
     bucket_mb: Annotated[float | None, typer.Option(help="disttrain's bucket size, if not its default.")] = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Also without any exchange: what a step takes at least.")
+        bool, typer.Option("--alone", help="Also measure steps without any exchange, the lower bound.")
     ] = False,
-    hook: Annotated[list[Hook], typer.Option(help="The peer's own compression, beside it without.")] = [],  # noqa: B006
+    hook: Annotated[list[Hook], typer.Option(help="Also measure the peer with this compression.")] = [],  # noqa: B006
     peer_env: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the peer's workers: MALLOC_MMAP_THRESHOLD_=268435456, ...")
     ] = [],  # noqa: B006
-    output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
-    label: Annotated[str, typer.Option(help="Goes into the result files' names.")] = "",
+    output: OutputOption = RESULTS,
+    label: LabelOption = "",
 ) -> None:
-    """Compare step times of disttrain and a peer, for every combination of rate, model and engine."""
+    """Compare step times of disttrain and a peer for every combination of rate, model and engine."""
     rates = {text: parse_rate(text) for text in rate}
-    wanted = itertools.chain.from_iterable(compression.names() if text == "all" else [text] for text in compressor)
+    names = itertools.chain.from_iterable(compression.names() if text == "all" else [text] for text in compressor)
     settings: dict[str, Any] = {
-        "compressors": [*map(parse_compressor, wanted), *([ALONE] if alone else [])],
+        "compressors": [*map(parse_compressor, names), *([NO_EXCHANGE] if alone else [])],
         "at_once": at_once,
         "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
         "bucket_mb": bucket_mb,
         "peer_env": parse_environment(peer_env),
     }
     if (reason := ShapedNetwork.unavailable()) is not None:
-        console.print(f"No shaped network: {reason}. All workers share this host's loopback.", style="yellow")
+        console.print(f"No shaped network: {reason}. All workers use the loopback interface.", style="yellow")
         rates = {"loopback": None}
     machine = describe_machine()
     rows: list[dict[str, Any]] = []
@@ -112,17 +118,17 @@ def main(
             if reason is None:
                 network = stack.enter_context(ShapedNetwork(workers, rate_mbit, time_limit=1800))
             try:
-                found = [
+                measured = [
                     {"part": number, **row}
-                    for number, part in enumerate(split(settings))
+                    for number, part in enumerate(split_settings(settings))
                     for row in measure(network, chosen_model, chosen_engine, workers, turns, steps, part)
                 ]
-            except TeamError as error:
+            except WorkerError as error:
                 console.print(str(error), style="red", markup=False)
                 raise typer.Exit(1) from None
         where = {"rate": rate_name, "model": chosen_model.value, "engine": chosen_engine.value}
-        rows += [{**where, **row} for row in found]
-    machine["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+        rows += [{**where, **row} for row in measured]
+    machine["load_average_after"] = load_average()
     result = {
         "machine": machine,
         "workers": workers,
@@ -131,20 +137,19 @@ def main(
         "settings": settings,
         "rows": rows,
     }
-    path = show_and_write(make_table(rows, workers), result, output, "step-time", label)
-    console.print(f"written: {path}")
+    write_result(tabulate(rows, workers), result, output, "step-time", label)
 
 
-def split(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What one pair of teams after the other holds: ``at_once`` compressors beside the peer as it is.
+def split_settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Distribute settings over successive pairs of groups, with ``at_once`` compressors and the baseline in each.
 
-    The peer's hooks come last, in a pair of their own: where it holds three models DDP was seen to take 648 ms a step,
-    with one, as its users have it, 700 to 720.
+    The peer's hooks come last, in a pair of their own: DDP with three models in its processes took 648 ms for a step,
+    with one model, as users have it, 700 to 720 ms.
     """
-    size, every, hooks = settings["at_once"], settings["compressors"], settings["hooks"]
+    size, compressors, hooks = settings["at_once"], settings["compressors"], settings["hooks"]
     parts = [
-        {**settings, "compressors": every[start : start + size], "hooks": hooks[:1]}
-        for start in range(0, len(every), size)
+        {**settings, "compressors": compressors[start : start + size], "hooks": hooks[:1]}
+        for start in range(0, len(compressors), size)
     ]
     return [*parts, {**settings, "compressors": []}] if len(hooks) > 1 else parts
 
@@ -158,135 +163,103 @@ def measure(
     steps: int,
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Let all entries take turns: every setting of either team. One row for each; ratios are to the peer as it is."""
-    peer, launcher, freeze = ENGINES[engine]
+    """Time all settings of both groups in turns and return one row for each; the first is the baseline."""
+    peer, launcher, pause_when_idle = ENGINES[engine]
     options = ["--model", model.value]
     if settings["bucket_mb"] is not None:
         options += ["--bucket-mb", str(settings["bucket_mb"])]
     num_threads = max(1, (os.cpu_count() or 1) // workers)
     with contextlib.ExitStack() as stack:
-        teams = []
+        groups = []
         for port, name, env in ((29400, peer, settings["peer_env"]), (29401, "disttrain", {})):
-            team = Team(name, launcher, workers, options, network, num_threads, port, freeze, environment=env)
-            teams.append(stack.enter_context(team))
-        entries: list[tuple[Team, int, dict[str, Any]]] = []
-        for team, all_settings in zip(teams, (settings["hooks"], settings["compressors"]), strict=True):
-            for index, setting in enumerate(all_settings):
-                team.ask(do="enter", setting=setting)
-                team.ask(do="step", entry=index, warm_up=3, steps=0)
-                entries.append((team, index, setting))
-        prints = [(setting, team.ask(do="fingerprint", entry=index)) for team, index, setting in entries]
-        for setting, found in prints[1:]:
+            group = WorkerGroup(
+                name, launcher, workers, options, network, num_threads, port, pause_when_idle, environment=env
+            )
+            groups.append(stack.enter_context(group))
+        contestants: list[tuple[WorkerGroup, int, dict[str, Any]]] = []
+        for group, group_settings in zip(groups, (settings["hooks"], settings["compressors"]), strict=True):
+            for index, setting in enumerate(group_settings):
+                group.request(do="prepare", setting=setting)
+                group.request(do="step", setup=index, num_warmup=3, num_steps=0)
+                contestants.append((group, index, setting))
+        fingerprints = [group.request(do="fingerprint", setup=index) for group, index, _ in contestants]
+        for (_, _, setting), found in zip(contestants[1:], fingerprints[1:], strict=True):
             if setting == {"name": "dense"}:
-                check_same_work(found, prints[0][1])
-        seconds: list[list[list[float]]] = [[] for _ in entries]
-        cpu: list[list[float]] = [[] for _ in entries]
-        sent: list[int | None] = [None for _ in entries]
+                check_same_results(found, fingerprints[0])
+        seconds: list[list[list[float]]] = [[] for _ in contestants]
+        cpu: list[list[float]] = [[] for _ in contestants]
+        sent: list[int | None] = [None for _ in contestants]
         for turn in range(turns):
-            order = list(enumerate(entries))
-            for number, (team, index, _) in order if turn % 2 == 0 else reversed(order):
-                answers = team.ask(do="step", entry=index, warm_up=1, steps=steps)
-                seconds[number].append(np.mean([answer["seconds"] for answer in answers], axis=0).tolist())
-                cpu[number].append(float(np.mean([answer["cpu_seconds"] for answer in answers])))
-                sent[number] = answers[0]["sent_bytes"]
-    base = np.median(np.array(seconds[0]), axis=1)
+            order = list(enumerate(contestants))
+            for number, (group, index, _) in order if turn % 2 == 0 else reversed(order):
+                replies = group.request(do="step", setup=index, num_warmup=1, num_steps=steps)
+                seconds[number].append(np.mean([reply["seconds"] for reply in replies], axis=0).tolist())
+                cpu[number].append(float(np.mean([reply["cpu_seconds"] for reply in replies])))
+                sent[number] = replies[0]["sent_bytes"]
     rows = []
-    for (team, _, setting), times, cpu_times, sent_bytes in zip(entries, seconds, cpu, sent, strict=True):
-        ratios = np.median(np.array(times), axis=1) / base
-        low, high = interval_of_median(ratios)
+    for (group, _, setting), times, cpu_times, sent_bytes in zip(contestants, seconds, cpu, sent, strict=True):
+        ratio = ratio_to_baseline(times, seconds[0])
         rows.append(
             {
-                "who": team.contender,
+                "who": group.framework,
                 "setting": setting,
                 "milliseconds": round(float(np.median(times)) * 1e3, 1),
                 "cpu_milliseconds": round(float(np.median(cpu_times)) * 1e3, 1),
                 "sent_bytes": sent_bytes,
-                "ratio": round(float(np.median(ratios)), 3),
-                "ratio_low": round(low, 3),
-                "ratio_high": round(high, 3),
-                "ratios": ratios.round(3).tolist(),
+                "ratio": round(ratio.median, 3),
+                "ratio_low": round(ratio.low, 3),
+                "ratio_high": round(ratio.high, 3),
+                "ratios": ratio.values.round(3).tolist(),
                 "seconds": np.array(times).round(5).tolist(),
             }
         )
     return rows
 
 
-def check_same_work(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    """After the same number of steps, contenders that do the same work have the same losses and parameters."""
+def check_same_results(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Raise ``WorkerError`` if losses or parameters differ after the same number of uncompressed steps."""
     for mine, other in zip(ours, theirs, strict=True):
         for key, value in mine.items():
             if abs(value - other[key]) > 1e-4 * max(1.0, abs(value)):
-                raise TeamError(f"the teams do not compute the same: {key} is {value} against {other[key]}")
+                raise WorkerError(
+                    f"disttrain and its peer do not train the same: {key} is {value}, the peer's {other[key]}"
+                )
 
 
-def interval_of_median(values: np.ndarray, num_draws: int = 4000) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of the median."""
-    draws = np.random.default_rng(0).choice(values, size=(num_draws, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return float(low), float(high)
+def tabulate(rows: list[dict[str, Any]], workers: int) -> Table:
+    return make_table(
+        f"Median step of {workers} workers; ratios to the peer without compression",
+        ("link", "model", "engine", "who", "with"),
+        ("ms", "ratio", "95 % interval", "CPU ms", "MB sent"),
+        (
+            (
+                row["rate"],
+                row["model"],
+                row["engine"],
+                row["who"],
+                describe_compressor(row["setting"]),
+                f"{row['milliseconds']:.0f}",
+                f"{row['ratio']:.3f}",
+                f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}",
+                f"{row['cpu_milliseconds']:.0f}",
+                "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}",
+            )
+            for row in rows
+        ),
+    )
 
 
-def parse_rate(text: str) -> float | None:
-    """Mbit/s, or None for an unshaped link."""
-    factors = {"gbit": 1000.0, "mbit": 1.0}
-    if text == "none":
-        return None
-    for unit, factor in factors.items():
-        with contextlib.suppress(ValueError):
-            if text.endswith(unit) and float(text.removesuffix(unit)) > 0:
-                return float(text.removesuffix(unit)) * factor
-    raise typer.BadParameter(f"{text!r} is no rate: write 1gbit, 100mbit, ... or none")
-
-
-def parse_compressor(text: str) -> dict[str, Any]:
-    """``name:field=value,field=value`` as the mapping of a config."""
-    name, _, fields = text.partition(":")
-    compressor: dict[str, Any] = {"name": name}
-    for item in fields.split(",") if fields else []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{item!r} in {text!r} is no field=value")
-        try:
-            compressor[key] = json.loads(value)
-        except json.JSONDecodeError:
-            compressor[key] = value
-    return compressor
-
-
-def parse_environment(texts: list[str]) -> dict[str, str]:
-    """NAME=VALUE, several times."""
-    pairs = [text.partition("=") for text in texts]
-    if odd := [name for name, equals, _ in pairs if not (name and equals)]:
-        raise typer.BadParameter(f"{odd[0]!r} is no NAME=VALUE")
-    return {name: value for name, _, value in pairs}
-
-
-def describe_compressor(spec: dict[str, Any]) -> str:
-    """``name, field=value, ...``"""
-    return ", ".join([spec["name"], *(f"{key}={value}" for key, value in spec.items() if key != "name")])
-
-
-def make_table(rows: list[dict[str, Any]], workers: int) -> Table:
-    table = Table(title=f"Median step of {workers} workers; ratios to the peer without compression")
-    for column in ("link", "model", "engine", "who", "with"):
-        table.add_column(column)
-    for column in ("ms", "ratio", "95 % interval", "CPU ms", "MB sent"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        flags = {True: "overlap_step"} if row["setting"].get("overlap_step") else {}
-        setting = ", ".join(flags.get(value, str(value)) for value in row["setting"].values())
-        sent = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
-        interval = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}"
-        figures = [
-            f"{row['milliseconds']:.0f}",
-            f"{row['ratio']:.3f}",
-            interval,
-            f"{row['cpu_milliseconds']:.0f}",
-            sent,
-        ]
-        table.add_row(row["rate"], row["model"], row["engine"], row["who"], setting, *figures)
-    return table
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def summarize_result(result: dict[str, Any]) -> str:
+    """Return the best and the worst ratio of every combination of link, model and engine."""
+    texts = []
+    for (rate, model, engine), group in itertools.groupby(
+        result["rows"], key=lambda row: (row["rate"], row["model"], row["engine"])
+    ):
+        rows = list(group)
+        ours = [row for row in rows if row["who"] == "disttrain" and row["setting"] != NO_EXCHANGE]
+        best, worst = (choose(ours, key=lambda row: row["ratio"]) for choose in (min, max))
+        ratios = [f"{row['ratio']:.3f} ({describe_compressor(row['setting'])})" for row in (best, worst)]
+        link = f"{rate} links" if rate != "none" else "unshaped links"
+        span = " to ".join(dict.fromkeys(ratios))
+        texts.append(f"{model}, {engine}, {link}: {span} of {rows[0]['who']}'s step")
+    return "; ".join(texts)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.finetune import FLAT, METRIC, SCRATCH, make_table, summarise_runs
+from rich.console import Console
 
 VALUES: dict[tuple[str, float], list[float]] = {
     (SCRATCH, 0.1): [4.0, 4.4],

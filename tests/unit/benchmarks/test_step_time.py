@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-
-from benchmarks import step_time
 from benchmarks.machine import show_and_write
 from benchmarks.teams import TeamError
+
+from benchmarks import step_time
 
 ROW: dict[str, Any] = {
     "rate": "1gbit", "model": "mlp", "engine": "gloo", "who": "disttrain", "setting": {"name": "topk", "ratio": 0.01},
