@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from benchmarks import index
 from benchmarks.accuracy import convergence, finetune, recipe
 from benchmarks.speed import checkpointing, encoders, plots, step_time
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "step-time": step_time.main,
     "encoders": encoders.main,
     "checkpointing": checkpointing.main,

@@ -78,4 +78,5 @@ def summarize_seeds(
 
 def _median_of_turns(seconds: ArrayLike) -> np.ndarray:
     values = np.asarray(seconds, dtype=float)
-    return np.median(values.reshape(len(values), -1), axis=1)
+    medians: np.ndarray = np.median(values.reshape(len(values), -1), axis=1)
+    return medians

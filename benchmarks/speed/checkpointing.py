@@ -134,7 +134,7 @@ def start_on_hosts(rate_mbit: float | None, workers: int) -> int:
 def report(
     seconds: dict[str, list[float]], settings: dict[str, Any], machine: dict[str, Any], output: Path, label: str
 ) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for mode, times in seconds.items():
         ratio = ratio_to_baseline(times, seconds["none"])
         milliseconds = float(np.median(times)) * 1e3
