@@ -63,7 +63,7 @@ class ShapedNetwork:
     @staticmethod
     @functools.cache
     def unavailable() -> str | None:
-        """Return why this machine cannot create a shaped network, or None if it can. Creates a small one to find out."""
+        """Create a small network and return the reason if this machine cannot, else None."""
         if sys.platform != "linux":
             return "network namespaces need Linux"
         if os.geteuid() != 0:
@@ -168,7 +168,7 @@ class ShapedNetwork:
         _call("tc", "-n", namespace, "qdisc", "add", "dev", device, *arguments)
 
     def _write_scripts(self) -> None:
-        """Write `on-host HOST COMMAND...`, which runs a command on a host, and `ssh`, which does so with ssh's options."""
+        """Write `on-host HOST COMMAND...`, which runs a command on a host, and `ssh`, which accepts ssh's options."""
         self._directory = Path(tempfile.mkdtemp(prefix=f"{self._name}-"))
         enter = f'exec ip netns exec {self._name}-"$host" unshare --uts -- sh -c \'hostname "$0" && exec "$@"\' "$host"'
         scripts = {
