@@ -102,7 +102,7 @@ def make_jobs(
         return payload
 
     payload = encode()
-    packed = list(torch.stack([pack(payload)] * 4))  # contiguous, as they are received
+    packed = list(torch.stack([pack(payload)] * 4))  # side by side, as they are received
     payloads = [unpack(part, payload) for part in packed]
     return [
         encode,

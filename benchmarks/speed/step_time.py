@@ -176,28 +176,28 @@ def measure(
                 name, launcher, workers, options, network, num_threads, port, pause_when_idle, environment=env
             )
             groups.append(stack.enter_context(group))
-        contestants: list[tuple[WorkerGroup, int, dict[str, Any]]] = []
+        variants: list[tuple[WorkerGroup, int, dict[str, Any]]] = []
         for group, group_settings in zip(groups, (settings["hooks"], settings["compressors"]), strict=True):
             for index, setting in enumerate(group_settings):
                 group.request(do="prepare", setting=setting)
                 group.request(do="step", setup=index, num_warmup=3, num_steps=0)
-                contestants.append((group, index, setting))
-        fingerprints = [group.request(do="fingerprint", setup=index) for group, index, _ in contestants]
-        for (_, _, setting), found in zip(contestants[1:], fingerprints[1:], strict=True):
+                variants.append((group, index, setting))
+        fingerprints = [group.request(do="fingerprint", setup=index) for group, index, _ in variants]
+        for (_, _, setting), found in zip(variants[1:], fingerprints[1:], strict=True):
             if setting == {"name": "dense"}:
                 check_same_results(found, fingerprints[0])
-        seconds: list[list[list[float]]] = [[] for _ in contestants]
-        cpu: list[list[float]] = [[] for _ in contestants]
-        sent: list[int | None] = [None for _ in contestants]
+        seconds: list[list[list[float]]] = [[] for _ in variants]
+        cpu: list[list[float]] = [[] for _ in variants]
+        sent: list[int | None] = [None for _ in variants]
         for turn in range(turns):
-            order = list(enumerate(contestants))
+            order = list(enumerate(variants))
             for number, (group, index, _) in order if turn % 2 == 0 else reversed(order):
                 replies = group.request(do="step", setup=index, num_warmup=1, num_steps=steps)
                 seconds[number].append(np.mean([reply["seconds"] for reply in replies], axis=0).tolist())
                 cpu[number].append(float(np.mean([reply["cpu_seconds"] for reply in replies])))
                 sent[number] = replies[0]["sent_bytes"]
     rows = []
-    for (group, _, setting), times, cpu_times, sent_bytes in zip(contestants, seconds, cpu, sent, strict=True):
+    for (group, _, setting), times, cpu_times, sent_bytes in zip(variants, seconds, cpu, sent, strict=True):
         ratio = ratio_to_baseline(times, seconds[0])
         rows.append(
             {
