@@ -80,7 +80,7 @@ def find_quotes() -> dict[Path, list[Path]]:
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         links = LINK.findall(document.read_text())
         for target in dict.fromkeys((document.parent / link).resolve() for link in links if "://" not in link):
-            if target.is_relative_to(RESULTS):
+            if target.is_relative_to(RESULTS) and target.suffix and target != INDEX:
                 quotes.setdefault(target.with_suffix(""), []).append(document)
     for source in plots.SOURCES:
         quotes.setdefault(source.with_suffix(""), []).append(plots.FIGURE)
