@@ -9,7 +9,6 @@ mean over seeds, the difference from dense and the bytes sent.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +16,25 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from benchmarks.accuracy.runs import FINAL_EVALUATION_ONLY, METRIC, Task, load_config, run_side_by_side
-from benchmarks.accuracy.runs import train as train_config
+from benchmarks.accuracy.runs import (
+    FINAL_EVALUATION_ONLY,
+    METRIC,
+    Task,
+    find_metric,
+    load_config,
+    run_side_by_side,
+    run_training,
+)
 from benchmarks.common.machine import describe_machine
-from benchmarks.common.options import RESULTS, OutputOption, describe_compressor, parse_compressor
+from benchmarks.common.options import (
+    NUM_CORES,
+    RESULTS,
+    JobsOption,
+    OutputOption,
+    SeedsOption,
+    describe_compressor,
+    parse_compressor,
+)
 from benchmarks.common.results import make_table, write_result
 from benchmarks.common.statistics import Run, summarize_seeds
 from disttrain import compression
@@ -55,7 +69,7 @@ DENSE: dict[str, Any] = {"compressor": {"name": "dense"}, "settings": []}
 def main(
     task: Annotated[Task, typer.Option(help="The config to train.")] = Task.DIGITS,
     workers: Annotated[list[int], typer.Option(min=1, max=64)] = [4],  # noqa: B006
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    seeds: SeedsOption = 3,
     compressor: Annotated[
         list[str], typer.Option(help="Only these: dense, topk:ratio=0.01, 'signsgd optimizer.lr=0.001', ...")
     ] = [],  # noqa: B006
@@ -63,7 +77,7 @@ def main(
     earlier: Annotated[
         list[Path], typer.Option(help="A result file (.json) of the same task; its runs are reused, not repeated.")
     ] = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
+    jobs: JobsOption = NUM_CORES,
     output: OutputOption = RESULTS,
 ) -> None:
     """Train with every compressor and compare with dense."""
@@ -118,7 +132,7 @@ def train(task: str, settings: list[str], world_size: int, spec: dict[str, Any],
     with tempfile.TemporaryDirectory() as directory:
         config = load_config(task, directory, [f"seed={seed}", *FINAL_EVALUATION_ONLY, *settings])
         config = config.model_copy(update={"compressor": compression.Policy.build(spec)})
-        summary, _ = train_config(config, world_size)
+        summary, _ = run_training(config, world_size)
     return {"metrics": summary["metrics"], "sent_bytes": summary["wire"]["sent_bytes"], "steps": summary["steps"]}
 
 
@@ -166,7 +180,7 @@ def tabulate(rows: list[dict[str, Any]], task: str, metric: str, seeds: int) -> 
 
 def summarize_result(result: dict[str, Any]) -> str:
     """Return the largest losses and gains from dense, for each number of workers."""
-    metric = next(metric for metric in METRIC.values() if metric in result["runs"][0]["metrics"])
+    metric = find_metric(result["runs"][0])
     rows = summarize_runs(result["runs"], metric)
     texts = []
     for workers in dict.fromkeys(row["workers"] for row in rows):

@@ -9,7 +9,6 @@ process with one thread.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -18,10 +17,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from benchmarks.accuracy.runs import load_config, run_side_by_side
-from benchmarks.accuracy.runs import train as train_config
+from benchmarks.accuracy.runs import load_config, run_side_by_side, run_training
 from benchmarks.common.machine import describe_machine
-from benchmarks.common.options import RESULTS, OutputOption
+from benchmarks.common.options import NUM_CORES, RESULTS, JobsOption, OutputOption, SeedsOption
 from benchmarks.common.results import make_table, write_result
 from benchmarks.common.statistics import Run, summarize_seeds
 
@@ -31,13 +29,13 @@ RATES = [1.5e-3, 3e-3, 6e-3, 12e-3]
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    seeds: SeedsOption = 3,
     rate: Annotated[list[float], typer.Option(help="Learning rates to try with each method.")] = RATES,
     decay: Annotated[list[float], typer.Option(help="Factors of the rate from a layer to the one below it.")] = [0.7],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning, and of training from scratch.")] = 100,
     pretraining: Annotated[int, typer.Option(min=1, help="Steps on the first text.")] = 1500,
     setting: Annotated[list[str], typer.Option(help="Overrides for all fine-tuning runs.")] = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
+    jobs: JobsOption = NUM_CORES,
     output: OutputOption = RESULTS,
 ) -> None:
     """Train with every method and rate, and compare each method's best rate."""
@@ -70,7 +68,7 @@ def train(config: str, directory: str, name: str, seed: int, steps: int, setting
     """Train one run and return its bits per byte on held-out text."""
     own = [f"name={name}", f"seed={seed}", f"max_steps={steps}", f"schedule.warmup_steps={min(steps // 10, 100)}"]
     quiet = ["checkpoint.every_steps=null", "evaluation.every_steps=null", "compressor.name=dense"]
-    summary, _ = train_config(load_config(config, directory, [*quiet, *own, *settings]), world_size=1)
+    summary, _ = run_training(load_config(config, directory, [*quiet, *own, *settings]), world_size=1)
     return {METRIC: float(summary["metrics"][METRIC])}
 
 

@@ -10,7 +10,6 @@ of a batch. Runs execute side by side: nothing is timed.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -20,10 +19,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from benchmarks.accuracy.runs import FINAL_EVALUATION_ONLY, METRIC, Task, load_config, run_side_by_side
-from benchmarks.accuracy.runs import train as train_config
+from benchmarks.accuracy.runs import (
+    FINAL_EVALUATION_ONLY,
+    METRIC,
+    Task,
+    find_metric,
+    load_config,
+    run_side_by_side,
+    run_training,
+)
 from benchmarks.common.machine import describe_machine
-from benchmarks.common.options import RESULTS, OutputOption
+from benchmarks.common.options import NUM_CORES, RESULTS, JobsOption, OutputOption, SeedsOption
 from benchmarks.common.results import make_table, write_result
 from benchmarks.common.statistics import Run, summarize_seeds
 
@@ -110,9 +116,9 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
 def main(
     experiment: Annotated[Experiment, typer.Option(help="Batches that grow, or that are large from the start.")],
     task: Annotated[Task, typer.Option(help="The config to train.")] = Task.DIGITS,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    seeds: SeedsOption = 3,
     setting: Annotated[list[str], typer.Option(help="Overrides for all runs: epochs=5, ...")] = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
+    jobs: JobsOption = NUM_CORES,
     output: OutputOption = RESULTS,
 ) -> None:
     """Train every case with every seed and compare with the first case."""
@@ -135,7 +141,7 @@ def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     diverging = "health.max_skipped=null"  # a run that diverges is a result too
     with tempfile.TemporaryDirectory() as directory:
         settings = [*FINAL_EVALUATION_ONLY, diverging, "compressor.name=dense", *settings]
-        summary, trainer = train_config(load_config(task, directory, settings), WORLD_SIZE)
+        summary, trainer = run_training(load_config(task, directory, settings), WORLD_SIZE)
     return {
         "metrics": summary["metrics"],
         "steps": summary["steps"],
@@ -184,7 +190,7 @@ def tabulate(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 def summarize_result(result: dict[str, Any]) -> str:
     """Return the baseline, and steps and difference of the case closest to it or better."""
-    metric = next(metric for metric in METRIC.values() if metric in result["runs"][0]["metrics"])
+    metric = find_metric(result["runs"][0])
     first, *others = result["rows"]
     better = max if metric == METRIC[Task.DIGITS] else min
     best = better(others, key=lambda row: row["mean"])

@@ -35,13 +35,18 @@ class Task(str, Enum):
 METRIC = {Task.DIGITS: "accuracy", Task.TEXT: "bits_per_byte"}
 
 
+def find_metric(run: Run) -> str:
+    """Return the name of the metric by which a run's task is judged."""
+    return next(metric for metric in METRIC.values() if metric in run["metrics"])
+
+
 def load_config(name: str, directory: str, settings: Sequence[str]) -> Config:
     """Load configs/<name>.yaml with overrides. Output goes to ``directory``, with almost no logging."""
     path = ROOT / "configs" / f"{name}.yaml"
     return configs.load(path, [f"output={directory}", "log_every=1000000", "num_threads=1", *settings])
 
 
-def train(config: Config, world_size: int) -> tuple[dict[str, Any], Trainer]:
+def run_training(config: Config, world_size: int) -> tuple[dict[str, Any], Trainer]:
     """Train on simulated ranks in one thread and return rank 0's summary and trainer."""
     torch.set_num_threads(1)
 

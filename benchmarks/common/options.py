@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,11 @@ import typer
 
 from benchmarks.common.machine import ROOT
 
+NUM_CORES = os.cpu_count() or 1
 RESULTS = ROOT / "benchmarks" / "results"
 OutputOption = Annotated[Path, typer.Option(help="Parent directory of the result files.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Runs of each kind, with the seeds 0, 1, ...")]
+JobsOption = Annotated[int, typer.Option(min=1, help="Runs side by side.")]
 LabelOption = Annotated[str, typer.Option(help="Appended to the names of the result files.")]
 
 
