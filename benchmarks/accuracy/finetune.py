@@ -101,7 +101,7 @@ def tabulate(rows: Sequence[dict[str, Any]], seeds: int, steps: int, pretraining
     return make_table(
         f"bits per byte after {steps} steps, mean of {seeds} seeds; pre-trained for {pretraining} steps",
         ("way",),
-        ("rate", "bits per byte", "spread", f"gain on {SCRATCH}", f"gain on {FLAT}"),
+        ("rate", "bits per byte", "spread", "gain over scratch", f"gain over {FLAT}"),
         (
             (
                 f"{row['way']}, best rate" if row["is_best"] else row["way"],
