@@ -1,47 +1,44 @@
-"""Time of every compressor's arithmetic, as multiples of one copy of the same gradient in the same process.
+"""Time of every compressor's arithmetic, as a multiple of one copy of the same gradient in the same process.
 
-    python benchmarks/encoders.py
+    python -m benchmarks encoders
 
-One thread. ``encode``: add the residual, encode, keep what is left. ``decode``: decode one payload of many and add it;
-``of four``: the mean of four payloads, as an exchange forms it, divided by four.
-Compressors that are not codecs (PowerSGD, casts) get all their arithmetic in ``encode``: their program is run by hand,
-with collectives that give back what was sent. Every compressor takes turns with the copy; medians over turns.
+One thread. ``encode`` adds the residual, encodes and keeps the new residual. ``decode`` decodes one payload of several
+and adds it. ``of four`` is the mean of four payloads, as an exchange computes it, divided by four.
+
+For compressors that are not codecs (PowerSGD, casts), ``encode`` is all their arithmetic: their program runs with
+collectives that return what was sent. Every compressor alternates with the copy; figures are medians over turns.
 """
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.options import RESULTS, LabelOption, OutputOption, describe_compressor, parse_compressor
+from benchmarks.common.results import make_table, write_result
+from disttrain import compression
+from disttrain.comm.malloc import keep_freed_memory
+from disttrain.compression import Bucket, Codec, Compressor, State
+from disttrain.compression.base import dry_run
+from disttrain.compression.codec import pack, unpack
 
-from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from benchmarks.step_time import describe_compressor, parse_compressor  # noqa: E402
-from disttrain import compression  # noqa: E402
-from disttrain.comm.malloc import keep_freed_memory  # noqa: E402
-from disttrain.compression import Bucket, Codec, Compressor, State  # noqa: E402
-from disttrain.compression.base import dry_run  # noqa: E402
-from disttrain.compression.codec import pack, unpack  # noqa: E402
-
-# Beside the defaults of all that are registered.
+# In addition to every registered compressor with its default options.
 MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
 
 
 def main(
     compressor: Annotated[list[str], typer.Option(help="Only these: topk:ratio=0.01, ...")] = [],  # noqa: B006
-    width: Annotated[list[int], typer.Option(help="Ten matrices of width x width make the gradient.")] = [256, 1024],  # noqa: B006
+    width: Annotated[list[int], typer.Option(help="The gradient is ten matrices of width x width.")] = [256, 1024],  # noqa: B006
     turns: Annotated[int, typer.Option(min=3)] = 45,
-    output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
+    output: OutputOption = RESULTS,
+    label: LabelOption = "",
 ) -> None:
     """Measure all compressors."""
     torch.set_num_threads(1)
@@ -50,17 +47,17 @@ def main(
     specs = [parse_compressor(text) for text in compressor or [*compression.names(), *MORE]]
     rows = [{"width": size, **row} for size in width for row in measure(specs, size, turns)]
     result = {"machine": machine, "turns": turns, "rows": rows}
-    show_and_write(make_table(rows), result, output, "encoders", width=120)
+    write_result(tabulate(rows), result, output, "encoders", label, width=120)
 
 
 def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[str, Any]]:
-    """One row a compressor: median multiples of a copy."""
+    """Return one row for each compressor, with medians as multiples of a copy."""
     shapes = ((width, width),) * 10
     names = tuple(f"layer{index}.weight" for index in range(10))
     bucket = Bucket(names, shapes, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(bucket.numel, generator=generator)
-    # Touched before it is timed: the first write to a page is the kernel's work.
+    # Pages are touched before timing, since the first write to each is a page fault.
     target, work = torch.zeros_like(gradient), torch.zeros_like(gradient)
     rows = []
     for spec in specs:
@@ -69,9 +66,9 @@ def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[st
         times: list[list[float]] = [[] for _ in jobs]
         for turn in range(turns + 2):
             for series, job in zip(times, jobs, strict=True):
-                took = seconds(job)
-                if turn >= 2:  # kernels are compiled, caches are as they will be
-                    series.append(took)
+                elapsed = time_call(job)
+                if turn >= 2:  # the first turns compile kernels and warm up caches
+                    series.append(elapsed)
         copy, encode, *decodes = [statistics.median(series) for series in times]
         rows.append(
             {
@@ -90,7 +87,7 @@ def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[st
 def make_jobs(
     compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor
 ) -> list[Callable[[], Any]]:
-    """What is timed: encoding, and decoding one payload and four if the compressor is a codec."""
+    """Return the calls to time: encoding and, for codecs, decoding one payload and four."""
     state = compressor.init_state(bucket)
     if type(compressor).reduce is not Codec.reduce:
         return [lambda: run_program(compressor, bucket, gradient, work, state)]
@@ -117,29 +114,41 @@ def make_jobs(
 def run_program(
     compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor, state: State
 ) -> None:
-    """A whole step by hand. The gradient is copied in first, since programs may overwrite it: that is timed too."""
+    """Run a whole step. The time includes a copy of the gradient, since programs may overwrite it."""
     _, new_state = dry_run(compressor.reduce(work.copy_(gradient), bucket, state), bucket)
     state.commit(new_state)
 
 
-def seconds(job: Callable[[], Any]) -> float:
+def time_call(job: Callable[[], Any]) -> float:
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
 
 
-def make_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Arithmetic of one step, one thread, in copies of the gradient")
-    table.add_column("compressor")
-    for column in ("elements", "copy ms", "encode ms", "encode", "decode", "of four", "payload MB"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        payload = "" if row["payload_bytes"] is None else f"{row['payload_bytes'] / 1e6:.2f}"
-        decodes = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("decode", "decode_of_four")]
-        figures = [f"{row['copy_ms']:.2f}", f"{row['encode_ms']:.2f}", f"{row['encode']:.2f}", *decodes, payload]
-        table.add_row(describe_compressor(row["compressor"]), f"{10 * row['width'] ** 2:,}", *figures)
-    return table
+def tabulate(rows: list[dict[str, Any]]) -> Table:
+    return make_table(
+        "Arithmetic of one step, one thread, in copies of the gradient",
+        ("compressor",),
+        ("elements", "copy ms", "encode ms", "encode", "decode", "of four", "payload MB"),
+        (
+            (
+                describe_compressor(row["compressor"]),
+                f"{10 * row['width'] ** 2:,}",
+                f"{row['copy_ms']:.2f}",
+                f"{row['encode_ms']:.2f}",
+                f"{row['encode']:.2f}",
+                *("" if row[key] is None else f"{row[key]:.2f}" for key in ("decode", "decode_of_four")),
+                "" if row["payload_bytes"] is None else f"{row['payload_bytes'] / 1e6:.2f}",
+            )
+            for row in rows
+        ),
+    )
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def summarize_result(result: dict[str, Any]) -> str:
+    """Return the fastest and the slowest encoder on the largest gradient."""
+    width = max(row["width"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["width"] == width]
+    best, worst = (choose(rows, key=lambda row: row["encode"]) for choose in (min, max))
+    texts = [f"{row['encode']:.1f} ({describe_compressor(row['compressor'])})" for row in (best, worst)]
+    return f"{len(rows)} compressors, {10 * width**2:,} elements: encoding takes {' to '.join(texts)} copies"

@@ -1,36 +1,37 @@
-"""What the recipe is for: growing batches and large ones, against the small batch that they are to be as good as.
+"""Growing and large batches, compared with the small batch whose accuracy they are meant to reach.
 
-    python benchmarks/recipe.py --experiment growing --task digits
-    python benchmarks/recipe.py --experiment large --task digits
+    python -m benchmarks recipe --experiment growing --task digits
+    python -m benchmarks recipe --experiment large --task digits
 
-On digits all runs of an experiment see equally many samples; on text those that grow take half of the steps. A run is
-two virtual ranks in one process and one thread, so that there are parts of a batch to measure noise by; runs go side by
-side, since nothing is timed.
+On digits all runs of an experiment see the same number of samples; on text, runs with growing batches take half of the
+steps. A run has two simulated ranks in one process and one thread, since the noise scale is estimated from the parts
+of a batch. Runs execute side by side: nothing is timed.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import training  # noqa: E402
-from benchmarks.machine import describe_machine, show_and_write  # noqa: E402
-from benchmarks.training import METRIC, Task  # noqa: E402
+from benchmarks.accuracy.runs import (
+    FINAL_EVALUATION_ONLY,
+    METRIC,
+    Task,
+    find_metric,
+    load_config,
+    run_side_by_side,
+    run_training,
+)
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.options import NUM_CORES, RESULTS, JobsOption, OutputOption, SeedsOption
+from benchmarks.common.results import make_table, write_result
+from benchmarks.common.statistics import Run, summarize_seeds
 
 WORLD_SIZE = 2
 
@@ -50,7 +51,7 @@ LAMB_ON_TEXT = [
     "schedule.warmup_steps=20",
 ]  # fmt: skip
 
-# What all runs of an experiment share, and the settings that are compared: the first is what the others are to reach.
+# Overrides for all runs of an experiment, and the cases that are compared. The first case is the baseline.
 Cases = dict[str, list[str]]
 EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
     (Experiment.GROWING, Task.DIGITS): (
@@ -62,7 +63,7 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
                 "batch.max_batch_size=256",
             ],
             "plateau: x2 at factor 0.9": ["batch.name=plateau", "batch.max_batch_size=256"],
-            "noise scale, half of it": [
+            "noise scale, share 0.5": [
                 "batch.name=noise_scale", "batch.share=0.5", "batch.lr_scaling=sqrt", "batch.max_batch_size=256",
             ],
         },
@@ -75,7 +76,7 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
                 "max_steps=300", "batch.name=schedule", "batch.unit=step", "batch.milestones=[60,120,180]",
                 "batch.factor=2", "batch.max_batch_size=128",
             ],
-            "noise scale, four times it": [
+            "noise scale, share 4": [
                 "max_steps=300", "batch.name=noise_scale", "batch.share=4", "batch.lr_scaling=sqrt",
                 "batch.max_batch_size=128",
             ],
@@ -94,7 +95,7 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
             "batch 1024, lamb, lr 0.05": ["optimizer.name=lamb", "optimizer.lr=0.05", "optimizer.weight_decay=0.01"],
         },
     ),
-    (Experiment.LARGE, Task.TEXT): (  # a GPT of 7 400 parameters: what some million samples train to the end
+    (Experiment.LARGE, Task.TEXT): (  # a GPT of 7,400 parameters, which about a million samples train to convergence
         [
             "task.context=3", "task.width=16", "task.layers=1", "max_steps=800", "batch_size=1024",
             "schedule.warmup_steps=60", "schedule.final_lr_factor=0",
@@ -114,39 +115,33 @@ EXPERIMENTS: dict[tuple[Experiment, Task], tuple[list[str], Cases]] = {
 
 def main(
     experiment: Annotated[Experiment, typer.Option(help="Batches that grow, or that are large from the start.")],
-    task: Annotated[Task, typer.Option(help="Which config to train.")] = Task.DIGITS,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    task: Annotated[Task, typer.Option(help="The config to train.")] = Task.DIGITS,
+    seeds: SeedsOption = 3,
     setting: Annotated[list[str], typer.Option(help="Overrides for all runs: epochs=5, ...")] = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = os.cpu_count() or 1,
-    output: Annotated[Path, typer.Option(help="Directory of the result files.")] = ROOT / "benchmarks" / "results",
+    jobs: JobsOption = NUM_CORES,
+    output: OutputOption = RESULTS,
 ) -> None:
-    """Train every setting with every seed and compare with the first setting."""
-    if (experiment, task) not in EXPERIMENTS:
-        raise typer.BadParameter(f"there is no experiment {experiment.value!r} on {task.value!r}")
+    """Train every case with every seed and compare with the first case."""
     machine = describe_machine()
     common, cases = EXPERIMENTS[experiment, task]
-    combinations = [(name, seed) for name in cases for seed in range(seeds)]
-    with ProcessPoolExecutor(jobs) as pool:
-        futures = [
-            pool.submit(train, task.value, [*common, *cases[name], f"seed={seed}", *setting])
-            for name, seed in combinations
-        ]
-        runs = []
-        for (name, seed), future in zip(combinations, futures, strict=True):
-            runs.append({"setting": name, "seed": seed, **future.result()})
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    rows = summarise_runs(runs, METRIC[task])
-    table = make_table(rows, f"{task.value}: {METRIC[task].replace('_', ' ')}, mean of {seeds} seeds")
+    calls = [
+        ({"setting": name, "seed": seed}, (task.value, [*common, *overrides, f"seed={seed}", *setting]))
+        for name, overrides in cases.items()
+        for seed in range(seeds)
+    ]
+    runs = run_side_by_side(train, calls, jobs)
+    rows = summarize_runs(runs, METRIC[task])
+    table = tabulate(rows, f"{task.value}: {METRIC[task].replace('_', ' ')}, mean of {seeds} seeds")
     result = {"machine": machine, "common": common, "cases": cases, "runs": runs, "rows": rows}
-    show_and_write(table, result, output, f"recipe-{experiment.value}", task.value, width=110)
+    write_result(table, result, output, "recipe", f"{experiment.value}-{task.value}", width=110)
 
 
 def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
-    """One run: its metrics on held-out data, optimizer steps, samples and last batch size."""
-    quiet = [*training.ONLY_THE_END, "health.max_skipped=null"]  # what diverges is a result too
+    """Train one run and return its held-out metrics, optimizer steps, samples and last batch size."""
+    diverging = "health.max_skipped=null"  # a run that diverges is a result too
     with tempfile.TemporaryDirectory() as directory:
-        config = training.load(task, directory, [*quiet, "compressor.name=dense", *settings])
-        summary, trainer = training.train(config, WORLD_SIZE)
+        settings = [*FINAL_EVALUATION_ONLY, diverging, "compressor.name=dense", *settings]
+        summary, trainer = run_training(load_config(task, directory, settings), WORLD_SIZE)
     return {
         "metrics": summary["metrics"],
         "steps": summary["steps"],
@@ -155,35 +150,52 @@ def train(task: str, settings: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def summarise_runs(runs: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """One row a setting: means over seeds, the spread, and how it compares with the first setting."""
+def summarize_runs(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+    """Return one row for each case: mean and spread over seeds, and steps and mean compared with the first case."""
     rows: list[dict[str, Any]] = []
-    for setting in dict.fromkeys(run["setting"] for run in runs):
-        group = [run for run in runs if run["setting"] == setting]
-        values = [run["metrics"][metric] for run in group]
+    groups = summarize_seeds(runs, key=lambda run: run["setting"], metric=lambda run: run["metrics"][metric])
+    for setting, group in groups.items():
         row = {
             "setting": setting,
-            "samples": group[0]["samples"],
-            "steps": statistics.mean(run["steps"] for run in group),
-            "last_batch_size": max(run["last_batch_size"] for run in group),
-            "mean": statistics.mean(values),
-            "spread": max(values) - min(values),
+            "samples": group.runs[0]["samples"],
+            "steps": statistics.mean(run["steps"] for run in group.runs),
+            "last_batch_size": max(run["last_batch_size"] for run in group.runs),
+            "mean": group.mean,
+            "spread": group.spread,
         }
         first = rows[0] if rows else row
         rows.append({**row, "share": row["steps"] / first["steps"], "difference": row["mean"] - first["mean"]})
     return rows
 
 
-def make_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("setting")
-    for column in ("last batch", "steps", "of the first", "mean", "spread", "from the first"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        figures = [f"{row['steps']:.0f}", f"{row['share']:.2f}", f"{row['mean']:.4f}", f"{row['spread']:.4f}"]
-        table.add_row(row["setting"], str(row["last_batch_size"]), *figures, f"{row['difference']:+.4f}")
-    return table
+def tabulate(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    return make_table(
+        title,
+        ("setting",),
+        ("last batch", "steps", "of the first", "mean", "spread", "from the first"),
+        (
+            (
+                row["setting"],
+                str(row["last_batch_size"]),
+                f"{row['steps']:.0f}",
+                f"{row['share']:.2f}",
+                f"{row['mean']:.4f}",
+                f"{row['spread']:.4f}",
+                f"{row['difference']:+.4f}",
+            )
+            for row in rows
+        ),
+    )
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def summarize_result(result: dict[str, Any]) -> str:
+    """Return the baseline, and steps and difference of the case closest to it or better."""
+    metric = find_metric(result["runs"][0])
+    first, *others = result["rows"]
+    better = max if metric == METRIC[Task.DIGITS] else min
+    best = better(others, key=lambda row: row["mean"])
+    return (
+        f"{metric.replace('_', ' ')}: {first['setting']} {first['mean']:.4f}; "
+        f"best of {len(others)} others {best['difference']:+.4f} "
+        f"({best['setting']}) in {best['share']:.2f} of the steps"
+    )
