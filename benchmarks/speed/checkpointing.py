@@ -46,7 +46,7 @@ class TrainingLoop:
         self.model = mlp().to(comm.device)
         self.optimizer = disttrain.DistributedOptimizer(sgd(self.model), self.model, comm=comm, compressor=compressor)
         self.inputs, self.targets = (part.to(comm.device) for part in make_batch("mlp", comm.rank))
-        self.writer = Writer(comm, in_flight=1)
+        self.writer = Writer(comm, max_in_flight=1)
         self.num_steps, self.num_bytes = 0, 0
 
     def step(self) -> None:
