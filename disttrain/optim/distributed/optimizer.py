@@ -78,6 +78,7 @@ class DistributedOptimizer(OptimizerWrapper):
             ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
         grad_norm: global norm of the last mean gradient before ``clip_norm`` scaled it, if that is set.
         skipped_steps: number of steps skipped: a gradient was not finite, or a rank dropped its gradients.
+        consecutive_skipped_steps: number of steps skipped since the last one that was taken.
         vote: what this rank tells the others with the next step, 0 to 255, at no cost; 0 at first, and kept until set.
         agreed_vote: the largest vote that any rank had in the last step, alike on all.
         model, comm: as given.
@@ -150,7 +151,11 @@ class DistributedOptimizer(OptimizerWrapper):
 
     @property
     def skipped_steps(self) -> int:
-        return self._skips.in_all
+        return self._skips.total
+
+    @property
+    def consecutive_skipped_steps(self) -> int:
+        return self._skips.consecutive
 
     @property
     def norms(self) -> SquaredNorms | None:

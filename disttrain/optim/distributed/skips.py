@@ -16,16 +16,16 @@ _REASONS = {Ending.UNSOUND: "a gradient was inf or NaN", Ending.DROPPED: "gradie
 class Skips:
     """How many steps were skipped, in all and in a row."""
 
-    in_all: int = 0
-    in_a_row: int = 0
+    total: int = 0
+    consecutive: int = 0
 
     def note(self, ending: Ending) -> None:
         """Note a step. Warns of each of the first ten that are skipped in a row, then ever more rarely."""
         if ending is Ending.TAKEN:
-            self.in_a_row = 0
+            self.consecutive = 0
             return
-        self.in_all += 1
-        self.in_a_row += 1
-        if self.in_a_row <= _FIRST or self.in_a_row.bit_count() == 1:
-            more = "; more of them in a row are reported at powers of two" if self.in_a_row == _FIRST else ""
-            logger.warning("step skipped: %s on some rank (%d so far)%s", _REASONS[ending], self.in_all, more)
+        self.total += 1
+        self.consecutive += 1
+        if self.consecutive <= _FIRST or self.consecutive.bit_count() == 1:
+            more = "; more of them in a row are reported at powers of two" if self.consecutive == _FIRST else ""
+            logger.warning("step skipped: %s on some rank (%d so far)%s", _REASONS[ending], self.total, more)
