@@ -64,8 +64,8 @@ def test_the_two_estimators_are_smoothed_for_themselves() -> None:
     noise, pairs = GradientNoise(smoothing=0.5), []
     for step in range(3):
         norms = measured(samples(8, step), [4, 4])
-        trace = (norms.part - norms.whole) * 8
-        pairs.append((norms.whole - trace / 8, trace))
+        trace = (norms.local - norms.averaged) * 8
+        pairs.append((norms.averaged - trace / 8, trace))
         noise.update(norms, [4, 4], 8)
     weights = [0.125, 0.25, 0.5]
     square, trace = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
