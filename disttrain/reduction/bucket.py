@@ -78,6 +78,7 @@ class Slot:
         earlier_mean: the mean of the step's earlier exchanges. Outside an exchange: a copy, made before a local
             gradient was added to the mean in ``parameter.grad``. During an exchange: what is added to its result.
         is_finite: whether ``view`` is finite; None if that is not known.
+        is_pending: whether the bucket waits for this gradient in the open exchange.
         position: how many gradients of this exchange came before this one; None if it has not come.
         is_used: whether there was a gradient when the bucket was closed.
         num_unused: number of exchanges in a row in which no rank had a gradient.
@@ -92,6 +93,7 @@ class Slot:
     has_mean: bool = False
     earlier_mean: torch.Tensor | None = None
     is_finite: bool | None = None
+    is_pending: bool = False
     position: int | None = None
     is_used: bool = False
     num_unused: int = 0
@@ -115,7 +117,7 @@ class Slot:
 
     def open(self) -> None:
         """Start an exchange. Set the mean of earlier exchanges aside, so that it is not sent again."""
-        self.position, self.is_used = None, False
+        self.position, self.is_used, self.is_pending = None, False, self.is_expected
         copied_mean, self.earlier_mean = self.earlier_mean, None
         grad = self.parameter.grad
         if grad is None:
@@ -127,6 +129,13 @@ class Slot:
         elif copied_mean is not None:
             self.earlier_mean = copied_mean
             self.parameter.grad = grad - copied_mean
+
+    def mark_ready(self, position: int) -> None:
+        """Note that the gradient has come, as the one at ``position`` in this exchange."""
+        self.position = position
+        if self.is_pending:
+            self.is_pending = False
+            self.bucket.num_pending -= 1
 
     def save_mean(self) -> None:
         """Copy the mean, as a local gradient is about to be added to it."""
@@ -189,6 +198,7 @@ class GradientBucket:
 
     Attributes:
         stage: where it is in its exchange.
+        num_pending: number of gradients that the bucket waits for in the open exchange.
         version: version of ``flat`` when the mean arrived; another one shows that the user has written there since.
     """
 
@@ -200,6 +210,7 @@ class GradientBucket:
     slots: list[Slot] = field(default_factory=list)
     version: int = 0
     stage: Stage = Stage.IDLE
+    num_pending: int = 0
 
     def _advance(self, stage: Stage) -> None:
         assert stage in _NEXT[self.stage], f"{self.description.names[0]}: from {self.stage} to {stage}"
@@ -208,7 +219,7 @@ class GradientBucket:
     @property
     def is_full(self) -> bool:
         """Whether every expected gradient has come."""
-        return all(slot.position is not None or not slot.is_expected for slot in self.slots)
+        return self.num_pending == 0
 
     @property
     def is_closed(self) -> bool:
@@ -241,6 +252,7 @@ class GradientBucket:
             self.state.revert(dropped)
         for slot in self.slots:
             slot.open()
+        self.num_pending = sum(slot.is_pending for slot in self.slots)
 
     def close(self) -> torch.Tensor:
         """Complete the buffer, with zeros where there is no gradient, and set ``parameter.grad`` to None.

@@ -134,7 +134,7 @@ class Reducer:
                 slot.is_local = True
                 self._before_accumulation(slot)
             if slot.position is None:
-                slot.position = self._num_ready
+                slot.mark_ready(self._num_ready)
                 self._num_ready += 1
             if has_user_hooks(slot.parameter):
                 slot.is_finite = None
