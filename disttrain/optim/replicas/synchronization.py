@@ -50,7 +50,7 @@ def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
         there = other[index] if index < len(other) else "nothing"
         if here != there:
             raise UserError(
-                f"the model differs between ranks: rank 0 has {here}, rank {odd} has {there}; build the same on all ranks"
+                f"the model differs between ranks: rank 0 has {here}, rank {odd} has {there}; build it the same on all"
             )
 
 
