@@ -78,16 +78,16 @@ def test_the_two_estimators_are_smoothed_for_themselves() -> None:
 def test_the_gain_is_the_ratio_where_all_is_noise_and_one_where_there_is_none() -> None:
     noise = GradientNoise()
     assert noise.gain(16, 256) == 1, "before anything was measured"
-    noise.update(SquaredNorms(part=100 / 32, whole=100 / 64), [32, 32], 64)  # no mean
+    noise.update(SquaredNorms(local=100 / 32, averaged=100 / 64), [32, 32], 64)  # no mean
     assert noise.square_norm == pytest.approx(0)
     assert noise.gain(16, 256) == pytest.approx(16)
     assert noise.scale > 1e6
     noise = GradientNoise()
-    noise.update(SquaredNorms(part=5.0, whole=5.0), [32, 32], 64)  # no noise
+    noise.update(SquaredNorms(local=5.0, averaged=5.0), [32, 32], 64)  # no noise
     assert noise.trace == 0
     assert noise.gain(16, 256) == 1
     noise = GradientNoise()
-    noise.update(SquaredNorms(part=5.0 + 160 / 32, whole=5.0 + 160 / 64), [32, 32], 64)
+    noise.update(SquaredNorms(local=5.0 + 160 / 32, averaged=5.0 + 160 / 64), [32, 32], 64)
     assert noise.gain(16, 256) == pytest.approx((5 + 160 / 16) / (5 + 160 / 256))
 
 
