@@ -47,8 +47,8 @@ class GradientNoise:
         spread = of_trace - of_square / num_samples
         if spread <= 1e-12 * of_trace:
             return False
-        trace = (norms.part - of_square * norms.whole) / spread
-        self._add(norms.whole - trace / num_samples, trace)
+        trace = (norms.local - of_square * norms.averaged) / spread
+        self._add(norms.averaged - trace / num_samples, trace)
         return True
 
     def _add(self, square_norm: float, trace: float) -> None:

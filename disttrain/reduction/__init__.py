@@ -1,4 +1,4 @@
-"""From gradients on N ranks to their mean: buckets, hooks, order, overlap, and the count of bytes."""
+"""From gradients on N ranks to their mean: buckets, hooks, order, overlap, and the bytes on the wire."""
 
 from disttrain.reduction.measurements.ledger import Entry, Ledger, Traffic
 from disttrain.reduction.measurements.norms import SquaredNorms

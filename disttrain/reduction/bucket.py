@@ -1,15 +1,30 @@
-"""Buckets: parameters whose gradients travel together, in one flat buffer of which the gradients are views."""
+"""Buckets: parameters whose gradients are exchanged together, as views of one flat buffer.
+
+Stages of a bucket in one exchange::
+
+           open             close           launch            finalize           expose
+    IDLE -------> GATHERING ------> CLOSED --------> IN_FLIGHT ---------> ARRIVED -------> EXPOSED
+     ^              ^                                                        ^     hide      |  |
+     |              |                                                        +---------------+  |
+     |              +----- open: a further backward pass, or late gradients --------------------+
+     +----- release, from any stage: the step has ended, or was dropped
+
+``step.py`` has the phases of the whole step. While its phase is OPEN, every bucket is between GATHERING and ARRIVED;
+while it is AVERAGED, every bucket is EXPOSED; while it is EMPTY, every bucket is IDLE. (A bucket that is added between
+backward and step is IDLE until the next exchange opens.)
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 
-from disttrain.compression import Bucket, Compressor, Dense, Policy, hierarchical
-from disttrain.compression.base import Hierarchy, NewState, Program, State
+from disttrain.compression import Bucket, Compressor, Dense, hierarchical
+from disttrain.compression.base import NewState, Program, State
 from disttrain.compression.flush import FlushResiduals
 from disttrain.errors import UserError
 from disttrain.kernels import for_device
@@ -18,24 +33,55 @@ from disttrain.reduction.meetings.status import Use
 NamedParameter = tuple[str, torch.nn.Parameter]
 
 _DENSE, _FLUSH = Dense(), FlushResiduals()
-_IDLE_EXCHANGES = 3
+_MAX_UNUSED = 3
+
+
+class Stage(Enum):
+    """Where a bucket is in its exchange, and so what may be in ``parameter.grad``."""
+
+    IDLE = "idle"
+    """No exchange: gradients of this rank only (``no_sync``), or whatever the user has put there."""
+    GATHERING = "gathering"
+    """Hooks copy gradients into ``flat``; ``parameter.grad`` becomes a view of it."""
+    CLOSED = "closed"
+    """``flat`` is complete and ``parameter.grad`` is None. A gradient that comes now is late: it stays where autograd
+    puts it."""
+    IN_FLIGHT = "in flight"
+    """The compressor's program runs. As in CLOSED, so nothing can write into a buffer that is being sent."""
+    ARRIVED = "arrived"
+    """``flat`` is the mean over ranks; ``parameter.grad`` is None, or a late gradient."""
+    EXPOSED = "exposed"
+    """``parameter.grad`` is the mean, and the user's to change."""
+
+
+CLOSED_STAGES = (Stage.CLOSED, Stage.IN_FLIGHT)
+"""In which a gradient that comes is late."""
+
+_NEXT = {
+    Stage.IDLE: (Stage.GATHERING,),
+    Stage.GATHERING: (Stage.CLOSED,),
+    Stage.CLOSED: (Stage.IN_FLIGHT,),
+    Stage.IN_FLIGHT: (Stage.ARRIVED,),
+    Stage.ARRIVED: (Stage.EXPOSED,),
+    Stage.EXPOSED: (Stage.ARRIVED, Stage.GATHERING),
+}
 
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter's place in its bucket: ``view`` is its stretch of the flat buffer, shaped like the parameter.
+    """One parameter's place in its bucket: ``view`` is its part of the flat buffer, shaped like the parameter.
 
     Attributes:
-        index: among all parameters of the reducer's optimizer.
-        is_local: ``parameter.grad`` holds something that the other ranks have not seen.
-        has_mean: ``parameter.grad`` is a mean over ranks, as it arrived or as the user has changed it since.
-        base: the mean that ``parameter.grad`` was when a local gradient was added to it.
-        carried: what ``parameter.grad`` was when an exchange began, which is to be added to its result.
-        finite: what is known of the numbers in ``view``; None if they have to be looked at.
-        is_ready: a gradient has come since the exchange began.
-        position: how many had come before it.
-        is_used: a gradient was there when the bucket left.
-        idle: exchanges in a row in which no rank used it.
+        index: position among all parameters of the reducer.
+        is_local: whether ``parameter.grad`` contains something that the other ranks have not seen.
+        has_mean: whether ``parameter.grad`` contains a mean over ranks, as it arrived or as the user has changed it.
+        earlier_mean: the mean of the step's earlier exchanges. Outside an exchange: a copy, made before a local
+            gradient was added to the mean in ``parameter.grad``. During an exchange: what is added to its result.
+        is_finite: whether ``view`` is finite; None if that is not known.
+        is_pending: whether the bucket waits for this gradient in the open exchange.
+        position: how many gradients of this exchange came before this one; None if it has not come.
+        is_used: whether there was a gradient when the bucket was closed.
+        num_unused: number of exchanges in a row in which no rank had a gradient.
     """
 
     name: str
@@ -45,18 +91,17 @@ class Slot:
     index: int
     is_local: bool = False
     has_mean: bool = False
-    base: torch.Tensor | None = None
-    carried: torch.Tensor | None = None
-    finite: bool | None = None
-    is_ready: bool = False
-    position: int = 0
+    earlier_mean: torch.Tensor | None = None
+    is_finite: bool | None = None
+    is_pending: bool = False
+    position: int | None = None
     is_used: bool = False
-    idle: int = 0
+    num_unused: int = 0
 
     @property
-    def rests(self) -> bool:
-        """Whether no rank has used it for a while, so that its bucket does not wait for it."""
-        return self.idle >= _IDLE_EXCHANGES
+    def is_expected(self) -> bool:
+        """Whether the bucket waits for this gradient; not if no rank has used the parameter for some exchanges."""
+        return self.num_unused < _MAX_UNUSED
 
     @property
     def has_local(self) -> bool:
@@ -65,79 +110,96 @@ class Slot:
 
     @property
     def use(self) -> Use:
-        """What this rank has of the exchange under way, once the bucket has left."""
+        """Whether this rank has a gradient in the open exchange, once the bucket is closed."""
         if self.parameter.grad is not None:
             return Use.LATE
         return Use.USED if self.is_used else Use.UNUSED
 
     def open(self) -> None:
-        """Begin an exchange: put a mean of earlier passes aside, so that only what is new travels."""
-        self.is_ready = self.is_used = False
-        base, self.base = self.base, None
-        if self.parameter.grad is None:
+        """Start an exchange. Set the mean of earlier exchanges aside, so that it is not sent again."""
+        self.position, self.is_used, self.is_pending = None, False, self.is_expected
+        copied_mean, self.earlier_mean = self.earlier_mean, None
+        grad = self.parameter.grad
+        if grad is None:
             self.has_mean = self.is_local = False
         elif self.has_mean and not self.is_local:
-            self._carry()
+            lies_in_buffer = not grad.is_sparse and _shares_storage(grad, self.view)
+            self.earlier_mean = grad.detach().clone() if lies_in_buffer else grad.detach()
             self.parameter.grad = None
-        elif base is not None:
-            self.carried = base
-            self.parameter.grad = self.parameter.grad - base
+        elif copied_mean is not None:
+            self.earlier_mean = copied_mean
+            self.parameter.grad = grad - copied_mean
 
-    def note_mean(self) -> None:
-        """Remember the mean, as a local gradient is about to be added to it."""
-        if self.has_mean and not self.is_local and self.base is None and self.parameter.grad is not None:
-            self.base = self.parameter.grad.detach().clone()
+    def mark_ready(self, position: int) -> None:
+        """Note that the gradient has come, as the one at ``position`` in this exchange."""
+        self.position = position
+        if self.is_pending:
+            self.is_pending = False
+            self.bucket.num_pending -= 1
 
-    def _carry(self) -> None:
-        """Set ``parameter.grad`` aside; what lies in the buffer is copied, as something else will be written there."""
-        grad = self.parameter.grad
-        assert grad is not None
-        lies_in_buffer = not grad.is_sparse and _same_storage(grad, self.view)
-        self.carried = grad.detach().clone() if lies_in_buffer else grad.detach()
+    def save_mean(self) -> None:
+        """Copy the mean, as a local gradient is about to be added to it."""
+        if self.has_mean and not self.is_local and self.earlier_mean is None and self.parameter.grad is not None:
+            self.earlier_mean = self.parameter.grad.detach().clone()
 
-    def take_in(self) -> None:
-        """Move a gradient that autograd made elsewhere into the buffer; ``parameter.grad`` becomes the view of it."""
+    def copy_in(self) -> None:
+        """Copy the gradient into the buffer, unless it is there; ``parameter.grad`` becomes a view of the buffer.
+
+        Raises:
+            UserError: the parameter's dtype has changed.
+        """
         grad = self.parameter.grad
         if grad is self.view:
             return
         if grad is None:
             self.view.zero_()
-            self.finite = True
+            self.is_finite = True
             return
         grad = grad.detach()
         if self.parameter.dtype != self.view.dtype:
             raise UserError(
-                f"parameter {self.name!r} was {self.view.dtype} when it was given to the optimizer and is "
-                f"{self.parameter.dtype} now: convert the model before the optimizer is made"
+                f"parameter {self.name!r} was {self.view.dtype} when the optimizer was made and is "
+                f"{self.parameter.dtype} now: convert the model before making the optimizer"
             )
-        # A look at the numbers costs nothing while they are copied, and a pass over memory later.
-        self.finite = for_device(grad.device).copy_finite(grad.to_dense() if grad.is_sparse else grad, self.view)
+        # On a CPU the check is free while the numbers are copied, and costs a pass over memory later.
+        self.is_finite = for_device(grad.device).copy_finite(grad.to_dense() if grad.is_sparse else grad, self.view)
         self.parameter.grad = self.view
 
-    def land(self, is_used: bool, keep: float = 1.0) -> None:
-        """Show what has arrived in the buffer, if any rank had a gradient, and ``keep`` times what was there before."""
-        carried, self.carried = self.carried, None
-        if carried is not None and keep != 1.0:
-            carried = carried * keep
+    def finalize(self, is_used: bool, keep: float = 1.0) -> None:
+        """Complete the mean in ``view``: add ``keep`` times the earlier mean.
+
+        Args:
+            is_used: whether any rank had a gradient. If not, the earlier mean stays as it is.
+            keep: factor of the earlier mean.
+        """
+        earlier, self.earlier_mean = self.earlier_mean, None
+        if earlier is not None and keep != 1.0:
+            earlier = earlier * keep
         self.is_local = False
-        if is_used:
-            self.has_mean = True
-            if carried is not None:
-                self.view.add_(carried.to_dense() if carried.is_sparse else carried)
-            self.parameter.grad = self.view
-            return
-        self.has_mean = carried is not None
-        self.view.zero_() if carried is None else self.view.copy_(carried)
-        self.parameter.grad = None if carried is None else self.view
+        self.has_mean = is_used or earlier is not None
+        if not is_used:
+            self.view.zero_() if earlier is None else self.view.copy_(earlier)
+        elif earlier is not None:
+            self.view.add_(earlier.to_dense() if earlier.is_sparse else earlier)
+
+    def release(self) -> None:
+        """End the step: what is in ``parameter.grad`` counts as the user's from now on."""
+        self.has_mean, self.earlier_mean = False, None
+
+    def discard(self) -> None:
+        """Remove the gradient, and what has been exchanged of it."""
+        self.parameter.grad = self.earlier_mean = None
+        self.has_mean = self.is_local = False
 
 
 @dataclass(eq=False)
 class GradientBucket:
-    """A flat buffer of gradients, the compressor that exchanges it from step ``dense_steps`` on, and its state.
+    """A flat buffer of gradients, its compressor (used from step ``dense_steps`` on) and the compressor's state.
 
     Attributes:
-        version: of ``flat`` when the last means had arrived: another one shows that somebody has written there since.
-        has_left: its exchange is under way.
+        stage: where it is in its exchange.
+        num_pending: number of gradients that the bucket waits for in the open exchange.
+        version: version of ``flat`` when the mean arrived; another one shows that the user has written there since.
     """
 
     description: Bucket
@@ -147,222 +209,165 @@ class GradientBucket:
     dense_steps: int = 0
     slots: list[Slot] = field(default_factory=list)
     version: int = 0
-    has_left: bool = False
+    stage: Stage = Stage.IDLE
+    num_pending: int = 0
+
+    def _advance(self, stage: Stage) -> None:
+        assert stage in _NEXT[self.stage], f"{self.description.names[0]}: from {self.stage} to {stage}"
+        self.stage = stage
 
     @property
     def is_full(self) -> bool:
-        """Whether every gradient that is expected has come."""
-        return all(slot.is_ready or slot.rests for slot in self.slots)
+        """Whether every expected gradient has come."""
+        return self.num_pending == 0
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the buffer is complete, and perhaps being sent."""
+        return self.stage in CLOSED_STAGES
 
     @property
     def is_changed(self) -> bool:
-        """Whether the user has changed gradients since they arrived."""
+        """Whether the user has changed gradients since the mean arrived."""
         return self.flat._version != self.version or any(
             slot.has_mean and slot.parameter.grad is not slot.view for slot in self.slots
         )
 
     @property
     def holds_gradients(self) -> bool:
-        """Whether all its gradients, and nothing else, are in ``flat``."""
+        """Whether ``flat`` holds all gradients of the bucket and nothing else."""
         return all(slot.parameter.grad is (slot.view if slot.has_mean else None) for slot in self.slots)
 
+    @property
+    def dropped(self) -> list[int]:
+        """Indices of the slots whose mean the user has removed."""
+        return [index for index, slot in enumerate(self.slots) if slot.has_mean and slot.parameter.grad is None]
+
+    # Stages, in order
+
     def open(self) -> None:
-        """Begin an exchange. A mean that the user has dropped since takes its change of the state back."""
-        self.has_left = False
+        """Start an exchange. Revert the state of parameters whose mean the user has removed."""
+        self._advance(Stage.GATHERING)
         if dropped := self.dropped:
             self.state.revert(dropped)
         for slot in self.slots:
             slot.open()
-
-    @property
-    def dropped(self) -> list[int]:
-        """Of which parameters the user has removed the mean."""
-        return [index for index, slot in enumerate(self.slots) if slot.has_mean and slot.parameter.grad is None]
-
-    def settle(self) -> None:
-        """The means have been stepped on."""
-        if dropped := self.dropped:
-            self.state.revert(dropped)
-        self.state.settle()
+        self.num_pending = sum(slot.is_pending for slot in self.slots)
 
     def close(self) -> torch.Tensor:
-        """Gather what is to be sent in the buffer, and hide it; whether all of it is finite, 0-d.
+        """Complete the buffer, with zeros where there is no gradient, and set ``parameter.grad`` to None.
 
-        Hidden, since nothing may write into what travels: a further gradient lies where autograd puts it.
+        Returns:
+            Whether all of it is finite, 0-d.
         """
+        self._advance(Stage.CLOSED)
         for slot in self.slots:
-            if slot.parameter.grad is slot.view and not slot.is_ready:
-                slot.finite = None  # the user may have changed it
-            slot.take_in()
+            if slot.parameter.grad is slot.view and slot.position is None:
+                slot.is_finite = None  # the user may have changed it
+            slot.copy_in()
             slot.is_used = slot.parameter.grad is not None
             slot.parameter.grad = None
-        self.has_left = True
-        known = [slot.finite for slot in self.slots]
+        known = [slot.is_finite for slot in self.slots]
         return all_finite(self.flat) if None in known else torch.tensor(all(known))
 
-    def show(self) -> None:
-        """Let ``parameter.grad`` be the mean, where there is one."""
+    def launch(self, gradient: torch.Tensor) -> Program:
+        """Return the current compressor's program over ``gradient``, which it may overwrite."""
+        self._advance(Stage.IN_FLIGHT)
+        return hierarchical.reduce(self.current_compressor, gradient, self.description, self.state)
+
+    def finalize(
+        self, mean: torch.Tensor, new_state: NewState, used: Sequence[bool], scale: float = 1.0, keep: float = 1.0
+    ) -> None:
+        """Load the result of a finished program: the compressor's new state, and the mean.
+
+        The gradients become ``scale`` times the mean plus ``keep`` times the mean of the step's earlier exchanges.
+
+        Args:
+            mean: of the program.
+            new_state: of the program.
+            used: by slot, whether any rank had a gradient. Where none had, neither gradient nor state change: what the
+                compressor sent of the residual stays in the residual.
+            scale: factor of the mean.
+            keep: factor of the earlier mean.
+        """
+        unused = [index for index, is_used in enumerate(used) if not is_used]
+        self.state.take(new_state, unused)  # first, since a new residual may lie in the buffer
+        if mean.data_ptr() != self.flat.data_ptr():
+            self.flat.copy_(mean)
+        if scale != 1.0:
+            self.flat.mul_(scale)
+        self._finalize_slots(used, keep)
+
+    def finalize_nonfinite(self, used: Sequence[bool]) -> None:
+        """Make the gradients NaN on all ranks, and leave the state: some rank's gradient was not finite."""
+        self.flat.fill_(math.nan)
+        self._finalize_slots(used)
+
+    def _finalize_slots(self, used: Sequence[bool], keep: float = 1.0) -> None:
+        self._advance(Stage.ARRIVED)
+        for slot, is_used in zip(self.slots, used, strict=True):
+            slot.finalize(is_used, keep)
+        self.version = self.flat._version
+
+    def expose(self) -> None:
+        """Let ``parameter.grad`` be the mean where there is one, and None elsewhere."""
+        self._advance(Stage.EXPOSED)
         for slot in self.slots:
             slot.parameter.grad = slot.view if slot.has_mean else None
 
     def hide(self) -> None:
+        """Set ``parameter.grad`` to None until ``expose``."""
+        self._advance(Stage.ARRIVED)
         for slot in self.slots:
             slot.parameter.grad = None
 
+    def release(self, *, is_taken: bool) -> None:
+        """End the step. The compressor's state of the step counts if it ``is_taken``, and is reverted otherwise."""
+        self.stage = Stage.IDLE
+        if not is_taken:
+            self.state.revert()
+        else:
+            if dropped := self.dropped:
+                self.state.revert(dropped)
+            self.state.settle()
+        for slot in self.slots:
+            slot.release()
+
+    # The compressor
+
     @property
-    def present(self) -> Compressor:
-        """What exchanges it in this step."""
+    def current_compressor(self) -> Compressor:
+        """The compressor of this step: dense in the first ``dense_steps``, and while residuals are flushed."""
         step = self.state.step
         if step < self.dense_steps:
             return _DENSE
         return _FLUSH if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
 
     def exchange_dense(self, num_steps: int) -> None:
-        """Exchange it dense in the next ``num_steps`` steps, and with them all that the compressor owes."""
+        """Exchange gradients dense in the next ``num_steps`` steps, and send the residual along with them."""
         self.state.dense_until = max(self.state.dense_until, self.state.step + num_steps)
 
     def gradient(self, scale: float) -> torch.Tensor:
-        """What the present compressor is to exchange: the buffer, of ``scale`` times the gradient, in true units.
+        """Return the gradient in true units for the current compressor, from a buffer of ``scale`` times the gradient.
 
-        It is the buffer itself if dtypes agree.
+        It is the buffer itself if the dtypes agree.
         """
-        flat = self.flat.to(self.description.dtype) if self.present.needs_float32 else self.flat
+        flat = self.flat.to(self.description.dtype) if self.current_compressor.needs_float32 else self.flat
         return flat if scale == 1.0 else flat.mul_(1.0 / scale)
 
-    def program(self, gradient: torch.Tensor) -> Program:
-        """The present compressor's program over a gradient, which it may overwrite."""
-        return hierarchical.reduce(self.present, gradient, self.description, self.state)
 
-    def land(
-        self, mean: torch.Tensor, new_state: NewState, used: Sequence[bool], scale: float = 1.0, keep: float = 1.0
-    ) -> None:
-        """Take over what a finished program gives: its state, and ``scale`` times its mean.
-
-        It is added to ``keep`` times the gradients that were there when the exchange began.
-
-        What some rank used of the parameters, in the order of ``slots``, gets its mean and its new state. Of the others
-        nothing changes: what a compressor sent of their residuals stays owed.
-        """
-        resting = [index for index, is_used in enumerate(used) if not is_used]
-        self.state.take(new_state, resting)  # first, since a new residual may lie in the buffer
-        if mean.data_ptr() != self.flat.data_ptr():
-            self.flat.copy_(mean)
-        if scale != 1.0:
-            self.flat.mul_(scale)
-        self._land(used, keep)
-
-    def _land(self, used: Sequence[bool], keep: float = 1.0) -> None:
-        for slot, is_used in zip(self.slots, used, strict=True):
-            slot.land(is_used, keep)
-        self.has_left = False
-        self.version = self.flat._version
-
-    def spoil(self, used: Sequence[bool]) -> None:
-        """Let everybody see that the step is unsound: what would be a mean is NaN."""
-        self.flat.fill_(math.nan)
-        self._land(used)
-
-
-def build_buckets(
-    parameters: Sequence[NamedParameter],
-    policy: Policy,
-    *,
-    rank: int,
-    world_size: int,
-    bucket_mb: float | None = None,
-    hierarchy: Hierarchy | None = None,
-    others: Sequence[NamedParameter] = (),
-    indices: Mapping[str, int] | None = None,
-) -> list[GradientBucket]:
-    """Group parameters, in the order in which backward reaches them, into buckets of one compressor, dtype and device.
-
-    Buckets are ordered by when their last gradient is due; the grouping depends on nothing but the parameters and the
-    policy, so it is alike on all ranks. ``others`` come into no bucket, but rules may be for them: they are in
-    buckets already, or will be. ``indices`` are what the slots' are to be, by name.
-
-    Raises:
-        UserError: a rule or a compressor of the policy does not suit the parameters.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in (*parameters, *others)}
-    compressors = policy.assign(shapes)[: len(parameters)]
-    open_groups: dict[tuple[Compressor, torch.dtype, torch.device], list[tuple[int, NamedParameter]]] = {}
-    groups: list[tuple[Compressor, list[tuple[int, NamedParameter]]]] = []
-    pairs = list(zip(parameters, compressors, strict=True))
-    for due, ((name, parameter), chosen) in enumerate(reversed(pairs)):  # backward starts at the model's end
-        key = (chosen, parameter.dtype, parameter.device)
-        group = open_groups.setdefault(key, [])
-        if not group:
-            groups.append((chosen, group))
-        group.append((due, (name, parameter)))
-        capacity = (bucket_mb if bucket_mb is not None else chosen.bucket_mb) * 2**20
-        if sum(member.numel() * member.itemsize for _, (_, member) in group) >= capacity:
-            del open_groups[key]
-    groups.sort(key=lambda item: item[1][-1][0])  # by the member that is due last
-    buckets = [_build(chosen, [member for _, member in group], rank, world_size, hierarchy) for chosen, group in groups]
-    indices = indices or {name: index for index, (name, _) in enumerate(parameters)}
-    for bucket in buckets:
-        bucket.dense_steps = policy.dense_steps
-        for slot in bucket.slots:
-            slot.index = indices[slot.name]
-    return buckets
-
-
-def _build(
-    compressor: Compressor,
-    members: Sequence[NamedParameter],
-    rank: int,
-    world_size: int,
-    hierarchy: Hierarchy | None,
-) -> GradientBucket:
-    first = members[0][1]
-    # Residuals and factors are kept in float32 at least.
-    dtype = torch.promote_types(first.dtype, torch.float32) if compressor.needs_float32 else first.dtype
-    description = Bucket(
-        names=tuple(name for name, _ in members),
-        shapes=tuple(tuple(parameter.shape) for _, parameter in members),
-        dtype=dtype,
-        device=first.device,
-        rank=rank,
-        world_size=world_size,
-        hierarchy=hierarchy if compressor.hierarchical else None,
-    )
-    flat = torch.zeros(description.numel, dtype=first.dtype, device=first.device)
-    bucket = GradientBucket(description, compressor, hierarchical.init_state(compressor, description), flat)
-    for (name, parameter), part in zip(members, description.split(flat), strict=True):
-        bucket.slots.append(Slot(name, parameter, _view_like(part, parameter), bucket, len(bucket.slots)))
-    return bucket
-
-
-def _view_like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """``part`` in the parameter's shape and, where the parameter is dense with dimension 0 outermost, in its strides.
-
-    So a channels_last weight gets a channels_last gradient, and dimension 0 of the buffer's matrix view is its own.
-    """
-    strides = parameter.stride()
-    by_stride = sorted(range(parameter.dim()), key=lambda dim: strides[dim], reverse=True)
-    expected = 1
-    for dim in reversed(by_stride):
-        if parameter.shape[dim] > 1 and strides[dim] != expected:
-            return part.view(parameter.shape)
-        expected *= parameter.shape[dim]
-    rows = parameter.shape[0] if parameter.dim() else 1
-    if rows > 1 and strides[0] != math.prod(parameter.shape[1:]):
-        return part.view(parameter.shape)
-    return part.as_strided(parameter.shape, strides)
-
-
-def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _shares_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def all_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether there is no inf and no NaN, as a 0-d tensor on the same device."""
+    """Whether the tensor has no inf and no NaN, 0-d, on the same device."""
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
-    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=_wide(tensor.dtype)).item()):
-        return torch.tensor(True)  # a finite sum proves it in one pass; an overflown one needs the second look
+    if tensor.device.type == "cpu" and math.isfinite(tensor.sum(dtype=_at_least_float32(tensor.dtype)).item()):
+        return torch.tensor(True)  # a finite sum proves it in one pass; a sum that overflows does not disprove it
     return torch.isfinite(tensor).all()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Where autograd calls the reducer: before a gradient is accumulated, after, and after the user's own hooks."""
+"""Hooks on parameters: before a gradient is accumulated, after, and after the user's own hooks."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from disttrain.reduction.bucket import Slot
 
-_present: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by parameter, the handles of its hooks
+_handles_by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Hooks:
-    """Calls of one reducer, for any number of parameters.
+    """The hooks of one reducer, on any number of parameters.
 
-    A parameter calls the reducer that came last: a model may be given to a new optimizer.
+    A parameter calls only the reducer that was added last, since a model may be given to a new optimizer.
 
     Args:
         before: called with the slot whose gradient is about to be accumulated.
-        after: called with it once ``parameter.grad`` holds the gradient.
-        last: called when the user's hooks have seen it too.
+        after: called with the slot when ``parameter.grad`` holds the gradient.
+        last: called when the user's hooks have run too.
     """
 
     def __init__(self, before: Callable[[Slot], None], after: Callable[[Slot], None], last: Callable[[], None]) -> None:
         self._before, self._after, self._last = before, after, last
         self._handles: list[RemovableHandle] = []
-        self._nodes: list[Any] = []  # of the graph; kept alive, as hooks are on them
+        self._nodes: list[Any] = []  # of the graph; kept alive, as they hold the hooks
 
     def add(self, slots: Iterable[Slot]) -> None:
+        """Add hooks to the slots' parameters, in place of another reducer's."""
         for slot in slots:
             with torch.enable_grad():
                 node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
             self._nodes.append(node)
-            for handle in _present.get(slot.parameter, []):
+            for handle in _handles_by_parameter.get(slot.parameter, []):
                 handle.remove()
-            _present[slot.parameter] = handles = [
+            _handles_by_parameter[slot.parameter] = handles = [
                 node.register_prehook(functools.partial(_call, self._before, slot)),
                 slot.parameter.register_post_accumulate_grad_hook(functools.partial(_call, self._after, slot)),
                 node.register_hook(functools.partial(_call, self._last)),
@@ -46,17 +47,18 @@ class Hooks:
             self._handles += handles
 
     def remove(self) -> None:
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def _call(*arguments: Any) -> None:
-    """The function that comes first, on the slot if there is one, without what autograd adds."""
+    """Call the function that comes first, on the slot if there is one, without the arguments that autograd adds."""
     function, *rest = arguments
     function(*(part for part in rest[:1] if isinstance(part, Slot)))
 
 
-def has_others(parameter: torch.nn.Parameter) -> bool:
-    """Whether the user has hooks on the parameter that come after the reducer's."""
+def has_user_hooks(parameter: torch.nn.Parameter) -> bool:
+    """Whether the user has post-accumulate hooks on the parameter besides the reducer's."""
     hooks: Any = parameter._post_accumulate_grad_hooks
     return len(hooks) > 1

@@ -1,4 +1,23 @@
-"""What a step of an optimizer is while it lasts: from its first gradient until it is taken or dropped."""
+"""One step of an optimizer, from its first gradient until it is taken or dropped.
+
+Phases of a step, on each rank for itself; ``bucket.py`` has the stages of the buckets within them::
+
+             a gradient comes outside no_sync,
+             or another rank has one                      the ranks have met, all buckets have arrived
+    EMPTY -----------------------------------> OPEN ---------------------------------> AVERAGED
+      ^                                         |  ^                                      |  |
+      |                                         |  +-- a further backward pass -----------+  |
+      |  DROPPED during the exchange            |                                            |
+      +-----------------------------------------+                                            |
+      |                                                                                      |
+      +--------------------------------------------------------------------------------------+
+         TAKEN       the optimizer has stepped: the compressors' state counts
+         NON_FINITE  an inf or NaN on some rank: state and buffers are reverted, no rank steps
+         DROPPED     gradients were removed or zeroed: state is reverted; ranks that were to step skip the step
+
+EMPTY -> OPEN opens all buckets, OPEN -> AVERAGED finalizes and exposes them, and the end of the step releases them and
+starts a new ``Step``.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +27,79 @@ from enum import Enum
 import torch
 
 from disttrain.reduction.exchange import Exchange
+from disttrain.reduction.loss_weights import LossWeights
 from disttrain.reduction.measurements.meter import Meter
 
 
 class Phase(Enum):
     EMPTY = "empty"
-    """No gradient has come since the last step ended, or what has come is this rank's own (``no_sync``)."""
+    """No gradient has come since the last step ended, or only local ones (``no_sync``)."""
     OPEN = "open"
-    """An exchange is under way: gradients come in, buckets leave."""
-    LANDED = "landed"
+    """An exchange is open: gradients are gathered and sent."""
+    AVERAGED = "averaged"
     """``parameter.grad`` is the mean over ranks, and the user's to change."""
 
 
-class Ending(Enum):
-    """How a step ended, or what ``step`` is to do."""
+class StepResult(Enum):
+    """How a step ended, or what ``optimizer.step`` is to do."""
 
     TAKEN = "taken"
-    UNSOUND = "unsound"
-    """A gradient was inf or NaN on some rank: all skip it."""
+    NON_FINITE = "non-finite"
+    """A gradient was inf or NaN on some rank: all ranks skip the step."""
     DROPPED = "dropped"
-    """Some rank has dropped its gradients, so all do."""
+    """Some rank has dropped its gradients, so all ranks do."""
 
 
 @dataclass
 class Step:
-    """EMPTY -> OPEN -> LANDED (-> OPEN -> LANDED, with each further backward pass), then a new one begins.
+    """The state of one step.
 
     Attributes:
-        number: of steps that ended before it.
-        num_exchanges: that have landed.
-        is_sound: all that has landed was finite.
-        exchanges: of the exchange under way, by bucket, as far as they have started.
-        finite: one flag for each bucket that is closed.
-        measuring: what looks at the exchange under way.
-        weight: of this rank's losses since the last exchange; None if they have none.
-        unit: the mean over ranks of ``weight``, which the gradients are divided by, once it is known.
-        past_unit: the sum of the units of this step's exchanges that have landed.
-        scale: what the losses of the exchange under way were multiplied by.
-        is_changed: the user has changed means before a further exchange added to them.
-        version: of the parameters when means last landed (``changes.version``).
+        number: number of steps that ended before it.
+        phase: see the module.
+        num_exchanges: number of finished exchanges.
+        is_finite: whether all finished exchanges were finite.
+        exchanges: the open exchange's programs by bucket, as far as they are launched.
+        finite_flags: of the open exchange, one 0-d tensor for each closed bucket.
+        meters: the meters that measure the open exchange.
+        weights: the weights of the losses.
+        scale: what the losses of the open exchange were multiplied by.
+        is_changed: whether the user changed the mean before a further exchange added to it.
+        version: version of the parameters when the mean last arrived (``user_changes.version``).
+        has_stepped: whether the optimizer has stepped on each bucket as it arrived.
+        follows_drop: whether another rank dropped the step before, and this rank has yet to skip it.
     """
 
     number: int = 0
     phase: Phase = Phase.EMPTY
     num_exchanges: int = 0
-    is_sound: bool = True
+    is_finite: bool = True
     exchanges: list[Exchange] = field(default_factory=list)
-    finite: list[torch.Tensor] = field(default_factory=list)
-    measuring: list[Meter] = field(default_factory=list)
-    weight: float | None = None
-    unit: float | None = None
-    past_unit: float = 0.0
+    finite_flags: list[torch.Tensor] = field(default_factory=list)
+    meters: list[Meter] = field(default_factory=list)
+    weights: LossWeights = field(default_factory=LossWeights)
     scale: float = 1.0
     is_changed: bool = False
     version: int = 0
+    has_stepped: bool = False
+    follows_drop: bool = False
 
     @property
     def is_under_way(self) -> bool:
         """Whether there are gradients between backward and step."""
         return self.phase is not Phase.EMPTY
 
-    def shares(self) -> tuple[float, float]:
-        """What the means that arrive and those of the step's earlier exchanges are to be multiplied by.
+    def open(self, scale: float, meters: list[Meter]) -> None:
+        """Start an exchange."""
+        assert self.phase is not Phase.OPEN
+        self.phase, self.exchanges, self.finite_flags = Phase.OPEN, [], []
+        self.scale, self.meters, self.follows_drop = scale, meters, False
 
-        Where losses have weights they make up one weighted mean; elsewhere they add up.
-        """
-        if self.unit is None or self.past_unit + self.unit == 0:
-            return 1.0, 1.0
-        past, self.past_unit = self.past_unit, self.past_unit + self.unit
-        return self.unit / self.past_unit, past / self.past_unit
+    def finalize(self, *, is_finite: bool, version: int) -> None:
+        """Finish the exchange."""
+        assert self.phase is Phase.OPEN
+        self.phase, self.exchanges, self.meters = Phase.AVERAGED, [], []
+        self.is_finite &= is_finite
+        self.num_exchanges += 1
+        self.weights.clear()
+        self.version = version

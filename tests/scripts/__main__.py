@@ -1,4 +1,4 @@
-"""``python -m tests.scripts [WORD ...]``: the table of loops and forms, of all or those whose names hold a WORD."""
+"""``python -m tests.scripts [WORD ...]``: the table of loops and forms, or of those whose names contain a WORD."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _verdict(loop: Loop, form: Form) -> str | None:
 
 
 def _explain(verdicts: dict[str, str | None]) -> None:
-    """What is wrong, once for all forms of a loop that say the same."""
+    """Print each error once for all forms of a loop that have it."""
     forms: dict[tuple[str, str], list[str]] = {}
     for case, verdict in verdicts.items():
         if verdict is not None:

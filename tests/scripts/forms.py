@@ -1,4 +1,4 @@
-"""The forms that every loop runs in, and how it is judged in each."""
+"""The forms that every loop runs in, and the checks of each."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ FORMS = {form.name: form for form in [DDP, *DENSE, *COMPRESSED]}
 
 @dataclass
 class Outcome:
-    """What a loop came to on one rank."""
+    """The result of a loop on one rank."""
 
     result: Result
     balances: list[Numbers]
 
 
 def form_of(loop: Loop, name: str) -> Form | None:
-    """The form in which the loop runs under that name, or None where it does not.
+    """Return the form of that name, or None if the loop does not run in it.
 
     A loop that threads cannot run has its compressors on processes, and no three ranks.
     """
@@ -70,13 +70,13 @@ def form_of(loop: Loop, name: str) -> Form | None:
 
 
 def cases(launcher: str | None) -> list[tuple[Loop, Form]]:
-    """All loops in all their forms that this launcher starts."""
+    """Return all loops in all forms that this launcher starts."""
     found = [(loop, form_of(loop, name)) for loop in load().values() for name in FORMS]
     return [(loop, form) for loop, form in found if form is not None and form.launcher == launcher]
 
 
 def run_rank(loop: Loop, form: Form, comm: Communicator | None) -> Outcome:
-    """Run one rank's part; ``comm`` is None under DDP, whose process group is torch's default one."""
+    """Run one rank's part; ``comm`` is None under DDP, which uses torch's default process group."""
     if form.compressor is None:
         return Outcome(_run(loop.run, DataParallel()), [])
     assert comm is not None
@@ -96,13 +96,13 @@ def _run(run: Any, world: World) -> Result:
 
 @functools.cache
 def reference(loop: Loop, world_size: int) -> Result:
-    """What one process comes to that plays all ranks."""
+    """Return the result of one process that acts as all ranks."""
     with settings():
         return _run(loop.reference or loop.run, OneProcess(world_size))
 
 
 def judge(loop: Loop, form: Form, outcomes: Sequence[Outcome]) -> None:
-    """Raises a ``DifferenceError`` if it is not right."""
+    """Raise DifferenceError if results are wrong."""
     if form.is_exact:
         for outcome in outcomes:
             check_equal(outcome.result, reference(loop, form.world_size), loop.tolerance)
@@ -114,7 +114,7 @@ def judge(loop: Loop, form: Form, outcomes: Sequence[Outcome]) -> None:
 
 
 def run_threads(loop: Loop, form: Form) -> None:
-    """Run the loop on virtual ranks and judge it."""
+    """Run the loop on virtual ranks and check the results."""
     with settings():
         ranks = simulate(form.world_size, lambda comm: run_rank(loop, form, comm), timeout=20.0, in_turns=True)
         judge(loop, form, ranks)
@@ -122,7 +122,7 @@ def run_threads(loop: Loop, form: Form) -> None:
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """float64, one thread, and no warnings of the optimizer's, which loops provoke."""
+    """Use float64 and one thread, and silence warnings of the optimizer that loops cause on purpose."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     logger = logging.getLogger("disttrain")
     level = logger.level

@@ -1,4 +1,4 @@
-"""Whether what the ranks came to is right: as in one process, alike on all ranks, finite, nothing lost on the way."""
+"""Checks of results: as in one process, identical on all ranks, finite, and no part of a gradient lost."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Numbers = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class DifferenceError(AssertionError):
-    """A loop ran to its end and came to something else than it should."""
+    """A loop ended with another result than expected."""
 
 
 def flatten(returned: Any, prefix: str = "") -> Result:
-    """By name all tensors that a loop returned; of modules their parameters."""
+    """Return all tensors that a loop returned, by name; of modules, the parameters."""
     if isinstance(returned, nn.Module):
         named = {name.replace("module.", "").replace("_orig_mod.", ""): p for name, p in returned.named_parameters()}
         return {f"{prefix}{name}": parameter.detach().clone() for name, parameter in named.items()}
@@ -49,7 +49,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check_alike(results: Sequence[Result]) -> None:
-    """Bit-identical on all ranks."""
+    """Raise DifferenceError unless results are bit-identical on all ranks."""
     for rank, result in enumerate(results[1:], 1):
         for name, tensor in results[0].items():
             if name not in result or not torch.equal(tensor, result[name]):
@@ -63,7 +63,7 @@ def check_finite(result: Result) -> None:
 
 
 def check_balance(by_rank: Sequence[Numbers], tolerance: float = 1e-6) -> None:
-    """-(w_T - w_0) / lr + mean of what is owed == mean of the sums of gradients, parameter by parameter."""
+    """Raise DifferenceError unless -(w_T - w_0) / lr + mean residual == mean sum of gradients, for each parameter."""
     for name, first in by_rank[0].items():
         shape = first["sum"].shape
         mean = torch.stack([numbers[name]["sum"] for numbers in by_rank]).double().mean(0)
@@ -75,4 +75,4 @@ def check_balance(by_rank: Sequence[Numbers], tolerance: float = 1e-6) -> None:
             total = total + servers.view(shape)
         error, size = (total - mean).norm().item(), mean.norm().item()
         if not error <= tolerance * max(size, 1.0):
-            raise DifferenceError(f"{name}: received and owed miss the sum of gradients by {error:.2g} of {size:.2g}")
+            raise DifferenceError(f"{name}: sent and residual miss the sum of gradients by {error:.2g} of {size:.2g}")

@@ -1,4 +1,4 @@
-"""Real processes for the loops: one launch runs all cases, and another one goes on behind a case that ended it."""
+"""Real processes for the loops: one launch runs all cases; if a case ends it, another continues after that case."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def case_name(case: Case) -> str:
 
 
 def run_all(cases: Sequence[Case], launcher: str) -> dict[str, str | None]:
-    """By case, None if it is right, else what is wrong."""
+    """Return by case None if it is right, else what is wrong."""
     if not cases:
         return {}
     reason = unavailable(launcher)
@@ -48,7 +48,7 @@ def run_all(cases: Sequence[Case], launcher: str) -> dict[str, str | None]:
 
 
 def _launch(cases: Sequence[Case], launcher: str, deadline: float) -> dict[str, str | None]:
-    """Verdicts on those cases that were run, and on the one that ended the launch."""
+    """Return verdicts on the cases that were run, and on the one that ended the launch."""
     world_size = cases[0][1].world_size
     start, engine, _, _ = LAUNCHERS[launcher]
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +73,7 @@ def _launch(cases: Sequence[Case], launcher: str, deadline: float) -> dict[str, 
 
 
 def _watch(command: list[str], env: dict[str, str], folder: Path, log: IO[str], deadline: float) -> None:
-    """Run a launch to its end, or end it where it gives no sign of life."""
+    """Run a launch to its end, or end it when it hangs."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT, start_new_session=True
     )
@@ -111,5 +111,5 @@ def _ended(rank: int, log: str) -> str:
 
 
 def _is_echo(error: str) -> bool:
-    """What a rank says when another one has left: of less interest than why that one did."""
+    """Whether a rank reports that another one has left, which explains less than the other's own error."""
     return bool(re.search(r"Connection closed|Connection reset|Timed out|the process ended|BrokenPipe", error))

@@ -1,4 +1,4 @@
-"""Small models for loops. All are made alike everywhere, and without the process's own random generator."""
+"""Small models for loops, identical on all ranks, made without the process's own random generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SEEDING = threading.Lock()  # virtual ranks share one generator
 
 
 def make(build: Callable[[], M], seed: int = 0) -> M:
-    """A module whose initial weights follow from ``seed`` alone."""
+    """Make a module whose initial weights depend on ``seed`` only."""
     with _SEEDING, torch.random.fork_rng():
         torch.manual_seed(seed)
         return build()

@@ -1,4 +1,4 @@
-"""Random training programs: what they are made of, and what they come to in one process and in its readings."""
+"""Random training programs, and their results in one process and under each legal reading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Trace = list[tuple[torch.Tensor | None, ...]]
 
 @dataclass(frozen=True)
 class Op:
-    """One line of a program. ``seed`` is the data's, ``uses`` the parameters that each rank's loss depends on."""
+    """One line of a program: ``seed`` of the data, and ``uses``, the parameters that each rank's loss depends on."""
 
     kind: str
     seed: int = 0
@@ -34,7 +34,7 @@ Program = list[Op]
 
 @st.composite
 def programs(draw: st.DrawFn, world_size: int) -> Program:
-    """One for all ranks, which may use other parameters in a backward pass that is exchanged; it ends with a step."""
+    """One program for all ranks. Ranks may use different parameters in an exchanged pass. It ends with a step."""
     kinds = draw(st.lists(st.sampled_from(("backward", "backward", "local", "synchronize", "step", *ZEROS, *EDITS))))
     some = st.sampled_from([ALL, frozenset("a"), frozenset("b")])
     program = []
@@ -48,7 +48,7 @@ def programs(draw: st.DrawFn, world_size: int) -> Program:
 
 @st.composite
 def programs_by_rank(draw: st.DrawFn, world_size: int) -> list[Program]:
-    """Programs of which one rank's differs in up to two lines. All have equally many steps, where ranks meet."""
+    """Programs that are the same but for up to two lines of one rank. All have the same number of steps."""
     base = draw(programs(world_size))
     odd, program = draw(st.integers(0, world_size - 1)), list(base)
     for _ in range(draw(st.integers(1, 2))):
@@ -62,7 +62,7 @@ def programs_by_rank(draw: st.DrawFn, world_size: int) -> list[Program]:
 
 
 def drops(program: Program) -> bool:
-    """Whether means are dropped in it, in place of being stepped on."""
+    """Whether the program drops means in place of stepping on them."""
     has_means = False
     for op in program:
         if op.kind in ZEROS and has_means:
@@ -76,7 +76,7 @@ def new_model() -> nn.ParameterDict:
 
 
 def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Momentum and weight decay tell a gradient of zero from none."""
+    """Momentum and weight decay make a gradient of zero differ from no gradient."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
@@ -91,7 +91,7 @@ def loss(model: nn.ParameterDict, op: Op, rank: int) -> torch.Tensor:
 
 
 def act(op: Op, ranks: Sequence[int], model: nn.ParameterDict, optimizer: Any) -> None:
-    """Carry out one line as ``ranks``: one's own, or all of them in one process."""
+    """Run one line as ``ranks``: this rank, or all of them in one process."""
     match op.kind:
         case "backward":
             for rank in ranks:
@@ -124,7 +124,7 @@ def act(op: Op, ranks: Sequence[int], model: nn.ParameterDict, optimizer: Any) -
 
 
 def run(program: Program, ranks: Sequence[int], model: nn.ParameterDict, optimizer: Any) -> Trace:
-    """The gradients after each exchange in backward and synchronize, the weights after each step."""
+    """Return the gradients after each exchange in backward and synchronize, and the weights after each step."""
     trace: Trace = []
     for op in program:
         act(op, ranks, model, optimizer)
@@ -152,12 +152,12 @@ class Played:
         self.ranks = range(len(programs))
         self.models = [new_model() for _ in self.ranks]
         self.optimizers = [new_optimizer(model) for model in self.models]
-        self.known: list[dict[str, torch.Tensor]] = [{} for _ in self.ranks]  # the part of .grad that has travelled
+        self.known: list[dict[str, torch.Tensor]] = [{} for _ in self.ranks]  # the exchanged part of .grad
         self.is_new = [False for _ in self.ranks]
         self.at = [0 for _ in self.ranks]
 
     def play(self) -> list[torch.Tensor]:
-        """The weights at the end, rank by rank."""
+        """Return the final weights by rank."""
         while True:
             waiting = [self._go_on(rank) for rank in self.ranks]
             if all(op is None for op in waiting):

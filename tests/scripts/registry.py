@@ -1,4 +1,4 @@
-"""The loops by name. ``@loop()`` above a function is all that it takes to have it run in every form."""
+"""The loops by name. ``@loop()`` registers a function, which then runs in every form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 LOOPS: dict[str, Loop] = {}
 
-# One of each family, with options that leave something to be owed by small parameters too.
+# One of each family, with options under which small parameters have a residual too.
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "topk": {"name": "topk", "ratio": 0.25, "min_numel": 1},
     "efsign": {"name": "efsign", "min_numel": 1},
@@ -24,20 +24,20 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop as people write it, and what is to be known about it beside its text.
+    """A training loop, and how it can be run and checked.
 
     Attributes:
-        run: called with the world; what it returns is compared: modules (by parameter), tensors and numbers, also in
-            lists and dicts. All of it must be alike on all ranks.
-        reference: what one process does in place of ``run``, where ``run`` cannot play several ranks.
-        without_ddp: why torch DDP cannot run it, or gives something else. None: it must give the same.
+        run: called with the world. Its result is compared: modules (by parameter), tensors and numbers, also in lists
+            and dicts. It must be the same on all ranks.
+        reference: what one process runs in place of ``run``, if ``run`` cannot act as several ranks.
+        without_ddp: why torch DDP cannot run it, or gives another result. None: it must give the same.
         without_threads: why virtual ranks, threads of one process, cannot run it. None: they can.
         compressors: names in ``COMPRESSORS`` with which it makes sense.
-        telescopes: plain SGD at a constant rate on gradients as they come: what the weights have received and what is
-            still owed must add up to the sum of all gradients.
+        telescopes: whether it is plain SGD at a constant rate on unchanged gradients, so that received updates and
+            residuals must add up to the sum of all gradients.
         tolerance: largest absolute difference from one process.
-        world_sizes: numbers of ranks that it is written for.
-        engines: further engines that run it, as a sample of all loops: "mpi", "horovod".
+        world_sizes: numbers of ranks that it supports.
+        engines: further engines that run it, as some of the loops do: "mpi", "horovod".
     """
 
     name: str

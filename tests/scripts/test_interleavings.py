@@ -1,4 +1,4 @@
-"""Any order of backward, no_sync, synchronize, zero_grad, edits and step comes to what one process comes to."""
+"""Any order of backward, no_sync, synchronize, zero_grad, edits and step gives the result of one process."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_what_ranks_do_differently_is_right_or_one_error(
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_readings_agree_where_ranks_do_alike(size: int) -> None:
-    """The judge is judged."""
+    """The check itself fails where it should."""
 
     @settings(max_examples=EXAMPLES, deadline=None)
     @given(programs(size))
@@ -120,12 +120,12 @@ USES = st.sets(st.sampled_from("abc"))
 
 @pytest.mark.parametrize("case", FEEDBACK, ids=case_id)
 def test_nothing_is_lost_while_parameters_rest(case: dict[str, Any]) -> None:
-    """-(w_T - w_0) + mean of what is owed == mean of the sums of gradients, whatever is used in which step."""
+    """-(w_T - w_0) + mean residual == mean sum of gradients, whichever parameters each step uses."""
 
     @settings(max_examples=max(EXAMPLES // 6, 5), deadline=None)
     @given(st.lists(st.lists(st.tuples(USES, USES), min_size=1, max_size=3), min_size=2, max_size=6), BUCKETS)
     def check(steps: list[list[tuple[set[str], set[str]]]], bucket_mb: float | None) -> None:
-        """By step and backward pass, what each rank uses; all passes but a step's last are under no_sync."""
+        """What each rank uses, by step and backward pass; all passes of a step but the last are under no_sync."""
 
         def rank(comm: Communicator) -> Any:
             model = nn.ParameterDict({name: torch.zeros(shape) for name, shape in SHAPES.items()})

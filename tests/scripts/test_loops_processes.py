@@ -1,4 +1,4 @@
-"""Every loop on real processes: under torch DDP and under disttrain. One launch for all cases of an engine."""
+"""Every loop in real processes, under torch DDP and under disttrain. One launch runs all cases of an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 
 @pytest.fixture(scope="module")
 def verdict_on(request: pytest.FixtureRequest) -> Callable[[Loop, Form], str | None]:
-    """What became of a case. The first question about a launcher runs all of its cases that were selected."""
+    """Return the verdict on a case. The first call for a launcher runs all of its selected cases."""
     params = [item.callspec.params for item in request.session.items if item.path == request.path]
     verdicts: dict[str, dict[str, str | None]] = {}
 

@@ -1,4 +1,4 @@
-"""What a loop sees of the form it runs in: one process that plays all ranks, torch DDP, or disttrain."""
+"""The world of a loop in each form: one process that acts as all ranks, torch DDP, or disttrain."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ ROWS = 12  # of a batch over all ranks: 2, 3 and 4 ranks get equal parts
 
 
 class World:
-    """Attributes: ``size`` is the number of ranks, ``ranks`` are those whose part this process plays."""
+    """Attributes: ``size`` is the number of ranks, ``ranks`` are those that this process acts as."""
 
     def __init__(self, size: int, ranks: Sequence[int]) -> None:
         self.size, self.ranks = size, ranks
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
-        """The rows of a batch that this process's ranks get."""
+        """Return the rows of a batch for this process's ranks."""
         parts = whole.chunk(self.size)
         return torch.cat([parts[rank] for rank in self.ranks])
 
     def batches(self, steps: int = 4, rows: int = ROWS, seed: int = 1, **shape: int) -> Iterator[list[torch.Tensor]]:
-        """Inputs and targets, this process's rows of each batch."""
+        """Yield inputs and targets, this process's rows of each batch."""
         for step in range(steps):
             yield [self.part(tensor) for tensor in batch(seed + step, rows, **shape)]
 
     def sample(self, step: int, rank: int, rows: int = 4, **shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of one rank, for loops in which ranks do different things."""
+        """Return the batch of one rank, for loops in which ranks do different things."""
         return batch(1000 * (step + 1) + rank, rows, **shape)
 
     def shares(self, model: nn.Module) -> Iterator[int]:
-        """``ranks`` one after another, each with buffers (BatchNorm statistics) of its own."""
+        """Yield ``ranks`` one after another, each with its own buffers (BatchNorm statistics)."""
         yield from self.ranks
 
     def wrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
-        """DDP around the model in that form, else the model itself. ``options`` are DDP's."""
+        """Return DDP around the model in that form, else the model itself. ``options`` are DDP's."""
         return model
 
     def wrap(self, optimizer: Optimizer, model: nn.Module, **options: Any) -> Any:
-        """disttrain around the optimizer in that form, with its ``options``; else torch's with the same methods."""
+        """Return a DistributedOptimizer with these ``options`` in that form, else torch's with the same methods."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ def batch(seed: int, rows: int, features: int = 8, outputs: int = 4) -> tuple[to
 
 
 class OneProcess(World):
-    """Plays all ranks: on the joined batch, or rank by rank."""
+    """Acts as all ranks: on the joined batch, or rank by rank."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, range(size))
@@ -98,7 +98,7 @@ class OneProcess(World):
 
 
 def plain(optimizer: Optimizer, **methods: Any) -> Any:
-    """A torch optimizer with what a ``DistributedOptimizer`` has besides, so that loops need not ask."""
+    """Give a torch optimizer the further methods of a ``DistributedOptimizer``, so that loops fit all forms."""
     for name, method in methods.items():
         setattr(optimizer, name, method)
     return optimizer
@@ -157,7 +157,7 @@ def _average_buffers(model: nn.Module) -> None:
 
 
 class Disttrain(World):
-    """One rank under disttrain; with ``telescopes`` it notes what the balance of gradients needs."""
+    """One rank under disttrain; with ``telescopes`` it records what ``Balance`` needs."""
 
     def __init__(self, comm: Communicator, compressor: str | Mapping[str, Any], telescopes: bool = False) -> None:
         super().__init__(comm.world_size, [comm.rank])
@@ -177,9 +177,9 @@ class Disttrain(World):
 
 
 class Balance:
-    """One rank's side of: -(w_T - w_0) / lr + mean over ranks of what is owed == mean over ranks of sum of gradients.
+    """One rank's part of: -(w_T - w_0) / lr + mean residual over ranks == mean sum of gradients over ranks.
 
-    The gradients are noted by tensor hooks, which see what backward gives before anything is done with it.
+    Tensor hooks record the gradients before anything changes them.
     """
 
     def __init__(self, optimizer: Any, model: nn.Module) -> None:
@@ -203,7 +203,7 @@ class Balance:
             hook.remove()
 
     def numbers(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By parameter: what the weights have ``received``, the ``sum`` of this rank's gradients, what it owes."""
+        """Return, by parameter, the ``received`` updates, the ``sum`` of this rank's gradients, and its residuals."""
         owed = self.optimizer.state_dict()["compression"]["per_rank"]
         return {
             name: {

@@ -1,7 +1,4 @@
-"""The distributed optimizer and its parts.
-
-``optimizer.py`` is the main path; the other files hold one concern each.
-"""
+"""The distributed optimizer. ``optimizer.py`` is the main path; the other files hold one concern each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.amp.GradScaler around a distributed optimizer."""
+"""Support for torch.amp.GradScaler."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def check_can_be_scaled_by_torch(reducer: Reducer, grad_scaler: torch.amp.GradSc
     """Raise UserError if a ``GradScaler`` cannot unscale the gradients, or residuals would be in scaled units."""
     if reducer.overlap_step and reducer.has_sent:
         raise UserError("with overlap_step, call optimizer.synchronize() before scaler.unscale_ and scaler.step")
-    if grad_scaler is None and reducer.members.keep_residuals:
+    if grad_scaler is None and reducer.registry.keeps_residuals:
         raise UserError(
-            "the compressor keeps a residual, which has to be in true units whatever the loss scale is: make the "
-            "optimizer with grad_scaler=scaler"
+            "the compressor keeps a residual, which has to be in true units while the loss scale changes: make the "
+            "DistributedOptimizer with grad_scaler=scaler"
         )

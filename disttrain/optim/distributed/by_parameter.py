@@ -1,4 +1,4 @@
-"""Which optimizers treat each parameter for itself, so that they may step on some gradients before others are there."""
+"""Optimizers that treat each parameter by itself, so that they can step on a gradient before others have arrived."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BY_PARAMETER = {
 
 
 def acts_by_parameter(optimizer: Optimizer) -> bool:
-    """Whether steps on some parameters after others are the same as one step on all.
+    """Whether stepping on some parameters after others is the same as one step on all.
 
-    Not where a user's hook, or torch's hooks for all optimizers, would see several steps in place of one; and not of a
-    subclass, which may do anything.
+    It is not if a hook of the optimizer, or a global one, would see several steps instead of one. Of subclasses it is
+    not known.
     """
     hooks = [
         *optimizer._optimizer_step_pre_hooks.values(),

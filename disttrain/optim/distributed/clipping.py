@@ -1,4 +1,4 @@
-"""Clipping mean gradients, on whole buckets where they hold them."""
+"""Clipping of mean gradients, on whole buckets where possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from disttrain.reduction.bucket import GradientBucket
 
 
 def mean_gradients(buckets: Sequence[GradientBucket]) -> Iterator[torch.Tensor]:
-    """Whole buckets, and one by one the gradients of those in which the user has put other ones."""
+    """Yield the mean gradients: whole buckets, or single gradients where the user has replaced some of a bucket."""
     for bucket in buckets:
         if bucket.holds_gradients:
             yield bucket.flat
@@ -19,13 +19,17 @@ def mean_gradients(buckets: Sequence[GradientBucket]) -> Iterator[torch.Tensor]:
 
 
 def clip_values_(gradients: Sequence[torch.Tensor], bound: float) -> None:
-    """Bound the magnitude of every entry."""
+    """Clamp every element to [-bound, bound]."""
     for gradient in gradients:
         gradient.clamp_(-bound, bound)
 
 
 def clip_norm_(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale all so that their global 2-norm is at most ``max_norm``; the norm before, 0-d, in float32 at least."""
+    """Scale gradients so that their global 2-norm is at most ``max_norm``.
+
+    Returns:
+        The norm before, 0-d, in float32 at least.
+    """
     if not gradients:
         return torch.tensor(0.0)
     wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]

@@ -1,4 +1,4 @@
-"""A model's buffers as the last step left them, so that a skipped step leaves no trace in BatchNorm statistics."""
+"""Copies of a model's buffers, from which a skipped step is undone in BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 class KeptBuffers:
-    """Copies of a model's buffers. A forward pass writes into them before anyone knows whether its step is sound.
+    """Copies of a model's buffers as of the last step. A forward pass changes buffers before its step may be skipped.
 
-    Statistics of norm layers are copied at each step, since they change at each and without a new version. Others are
-    copied when their version has changed; those that the first step leaves alone, such as masks, are not kept at all
-    until something changes them.
+    Statistics of norm layers are copied at each step, since they change at each step without a new version. Others are
+    copied when their version has changed. Those that the first step does not change, such as masks, are not kept until
+    something changes them.
+
+    Args:
+        model: whose buffers to keep.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -24,7 +27,7 @@ class KeptBuffers:
         self.keep()
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
-        """(name, buffer, whether it is known to be as it was when it was last kept)."""
+        """Yield (name, buffer, whether the buffer is known to be unchanged since it was kept)."""
         for prefix, module in self._model.named_modules():
             is_statistics = isinstance(module, _NormBase)
             for name, buffer in module.named_buffers(prefix, recurse=False):
@@ -33,7 +36,7 @@ class KeptBuffers:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Note what the buffers are now."""
+        """Copy the buffers."""
         sources, targets = [], []
         for name, buffer, is_same in self._buffers():
             self._versions[name] = (id(buffer), buffer._version)
@@ -51,12 +54,12 @@ class KeptBuffers:
         self._num_kept += 1
 
     @torch.no_grad()
-    def restore(self, is_all: bool) -> None:
-        """Give the buffers the values that were kept; without ``is_all`` only those that hold an inf or NaN."""
+    def restore(self, restores_all: bool) -> None:
+        """Restore the buffers; unless ``restores_all``, only those that hold an inf or NaN."""
         for name, buffer, is_same in self._buffers():
             copy = self._copies.get(name)
             if is_same or copy is None or copy.shape != buffer.shape:
                 continue
-            if is_all or (buffer.is_floating_point() and not bool(buffer.isfinite().all())):
+            if restores_all or (buffer.is_floating_point() and not bool(buffer.isfinite().all())):
                 buffer.copy_(copy)
                 self._versions[name] = (id(buffer), buffer._version)

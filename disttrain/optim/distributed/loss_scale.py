@@ -1,4 +1,4 @@
-"""A dynamic loss scale: it keeps small float16 gradients from vanishing and follows overflows down."""
+"""A dynamic loss scale: it keeps float16 gradients from underflowing, and decreases after an overflow."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class LossScale:
-    """What the loss is multiplied by before backward, so that gradients in float16 do not underflow.
+    """A factor of the loss before backward, so that gradients in float16 do not underflow.
 
     Give it to the ``DistributedOptimizer``, which divides every gradient by it before a compressor sees it, skips the
-    step on all ranks where some gradient overflowed, and then calls ``update``. Residuals, clipping and
+    step on all ranks if some gradient overflowed, and calls ``update``. Residuals, clipping and
     ``parameter.grad`` after ``backward`` are in true units, whatever the scale was::
 
         loss_scale = disttrain.LossScale()
@@ -28,22 +28,22 @@ class LossScale:
         loss_scale.scale(loss).backward()
         optimizer.step()
 
-    All numbers are powers of two, so that scaling rounds nothing (Micikevicius et al. 2018, arXiv:1710.03740).
+    All numbers are powers of two, so that scaling does not round (Micikevicius et al. 2018, arXiv:1710.03740).
 
     Args:
         initial: the scale of the first step.
-        growth_factor: what the scale is multiplied by after ``growth_interval`` sound steps in a row.
-        backoff_factor: what it is multiplied by after an overflow.
-        growth_interval: in optimizer steps.
-        minimum: the scale never falls below it.
+        growth_factor: multiplies the scale after ``growth_interval`` finite steps in a row.
+        backoff_factor: multiplies the scale after an overflow.
+        growth_interval: number of optimizer steps.
+        minimum: smallest scale.
 
     Attributes:
-        value: the scale of the present step.
-        sound_steps: in a row since the scale last changed.
-        is_exhausted: whether the last step overflowed although the scale was at its minimum already.
+        value: the current scale.
+        sound_steps: number of finite steps in a row since the scale last changed.
+        is_exhausted: whether the last step overflowed with the scale at its minimum.
 
     Raises:
-        UserError: a number is no power of two, or the bounds contradict each other.
+        UserError: a number is not a power of two, or the bounds contradict each other.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LossScale:
         numbers = {"initial": initial, "growth_factor": growth_factor, "backoff_factor": backoff_factor}
         for name, number in {**numbers, "minimum": minimum}.items():
             if not number > 0 or not math.isfinite(number) or math.frexp(number)[0] != 0.5:
-                raise UserError(f"loss_scale.{name}={number!r} must be a power of two, so that scaling rounds nothing")
+                raise UserError(f"loss_scale.{name}={number!r} must be a power of two, so that scaling does not round")
         if growth_factor < 1:
             raise UserError(f"loss_scale.growth_factor={growth_factor!r} must be 1 or more")
         if backoff_factor > 1:
@@ -74,14 +74,14 @@ class LossScale:
         self.is_exhausted = False
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the scale, in float32 at least, as it might overflow in float16."""
+        """Return the loss times the scale, in float32 at least, since it might overflow in float16."""
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
 
-    def update(self, is_sound: bool) -> None:
-        """Note how a step went: down after an overflow, up after enough sound steps. Alike on all ranks."""
-        self.sound_steps = self.sound_steps + 1 if is_sound else 0
-        self.is_exhausted = not is_sound and self.value == self.minimum
-        if not is_sound:
+    def update(self, is_finite: bool) -> None:
+        """Decrease the scale after an overflow, increase it after enough finite steps. The same on all ranks."""
+        self.sound_steps = self.sound_steps + 1 if is_finite else 0
+        self.is_exhausted = not is_finite and self.value == self.minimum
+        if not is_finite:
             if self.is_exhausted:
                 logger.warning("the loss scale is at its minimum of %g and a gradient was inf or NaN", self.minimum)
             self.value = max(self.minimum, self.value * self.backoff_factor)
@@ -92,9 +92,9 @@ class LossScale:
                 self.value = grown
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"value", "sound_steps"}``, as JSON can hold it."""
+        """Return ``{"value", "sound_steps"}``, which JSON can hold."""
         return {"value": self.value, "sound_steps": self.sound_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Load what ``state_dict`` returned."""
         self.value, self.sound_steps = float(state_dict["value"]), int(state_dict["sound_steps"])

@@ -17,75 +17,68 @@ from disttrain.optim.distributed.by_parameter import acts_by_parameter
 from disttrain.optim.distributed.clipping import clip_norm_, clip_values_, mean_gradients
 from disttrain.optim.distributed.kept_buffers import KeptBuffers
 from disttrain.optim.distributed.loss_scale import LossScale
-from disttrain.optim.distributed.membership import (
-    add_group,
-    check_alike,
-    check_arguments,
-    check_can_be_unscaled,
-    check_own,
-    describe,
-    named_parameters,
-    settings_of,
-    to_unfreeze,
-)
-from disttrain.optim.distributed.skips import Skips
+from disttrain.optim.distributed.parameters import add_group, check_can_be_unscaled, check_not_replaced, find_frozen
+from disttrain.optim.distributed.setup import build_reducer, check_arguments, connect
+from disttrain.optim.distributed.skips import SkipCounter
 from disttrain.optim.distributed.wrapper import OptimizerWrapper
 from disttrain.optim.replicas.sharing import share
-from disttrain.optim.replicas.synchronization import average_buffers, broadcast_model, check_same_model
-from disttrain.reduction import Ledger, Reducer, SquaredNorms
+from disttrain.optim.replicas.synchronization import average_buffers
+from disttrain.reduction import Ledger, SquaredNorms
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.norms import Every, NormMeter
 from disttrain.reduction.state.state_dict import load_state, state_dict
-from disttrain.reduction.step import Ending
+from disttrain.reduction.step import StepResult
 
 
 class DistributedOptimizer(OptimizerWrapper):
     """Wraps an optimizer so that every rank steps on the mean of all ranks' gradients.
 
-    Gradients leave while backward is still running, bucket by bucket. When ``backward`` returns, every
-    ``parameter.grad`` is the mean over ranks, or what it was before where no rank has used the parameter. What is then
-    done to it - clipping, masking, unscaling, a further backward pass - is what ``step`` sees. A step in which any
-    rank's gradient holds an inf or NaN is skipped by all ranks and leaves no trace.
+    Gradients are sent bucket by bucket while backward is running. When ``backward`` returns, every ``parameter.grad``
+    is the mean over ranks, or unchanged if no rank has used the parameter. What you then do to it (clip, mask, unscale,
+    run a further backward pass) is what ``step`` sees. If any rank's gradient holds an inf or NaN, all ranks skip the
+    step, and it leaves no trace.
 
-    All ranks meet at the end of each backward pass and at each step. A rank that has no backward pass before a step
-    takes part in those of the others with zeros.
+    All ranks meet at the end of each backward pass and at each step. A rank without a backward pass before a step takes
+    part in the others' with zeros.
 
     Args:
         optimizer: any torch optimizer over parameters of ``model``. It keeps its state and its ``param_groups``, which
             this wrapper shares, so learning-rate schedulers take either.
-        model: the module that is trained. Rank 0's parameters and buffers are copied to all ranks.
+        model: the module to train. Rank 0's parameters and buffers are copied to all ranks.
         comm: from ``disttrain.init``. Any number of optimizers may share it.
         compressor: an instance, a name (``"topk"``), or a mapping as in a config: ``{"name": "topk", "ratio": 0.01}``,
-            with ``rules`` for some of the parameters and ``dense_steps`` if need be (``compression.Policy``).
-        bucket_mb: MiB of gradient that travel together; None leaves it to the compressor.
+            optionally with ``rules`` for some of the parameters and ``dense_steps`` (``compression.Policy``).
+        bucket_mb: MiB of gradient that are exchanged together; None leaves it to the compressor.
         clip_norm: largest global norm of the mean gradient; None does not clip.
-        loss_scale: what the losses were multiplied by, for float16. Gradients are divided by it as they leave, so all
-            else is in true units; ``step`` lets it fall after an overflow and rise again.
-        clip_value: largest magnitude of an entry of the mean gradient; None does not clip. Before ``clip_norm``, so
-            that both bounds hold.
-        norms_every: measure the norms of gradients, for their noise, once in so many steps; None never does. Under
-            compression a measured step exchanges the gradients once more, dense; "auto" measures one in ten of such
-            steps, and all others.
-        overlap_step: wait for the means in ``step`` (or ``synchronize``) in place of at the end of ``backward``. Until
-            then ``parameter.grad`` is None where a gradient is on its way. It saves one small round of messages a step,
-            and where the optimizer treats each parameter for itself it steps on what has arrived while the rest is on
-            the wire.
-        grad_scaler: the ``torch.amp.GradScaler`` that scales the losses. Only compressors that keep a residual need it:
-            so that the residual is in true units whatever the scale is.
+        loss_scale: scales the losses, for float16. Gradients are divided by it as they are sent, so everything else is
+            in true units. ``step`` lets it decrease after an overflow and increase again.
+        clip_value: largest magnitude of an element of the mean gradient; None does not clip. Applied before
+            ``clip_norm``, so that both bounds hold.
+        norms_every: number of steps between two measurements of gradient norms, for gradient noise; None never
+            measures. With compression a measured step exchanges the gradients once more, dense; "auto" measures one in
+            ten of such steps, and all others.
+        overlap_step: wait for the means in ``step`` (or ``synchronize``), not at the end of ``backward``. Until then
+            ``parameter.grad`` is None while it is being exchanged. This saves one small collective a step, and if the
+            optimizer treats each parameter by itself, it steps on buckets as they arrive.
+        grad_scaler: the ``torch.amp.GradScaler`` that scales the losses. Only compressors that keep a residual need it,
+            so that the residual is in true units while the scale changes.
 
     Attributes:
         wire: the ledger of bytes: ``wire.last_step``, ``wire.total``, ``wire.by_compressor``; of the last step
             ``wire.entries``, ``wire.by_parameter()``, and ``wire.table()`` as text.
-        grad_norm: global norm of the last mean gradient before ``clip_norm`` scaled it, if that is set.
-        skipped_steps: number of steps skipped: a gradient was not finite, or a rank dropped its gradients.
-        vote: what this rank tells the others with the next step, 0 to 255, at no cost; 0 at first, and kept until set.
-        agreed_vote: the largest vote that any rank had in the last step, alike on all.
-        model, comm: as given.
+        grad_norm: global norm of the last mean gradient before clipping, with ``clip_norm``.
+        skipped_steps: number of skipped steps: a gradient was not finite, or a rank dropped its gradients.
+        consecutive_skipped_steps: number of steps skipped since the last one that was taken.
+        vote: what this rank tells the others with the next step, 0 to 255, at no cost; initially 0, and kept until set.
+        agreed_vote: the largest vote of all ranks in the last step.
+        model, comm, loss_scale, grad_scaler, clip_norm, clip_value: as given.
         inner: the wrapped optimizer. Public attributes and methods that torch's optimizers do not have are its own.
+        reducer: what exchanges the gradients.
 
     Raises:
-        UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer wants sparse
-            gradients; the model or the settings differ between ranks; a compressor or rule does not suit the model.
+        UserError: a parameter is not the model's own, is complex, or none can be trained; the optimizer takes sparse
+            gradients only; the model or the settings differ between ranks; a compressor or rule does not suit the
+            model.
     """
 
     def __init__(
@@ -105,56 +98,44 @@ class DistributedOptimizer(OptimizerWrapper):
     ) -> None:
         if isinstance(optimizer, DistributedOptimizer):
             raise UserError("the optimizer is a DistributedOptimizer already: wrap the plain torch optimizer, once")
-        check_arguments(optimizer, bucket_mb=bucket_mb, clip_norm=clip_norm, clip_value=clip_value)
-        if loss_scale is not None and grad_scaler is not None:
-            raise UserError("give either a loss_scale or a grad_scaler: each scales the losses by itself")
+        clipping = {"clip_norm": clip_norm, "clip_value": clip_value}
+        check_arguments(optimizer, loss_scale, grad_scaler, {"bucket_mb": bucket_mb, **clipping})
         super().__init__(optimizer)
+        self.model, self.comm = model, comm
         self.loss_scale, self.grad_scaler = loss_scale, grad_scaler
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
-        self._skips = Skips()
-        self.model, self.comm = model, comm
-        self._has_stepped = False
-        check_same_model(model, comm)  # first, as it raises on all ranks what may be wrong on one
-        trained, frozen = named_parameters(optimizer, model)
-        if not trained:
-            raise UserError("the optimizer has no parameter that requires a gradient: nothing to train")
-        if loss_scale is not None:
-            check_can_be_unscaled(trained)
-        policy = Policy.build(compressor)
-        members = describe(optimizer, (*trained, *frozen))
-        limits = {"bucket_mb": bucket_mb, "clip_norm": clip_norm, "clip_value": clip_value, "norms_every": norms_every}
-        check_alike({**members, "compressor": policy.to_dict(), "overlap_step": overlap_step, **limits}, comm)
-        broadcast_model(model, comm)
-        self._names = {parameter: name for name, parameter in (*trained, *frozen)}
-        self._kept_buffers = KeptBuffers(model)
-        self.reducer = reducer = Reducer(
-            trained,
+        self._skips = SkipCounter()
+        self.reducer, self._names = build_reducer(
+            optimizer,
+            model,
             comm,
-            policy,
-            bucket_mb,
-            later=frozen,
+            Policy.build(compressor),
+            bucket_mb=bucket_mb,
             overlap_step=overlap_step,
-            describe=f"{type(optimizer).__name__} over {trained[0][0]}, ... ({len(trained)} parameters)",
+            loss_scale=loss_scale,
+            settings={**clipping, "norms_every": norms_every},
         )
-        reducer.settings = lambda: settings_of(optimizer.param_groups)
-        reducer.on_unsound = self._kept_buffers.restore
-        self._norm_meter = None if norms_every is None else NormMeter(norms_every, reducer.ledger, reducer.channel)
-        if self._norm_meter is not None:
-            reducer.meters.append(self._norm_meter)
-        if loss_scale is not None:
-            reducer.loss_scale = lambda: loss_scale.value
-        if grad_scaler is not None:
-            reducer.loss_scale, reducer.rescales = grad_scaler.get_scale, True
+        connect(self.reducer, optimizer, loss_scale, grad_scaler)
+        self._kept_buffers = KeptBuffers(model)
+        self.reducer.on_nonfinite = self._kept_buffers.restore
+        self._norm_meter: NormMeter | None = None
+        if norms_every is not None:
+            self._norm_meter = NormMeter(norms_every, self.reducer.ledger, self.reducer.channel)
+            self.reducer.meters.append(self._norm_meter)
         comm.activity.begin_step(1)
 
     @property
     def skipped_steps(self) -> int:
-        return self._skips.in_all
+        return self._skips.total
+
+    @property
+    def consecutive_skipped_steps(self) -> int:
+        return self._skips.consecutive
 
     @property
     def norms(self) -> SquaredNorms | None:
-        """Squared norms of the last step's gradients before compression, if it was measured and sound."""
+        """Squared norms of the last step's gradients before compression; None unless measured and finite."""
         return None if self._norm_meter is None else self.reducer.results.get(self._norm_meter)
 
     @property
@@ -179,31 +160,32 @@ class DistributedOptimizer(OptimizerWrapper):
     # Backward
 
     def scale(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None) -> torch.Tensor:
-        """What ``backward`` is to be called on, where the loss has a scale or a weight.
+        """Return the loss that ``backward`` is to be called on, if losses have a scale or weights.
 
         Args:
             loss: of this rank's samples, 0-d.
             weight: what the loss is a mean over: a number of tokens, a sum of class weights. The gradients are then
                 those of the sum of weight * loss over the sum of the weights, over all ranks and all backward passes of
-                the step. Ranks meet here for that sum, so all give weights or none. None: each rank's loss counts
-                alike.
+                the step. The ranks meet here for that sum, so either all give weights or none. None: the losses of all
+                ranks count the same.
 
         Returns:
-            The loss times its weight and times the loss scale, as far as there are such.
+            The loss times its weight, if given, and times the loss scale, if there is one.
         """
         if weight is not None:
             loss = loss * weight
-            self.reducer.weigh(float(weight))
+            self.reducer.add_loss_weight(float(weight))
         return loss if self.loss_scale is None else self.loss_scale.scale(loss)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, backward passes only add up gradients locally; the first one outside sends the sum."""
+        """Accumulate gradients locally within; the first backward pass outside sends the sum."""
         return self.reducer.no_sync()
 
     def measure_first_pass(self) -> None:
-        """With ``norms_every`` in one process: inside ``no_sync``, after the first of a step's several backward passes.
+        """Measure the gradients of the first of several backward passes, with ``norms_every`` in one process.
 
-        Noise is measured between parts of a batch. With several processes those are the ranks', and this does nothing.
+        To be called inside ``no_sync``. Gradient noise is estimated from parts of a batch, which with several processes
+        are the ranks': then this does nothing.
         """
         if self._norm_meter is not None:
             scale = 1.0 if self.loss_scale is None else self.loss_scale.value
@@ -212,18 +194,21 @@ class DistributedOptimizer(OptimizerWrapper):
     def synchronize(self) -> bool:
         """Wait until every ``parameter.grad`` is the mean over ranks. A collective.
 
-        Needed with ``overlap_step``, or to send what passes under ``no_sync`` have left. False if some rank had a
-        non-finite gradient: all gradients are NaN then, and ``step`` will skip.
+        Needed with ``overlap_step``, or to send what was accumulated under ``no_sync``.
+
+        Returns:
+            Whether the gradients are finite. If some rank's are not, all gradients are NaN, and ``step`` will skip.
         """
         return self.reducer.synchronize()
 
     # Step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clip the means if asked, and take the wrapped optimizer's step. A collective.
+        """Clip the mean gradients, if asked to, and step the wrapped optimizer. A collective.
 
-        A closure is evaluated with its gradients exchanged, and returns the loss averaged over ranks, so optimizers
-        that evaluate it repeatedly (LBFGS) take the same decisions everywhere.
+        Args:
+            closure: evaluates the loss and runs backward. Its gradients are exchanged, and the optimizer gets the loss
+                averaged over ranks, so one that evaluates it repeatedly (LBFGS) decides the same on all ranks.
         """
         result = self._step() if closure is None else self._step_with(closure)
         self.comm.activity.end_step()
@@ -243,42 +228,42 @@ class DistributedOptimizer(OptimizerWrapper):
             raise FloatingPointError("a gradient was inf or NaN on some rank: a step with a closure cannot be skipped")
         self._clip()
         if self.reducer.step.is_under_way:
-            self.reducer.end(Ending.TAKEN)
+            self.reducer.end_step(StepResult.TAKEN)
         return None if loss is None else self.comm.all_reduce(torch.as_tensor(loss).detach(), "mean")
 
     def _step(self) -> Any:
-        self._has_stepped = False
-        ending = self.reducer.take(self._step_on if self._can_step_by_bucket() else None)
-        if self.loss_scale is not None and ending is not Ending.DROPPED:
-            self.loss_scale.update(ending is Ending.TAKEN)
-        self._skips.note(ending)
-        if ending is not Ending.TAKEN:
-            if ending is Ending.UNSOUND:
-                self.reducer.end(ending)
+        reducer = self.reducer
+        step_result = reducer.agree_on_step(self._step_on if self._can_step_by_bucket() else None)
+        if self.loss_scale is not None and step_result is not StepResult.DROPPED:
+            self.loss_scale.update(step_result is StepResult.TAKEN)
+        self._skips.count(step_result)
+        if step_result is StepResult.DROPPED:
             return None
-        if self.reducer.step.num_exchanges == 0 or self.reducer.members.some_came_to_rest:
-            check_own(self.model, self._names)
+        if step_result is StepResult.NON_FINITE:
+            reducer.end_step(step_result)
+            return None
+        if reducer.step.num_exchanges == 0 or reducer.registry.has_newly_unused:
+            check_not_replaced(self.model, self._names)
         result = None
-        if not self._has_stepped:
+        if not reducer.step.has_stepped:
             self._clip()
             result = self.inner.step()
-        self.reducer.end(ending)
+        reducer.end_step(step_result)
         self._kept_buffers.keep()
         return result
 
     def _can_step_by_bucket(self) -> bool:
-        """Whether the means may be stepped on one bucket after another, in place of all at once.
+        """Whether the optimizer may step on buckets as they arrive, so that its time overlaps communication.
 
-        That hides the optimizer's time behind the wire. On a GPU the wire is done before the host could start a step.
+        On a GPU communication has ended before the host could start a step.
         """
         overlaps = self.reducer.overlap_step and self.comm.device.type == "cpu" and self.clip_norm is None
         return overlaps and acts_by_parameter(self.inner)
 
     def _step_on(self, bucket: GradientBucket) -> None:
-        self._has_stepped = True
         if self.clip_value is not None:
             clip_values_([bucket.flat], self.clip_value)
-        self.inner.step()  # skips parameters without a gradient: all but this bucket's
+        self.inner.step()  # which skips parameters without a gradient: all but those of this bucket
 
     def _clip(self) -> None:
         gradients = list(mean_gradients(self.reducer.buckets))
@@ -289,52 +274,55 @@ class DistributedOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the mean gradients so that their global 2-norm is at most ``max_norm``; the norm before, 0-d.
+        """Scale the mean gradients so that their global 2-norm is at most ``max_norm``. A collective.
 
-        The same rule as ``torch.nn.utils.clip_grad_norm_``, on whole buckets. A collective.
+        The rule is that of ``torch.nn.utils.clip_grad_norm_``.
+
+        Returns:
+            The norm before, 0-d.
         """
         self.synchronize()
         return clip_norm_(list(mean_gradients(self.reducer.buckets)), max_norm)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """``GradScaler.step`` asks whether this optimizer unscales gradients by itself: it does not.
+        """Whether this optimizer unscales gradients by itself, as ``GradScaler.step`` asks: it does not.
 
         Raises:
-            UserError: the scaler cannot do it either, or residuals would be in scaled units.
+            UserError: the scaler cannot unscale them either, or residuals would be in scaled units.
         """
         check_can_be_scaled_by_torch(self.reducer, self.grad_scaler)
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop (or zero) all gradients. What they had changed in compressors' state is taken back.
+        """Drop (or zero) all gradients, and revert what they have changed in the compressors' state.
 
-        To drop gradients that other ranks step on makes those skip their step.
+        If gradients of a step are dropped on one rank, all ranks skip the step.
         """
         was_under_way = self.reducer.step.is_under_way
-        self.reducer.drop()
+        self.reducer.drop_gradients()
         if was_under_way:
             self._kept_buffers.keep()
         self.inner.zero_grad(set_to_none)
 
     def join(self) -> None:
-        """For a rank that has run out of data: take part in the others' steps with zeros until all ranks call this.
+        """Take part in the others' steps with zeros until all ranks call this. Call it when a rank has run out of data.
 
-        Then all have the weights, optimizer state and learning rates of the rank that went on longest, so that the next
-        epoch can begin. Means are over all ranks, those with zeros too, unless losses have weights (``scale``).
+        In the end all ranks have the weights, optimizer state and learning rates of the rank that was active last.
+        Means are over all ranks, those with zeros included, unless losses have weights (``scale``).
         """
         last = self.reducer.sequencer.join()
         share(self.model, self.inner, self.comm, last)
 
-    # Members
+    # Parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters of the model from the next step on; to be called on all ranks, between steps.
+        """Train more parameters of the model from the next step on. To be called on all ranks between steps.
 
-        Their values are copied from rank 0.
+        Rank 0's values are copied to all ranks.
 
         Raises:
-            UserError: they are not the model's, ranks add different ones, or a step is under way.
+            UserError: they are not the model's, ranks add different ones, or there are gradients to step on.
         """
         self._check_between_steps("added")
         trained, frozen = add_group(self.inner, self.model, param_group, self._names, self.comm)
@@ -342,19 +330,20 @@ class DistributedOptimizer(OptimizerWrapper):
         self.reducer.extend(trained, frozen)
 
     def unfreeze(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Train parameters that were frozen so far, from the next step on; to be called on all ranks, between steps.
+        """Train frozen parameters from the next step on. To be called on all ranks between steps.
 
-        The same as ``requires_grad_(True)``, but checked on all ranks. All others keep their buckets, residuals and
-        optimizer state. A run that goes on from a checkpoint thaws in the same order before it loads the state.
+        The same as ``requires_grad_(True)``, but checked on all ranks. Other parameters keep their buckets, residuals
+        and optimizer state. A run that resumes from a checkpoint unfreezes in the same order before it loads the state.
 
         Raises:
-            UserError: a parameter is not the wrapped optimizer's, ranks thaw different ones, or a step is under way.
+            UserError: a parameter is not the wrapped optimizer's, ranks unfreeze different ones, or there are gradients
+                to step on.
         """
         self._check_between_steps("unfrozen")
-        thawed = to_unfreeze(parameters, self.model, self._names, self.comm)
+        frozen = find_frozen(parameters, self.model, self._names, self.comm)
         if self.loss_scale is not None:
-            check_can_be_unscaled(thawed)
-        for _, parameter in thawed:
+            check_can_be_unscaled(frozen)
+        for _, parameter in frozen:
             parameter.requires_grad_(True)
         self.reducer.unfreeze()
 
@@ -363,21 +352,21 @@ class DistributedOptimizer(OptimizerWrapper):
             raise UserError(f"parameters cannot be {what} between backward and step: do it after the step")
 
     def synchronize_buffers(self) -> None:
-        """Average the model's floating-point buffers (BatchNorm statistics) over ranks, copy the others from rank 0.
+        """Average the model's floating-point buffers (BatchNorm statistics) over ranks; copy the others from rank 0.
 
-        Training leaves each rank with statistics of its own samples: call this before evaluation and before saving.
+        In training each rank has statistics of its own samples: call this before evaluation and before saving.
         """
         average_buffers(self.model, self.comm)
         self.keep_buffers()
 
     def keep_buffers(self) -> None:
-        """Note that buffers were changed on purpose: a step that is skipped goes back to what they are now."""
+        """Keep the buffers as they are now, after changing them on purpose: a skipped step restores these values."""
         self._kept_buffers.keep()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, plus the compressor's under ``"compression"``, and ``"loss_scale"`` if any.
+        """Return the wrapped optimizer's state, the compressor's under ``"compression"``, and ``"loss_scale"`` if any.
 
-        ``compression["per_rank"]`` (residuals) is this rank's own: save one a rank, or the sums not yet sent are lost.
+        ``compression["per_rank"]`` (residuals) is this rank's own: save one per rank, or residuals are lost.
         """
         state = {**self.inner.state_dict(), "compression": state_dict(self.reducer.buckets, self.comm)}
         if self.loss_scale is not None:
@@ -385,13 +374,13 @@ class DistributedOptimizer(OptimizerWrapper):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state, from this class or from the plain optimizer.
+        """Load a state of this class or of the plain optimizer.
 
-        Residuals that another rank saved are not taken: they start at zero, with a warning.
+        Residuals that another rank saved are not loaded: they start at zero, with a warning.
         """
         inner = dict(state_dict)
         saved, loss_scale = inner.pop("compression", None), inner.pop("loss_scale", None)
-        self.reducer.members.revert()
+        self.reducer.registry.revert()
         self.inner.load_state_dict(inner)
         self._kept_buffers.keep()
         if saved is not None:

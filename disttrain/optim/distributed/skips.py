@@ -1,31 +1,39 @@
-"""Counting skipped steps, and saying so."""
+"""Counting and reporting skipped steps."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 
-from disttrain.reduction.step import Ending
+from disttrain.reduction.step import StepResult
 
 logger = logging.getLogger(__name__)
-_FIRST = 10
-_REASONS = {Ending.UNSOUND: "a gradient was inf or NaN", Ending.DROPPED: "gradients were dropped (zero_grad)"}
+_NUM_REPORTED = 10
+_REASONS = {
+    StepResult.NON_FINITE: "a gradient was inf or NaN",
+    StepResult.DROPPED: "gradients were dropped (zero_grad)",
+}
 
 
 @dataclass
-class Skips:
-    """How many steps were skipped, in all and in a row."""
+class SkipCounter:
+    """Counts skipped steps.
 
-    in_all: int = 0
-    in_a_row: int = 0
+    Attributes:
+        total: number of skipped steps.
+        consecutive: number of steps skipped since the last one that was taken.
+    """
 
-    def note(self, ending: Ending) -> None:
-        """Note a step. Warns of each of the first ten that are skipped in a row, then ever more rarely."""
-        if ending is Ending.TAKEN:
-            self.in_a_row = 0
+    total: int = 0
+    consecutive: int = 0
+
+    def count(self, result: StepResult) -> None:
+        """Count a step. Log a warning for each of the first ten consecutive skips, then at powers of two."""
+        if result is StepResult.TAKEN:
+            self.consecutive = 0
             return
-        self.in_all += 1
-        self.in_a_row += 1
-        if self.in_a_row <= _FIRST or self.in_a_row.bit_count() == 1:
-            more = "; more of them in a row are reported at powers of two" if self.in_a_row == _FIRST else ""
-            logger.warning("step skipped: %s on some rank (%d so far)%s", _REASONS[ending], self.in_all, more)
+        self.total += 1
+        self.consecutive += 1
+        if self.consecutive <= _NUM_REPORTED or self.consecutive.bit_count() == 1:
+            more = "; more of them in a row are reported at powers of two" if self.consecutive == _NUM_REPORTED else ""
+            logger.warning("step skipped: %s on some rank (%d so far)%s", _REASONS[result], self.total, more)

@@ -1,4 +1,4 @@
-"""An optimizer around another one, which keeps its parameters, groups and state."""
+"""An optimizer that wraps another one, which keeps its parameters, groups and state."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch.optim import Optimizer
 
 
 class OptimizerWrapper(Optimizer):
-    """Hands on by name what is the wrapped optimizer's, so that learning-rate schedulers and hooks take either.
+    """Delegates to the wrapped optimizer, so that learning-rate schedulers and hooks take either.
 
-    Public attributes and methods that torch's optimizers do not have are the wrapped one's, to read and to set.
+    The rule, for reading and for setting: ``param_groups``, ``state``, ``defaults`` and step hooks are the wrapped
+    optimizer's. Private names, names of this class and of torch's ``Optimizer``, and attributes that the wrapped
+    optimizer did not have when they were set are the wrapper's. All other names are the wrapped optimizer's.
 
     Attributes:
         inner: the wrapped optimizer.
@@ -19,7 +21,7 @@ class OptimizerWrapper(Optimizer):
     inner: Optimizer
 
     def __init__(self, optimizer: Optimizer) -> None:
-        # Optimizer.__init__ is not called: the parameters, their groups and state stay the wrapped optimizer's.
+        # Optimizer.__init__ is not called: parameters, groups and state stay the wrapped optimizer's.
         self.inner = optimizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,7 +54,7 @@ class OptimizerWrapper(Optimizer):
         return self.inner.register_step_post_hook(hook)
 
     def __getattr__(self, name: str) -> Any:
-        """What torch's optimizers do not have, such as a method of an optimizer of the user's own."""
+        """Return an attribute of the wrapped optimizer that neither this class nor torch's ``Optimizer`` has."""
         if name.startswith("_") or "inner" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner, name)

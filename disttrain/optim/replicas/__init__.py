@@ -1,4 +1,4 @@
-"""Keeping the ranks' copies of a model alike: broadcast, average, compare.
+"""Keeping the replicas identical: broadcast, average, compare.
 
-All functions here are collectives over models or optimizers, outside the gradient's path.
+All functions here are collectives over models or optimizers. None is part of the exchange of gradients.
 """

@@ -1,4 +1,4 @@
-"""Whether the ranks' replicas are alike to the bit, and if not, where they part."""
+"""Checks that replicas are bit-identical, and names the first difference."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from disttrain.comm.base import Communicator
 if TYPE_CHECKING:
     from disttrain.optim.distributed import DistributedOptimizer
 
-_SPREAD = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no tensor's checksum is lost in the sum over all
+_SPREAD = 0x9E3779B97F4A7C15 - 2**64  # odd, so that every tensor's checksum changes the sum
 
 
 class Difference(NamedTuple):
-    """The first tensor that is not alike on all ranks, and the ranks whose copy is not the most common one.
+    """The first tensor that differs between ranks, and the ranks whose copy is not the most common one.
 
-    Where two copies are equally common, rank 0's is taken for right.
+    If two copies are equally common, that of the lowest rank counts as the right one.
     """
 
     tensor: str
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 
 def replicated_tensors(optimizer: DistributedOptimizer) -> dict[str, torch.Tensor]:
-    """What must be alike on all ranks: parameters, the optimizer's state, the compressor's replicated state."""
+    """Return what must be identical on all ranks: parameters, optimizer state, the compressors' replicated state."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in optimizer.model.named_parameters()}
     tensors = {name: parameter.detach() for parameter, name in names.items()}
     for parameter, state in optimizer.inner.state.items():
@@ -43,9 +43,9 @@ def replicated_tensors(optimizer: DistributedOptimizer) -> dict[str, torch.Tenso
 
 
 def first_difference(tensors: Mapping[str, torch.Tensor], comm: Communicator) -> Difference | None:
-    """Compare tensors of equal names and sizes by checksum: a pass over memory, and 8 bytes a rank if all is well.
+    """Compare tensors by checksum. Return None if they are identical; the same answer on all ranks. A collective.
 
-    None if they are alike on all ranks; the same answer on all of them.
+    This costs a pass over memory, and 8 bytes per rank if there is no difference.
     """
     if comm.world_size == 1 or not tensors:
         return None
@@ -58,12 +58,12 @@ def first_difference(tensors: Mapping[str, torch.Tensor], comm: Communicator) ->
     for name, column in zip(tensors, rows.T.tolist(), strict=True):
         counts = Counter(column)
         if len(counts) > 1:
-            right = max(counts, key=lambda value: counts[value])  # the first of equals: rank 0's, or the lowest rank's
+            right = max(counts, key=lambda value: counts[value])  # the lowest rank's of equals
             return Difference(name, [rank for rank, value in enumerate(column) if value != right])
     return None
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of its memory's 4-byte words as integers, 0-d int64: no change of a single word leaves it as it was."""
+    """Return the sum of the tensor's 4-byte words as integers, 0-d int64. Every change of a single word changes it."""
     memory = tensor.contiguous().view(-1).view(torch.uint8)
     return memory.view(torch.int32 if memory.numel() % 4 == 0 else torch.uint8).sum(dtype=torch.int64)

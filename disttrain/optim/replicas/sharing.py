@@ -1,4 +1,4 @@
-"""Giving all ranks one rank's weights and optimizer state: what follows where ranks have made different steps."""
+"""Copying one rank's weights and optimizer state to all, after ranks have taken different numbers of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from disttrain.comm.coalescing import run_coalesced
 def share(model: torch.nn.Module, optimizer: Optimizer, comm: Communicator, root: int) -> None:
     """Copy rank ``root``'s parameters, optimizer state and group settings to all ranks. A collective.
 
-    Buffers stay each rank's own: they are statistics of its own samples.
+    Buffers are not copied: they are statistics of each rank's own samples.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     described = comm.broadcast_object([_describe(optimizer.state.get(p, {})) for p in parameters], root)
@@ -29,10 +29,10 @@ def share(model: torch.nn.Module, optimizer: Optimizer, comm: Communicator, root
             if kind == "value":
                 state[name] = value
                 continue
-            present = state.get(name)
-            if not isinstance(present, torch.Tensor) or list(present.shape) != shape:
+            current = state.get(name)
+            if not isinstance(current, torch.Tensor) or list(current.shape) != shape:
                 dtype = getattr(torch, value.removeprefix("torch."))
-                is_like = list(parameter.shape) == shape  # a momentum, and no count of steps, which is kept on the CPU
+                is_like = list(parameter.shape) == shape  # a momentum; a number of steps is on the CPU
                 state[name] = torch.zeros_like(parameter, dtype=dtype) if is_like else torch.zeros(shape, dtype=dtype)
             tensors.append(state[name])
     run_coalesced(tensors, comm, lambda flat: Broadcast(flat, root))
@@ -42,7 +42,7 @@ def share(model: torch.nn.Module, optimizer: Optimizer, comm: Communicator, root
 
 
 def _describe(state: dict[str, Any]) -> dict[str, list[Any]]:
-    """By name ``["tensor", dtype, shape]`` or ``["value", value, None]``."""
+    """Return ``["tensor", dtype, shape]`` or ``["value", value, None]`` by name."""
     entries: dict[str, list[Any]] = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Keeping the ranks' copies of a model alike: check, broadcast, average."""
+"""Checking, broadcasting and averaging models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from disttrain.errors import UserError
 def check_has_values(model: torch.nn.Module) -> None:
     """Raise UserError, naming the first one, if parameters or buffers have no values yet.
 
-    Those of lazy modules, such as ``nn.LazyLinear``, get shapes and values in the first forward pass.
+    Lazy modules, such as ``nn.LazyLinear``, get shapes and values in the first forward pass.
     """
     if problem := _without_values(model):
         raise UserError(problem)
@@ -27,7 +27,7 @@ def check_has_values(model: torch.nn.Module) -> None:
 def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
     """Raise UserError, naming the first difference, if names, shapes or dtypes differ between ranks.
 
-    If parameters or buffers have no values yet on any rank, all ranks raise it too.
+    All ranks also raise it if parameters or buffers have no values yet on any rank. A collective.
     """
     if problem := next(filter(None, comm.all_gather_object(_without_values(model))), ""):
         raise UserError(problem)
@@ -50,12 +50,12 @@ def check_same_model(model: torch.nn.Module, comm: Communicator) -> None:
         there = other[index] if index < len(other) else "nothing"
         if here != there:
             raise UserError(
-                f"the model differs between ranks: rank 0 has {here}, rank {odd} has {there}; build it alike everywhere"
+                f"the model differs between ranks: rank 0 has {here}, rank {odd} has {there}; build it the same on all"
             )
 
 
 def _without_values(model: torch.nn.Module) -> str:
-    """What to do about the first parameter or buffer that has no values yet; empty if all have."""
+    """Return what to do about the first parameter or buffer without values; empty if there is none."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             return f"{name!r} is of a lazy module and has no shape yet: run one forward pass on a batch before training"
@@ -65,24 +65,24 @@ def _without_values(model: torch.nn.Module) -> str:
 
 
 def broadcast_model(model: torch.nn.Module, comm: Communicator) -> None:
-    """Copy rank 0's parameters and buffers to all ranks."""
+    """Copy rank 0's parameters and buffers to all ranks. A collective."""
     broadcast_tensors([*model.parameters(), *model.buffers()], comm)
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
-    """Copy rank 0's values to all ranks."""
+    """Copy rank 0's values to all ranks. A collective."""
     run_coalesced(tensors, comm, Broadcast)
 
 
 def average_buffers(model: torch.nn.Module, comm: Communicator) -> None:
-    """Average floating-point and complex buffers over ranks; copy the others (counters, masks) from rank 0."""
+    """Average floating-point and complex buffers over ranks, copy others (counters, masks) from rank 0."""
     buffers = list(model.buffers())
     average_tensors((buffer for buffer in buffers if _has_mean(buffer)), comm)
     run_coalesced([buffer for buffer in buffers if not _has_mean(buffer)], comm, Broadcast)
 
 
 def average_tensors(tensors: Iterable[torch.Tensor], comm: Communicator) -> None:
-    """Replace floating-point and complex tensors by their means over ranks."""
+    """Replace floating-point and complex tensors by their means over ranks. A collective."""
     run_coalesced(map(_as_real, tensors), comm, lambda flat: AllReduce(flat, "mean"))
 
 
@@ -91,7 +91,7 @@ def _has_mean(tensor: torch.Tensor) -> bool:
 
 
 def _as_real(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor's memory as pairs of reals, whose means are those of its parts."""
+    """View a complex tensor as pairs of real and imaginary parts, whose means are those of the tensor."""
     if not tensor.is_complex():
         return tensor
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)

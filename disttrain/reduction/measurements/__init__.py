@@ -1,4 +1,1 @@
-"""What is measured while gradients are reduced: bytes on the wire, norms, and the error of compression.
-
-Meters see each bucket before and after its exchange, in the steps in which they are due.
-"""
+"""Measurements while gradients are reduced: bytes on the wire, norms, and the error of compression."""

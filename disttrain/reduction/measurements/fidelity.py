@@ -1,4 +1,4 @@
-"""What compression does to each layer's gradient: what it still owes, and where the mean that it gives points."""
+"""The error of compression by layer: the size of the residual, and the direction of the mean."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from disttrain.reduction.measurements.meter import STATISTICS
 
 
 class Fidelity(NamedTuple):
-    """Of one step, by the name of each parameter that travels compressed; equal on all ranks.
+    """Measurements of one step, by the name of each compressed parameter; equal on all ranks.
 
     Attributes:
-        residual: norm of what the ranks have not sent yet, in norms of their gradients (root mean squares over ranks).
-        cosine: between the mean that compression gave and the dense one; 0 if the former is all zeros, NaN if it holds
-            an inf or NaN. Empty if it was not measured.
+        residual: norm of the residual, divided by the norm of the gradient (root mean squares over ranks).
+        cosine: cosine of the angle between the mean after compression and the dense mean; 0 if the former is zero, NaN
+            if it is not finite. Empty if it was not measured.
     """
 
     residual: dict[str, float]
@@ -32,35 +32,39 @@ class Fidelity(NamedTuple):
 
 
 class FidelityMeter:
-    """Measures after every so many committed steps.
+    """Measures the error of compression in some steps, counted by the steps that were taken.
 
     Args:
-        every: steps between two looks at the residuals, a pass over memory and a few bytes a layer; None: none.
-        cosine_every: steps between two comparisons, which exchange the gradients once more, dense; None: none.
+        every: number of steps between two measurements of residuals, which cost a pass over memory and a few bytes a
+            layer; None: never.
+        cosine_every: number of steps between two measurements of cosines, which exchange the gradients once more,
+            dense; None: never.
+        ledger: starts and counts the collectives.
+        comm: the ranks.
     """
 
     def __init__(self, every: int | None, cosine_every: int | None, ledger: Ledger, comm: Communicator) -> None:
         self._every, self._cosine_every, self._ledger, self._comm = every, cosine_every, ledger, comm
-        self._compares = False
-        self._forget()
+        self._measures_cosine = False
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._own: dict[GradientBucket, torch.Tensor] = {}
         self._dense: dict[GradientBucket, Work[Result]] = {}
         self._products: dict[GradientBucket, torch.Tensor] = {}
 
     def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:
-        self._compares = self._cosine_every is not None and (step + 1) % self._cosine_every == 0
-        return self._compares or (self._every is not None and (step + 1) % self._every == 0)
+        self._measures_cosine = self._cosine_every is not None and (step + 1) % self._cosine_every == 0
+        return self._measures_cosine or (self._every is not None and (step + 1) % self._every == 0)
 
-    def leave(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
-        if isinstance(bucket.present, Dense):
+    def before_exchange(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
+        if isinstance(bucket.current_compressor, Dense):
             return
         self._own[bucket] = _squares(bucket.description.split(flat))
-        if self._compares:
+        if self._measures_cosine:
             self._dense[bucket] = self._ledger.start(AllReduce(flat.clone(), "mean"), STATISTICS)
 
-    def land(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
+    def after_exchange(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
         if bucket not in self._dense:
             return
         dense = self._dense.pop(bucket).wait()
@@ -69,27 +73,27 @@ class FidelityMeter:
         dots = [torch.dot(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
         self._products[bucket] = torch.stack([torch.stack(dots), _squares(ours), _squares(theirs)])
 
-    def finish(self, is_whole: bool) -> Fidelity | None:
-        """None where the step is not whole, or nothing travelled compressed."""
+    def result(self, is_complete: bool) -> Fidelity | None:
+        """Return the step's measurements; None unless ``is_complete``, or if no gradient was compressed."""
         own, products, pending = self._own, self._products, self._dense
-        self._forget()
-        for work in pending.values():  # of a step that is skipped
+        self._reset()
+        for work in pending.values():  # of a step whose gradients were not finite
             work.wait()
-        if not is_whole or not own:
+        if not is_complete or not own:
             return None
         columns = []
         for bucket, squares in own.items():
-            owed, owners = _owed(bucket)
+            residuals, owners = _residuals(bucket)
             measured = products.get(bucket, torch.zeros(3, len(squares)))
-            columns.append(torch.cat([torch.stack([squares.cpu(), owed, owners]), measured.cpu().double()]))
+            columns.append(torch.cat([torch.stack([squares.cpu(), residuals, owners]), measured.cpu().double()]))
         table = torch.cat(columns, 1).to(self._comm.control_device)
         rows = self._ledger.start(AllGather(table, same_size=True), STATISTICS).wait()
-        # In rank order, and the means' products as rank 0 has them: alike to the bit, whatever the engine and machines.
+        # In rank order, and the means' products of rank 0: bit-identical on all ranks with any engine.
         total = torch.stack([row[:3].cpu() for row in rows]).sum(0)
         names = [name for bucket in own for name in bucket.description.names]
-        residual = {
-            name: math.sqrt(owed / max(1, owners)) / math.sqrt(square / len(rows))
-            for name, (square, owed, owners) in zip(names, total.T.tolist(), strict=True)
+        relative = {
+            name: math.sqrt(residual / max(1, owners)) / math.sqrt(square / len(rows))
+            for name, (square, residual, owners) in zip(names, total.T.tolist(), strict=True)
             if square > 0
         }
         cosine = {
@@ -97,16 +101,16 @@ class FidelityMeter:
             for name, (dot, ours, theirs) in zip(names, rows[0][3:].T.tolist(), strict=True)
             if theirs > 0
         }
-        return Fidelity(residual, cosine)
+        return Fidelity(relative, cosine)
 
 
 def _squares(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared norms in float64, which the squares of float32 cannot leave."""
+    """Return the squared norms in float64, in which squares of float32 cannot overflow."""
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts])
 
 
-def _owed(bucket: GradientBucket) -> tuple[torch.Tensor, torch.Tensor]:
-    """By parameter, the squared norm of what this rank owes, and 1 if it is one of those that owe."""
+def _residuals(bucket: GradientBucket) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, by parameter, the squared norm of this rank's residual, and 1 if it keeps one."""
     names = bucket.description.names
     squares, owners = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for parameter, name, view, _ in bucket.state.slices(names, is_settled=False):

@@ -1,4 +1,4 @@
-"""What looks at gradients in some steps: before they are compressed, and after."""
+"""What measures gradients in some steps, before and after their exchange."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Account
 
 STATISTICS = Account("statistics")
-"""Whose the bytes of measurements are."""
+"""Where the bytes of measurements are counted."""
 
 
 class Meter(Protocol):
-    """The reducer asks at a step's first bucket whether it is due; the other calls come only in a step in which it is.
+    """A measurement of some steps. The reducer calls ``is_due`` once a step, and the rest only in steps that are due.
 
-    All ranks must find it due alike, and start its collectives in one order.
+    ``is_due`` must be the same on all ranks, and collectives must start in the same order.
     """
 
     def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:
-        """Whether to measure the step after ``step`` committed ones."""
+        """Whether to measure the step after ``step`` steps that were taken."""
 
-    def leave(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
-        """Look at this rank's own gradient, in true units, as it is sent; a compressor may overwrite it afterwards."""
+    def before_exchange(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
+        """Look at this rank's own gradient, in true units; a compressor may overwrite it afterwards."""
 
-    def land(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
-        """Look at the mean that has arrived, of a sound step, before it and the bucket's new state are committed."""
+    def after_exchange(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
+        """Look at the mean of a finite exchange, before the reducer loads it and the bucket's new state."""
 
-    def finish(self, is_whole: bool) -> Any:
-        """The result, after all is committed. ``is_whole`` is False where the step was skipped or sent in parts."""
+    def result(self, is_complete: bool) -> Any:
+        """Return the result, after all buckets have arrived.
+
+        Args:
+            is_complete: False if gradients were not finite or some came late.
+        """

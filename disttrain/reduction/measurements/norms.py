@@ -1,7 +1,8 @@
-"""Squared norms of gradients before they are compressed: what a gradient's noise is measured by."""
+"""Squared norms of gradients before compression, from which gradient noise is estimated."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -15,98 +16,115 @@ from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.measurements.meter import STATISTICS
 
-_RARELY = 10
+_COMPRESSED_EVERY = 10
 Every: TypeAlias = int | Literal["auto"]
 
 
 class SquaredNorms(NamedTuple):
-    """Of one step's gradients, in true units and before compression; equal on all ranks.
+    """Squared 2-norms of one step's gradients, in true units and before compression; equal on all ranks.
 
     Attributes:
-        part: squared 2-norm of the gradient of a part of the batch: the mean over ranks of their own gradients'; in one
-            process, that of its first backward pass.
-        whole: squared 2-norm of the mean gradient over ranks.
+        local: of the gradients of a part of the batch: mean over ranks of the norms of their own gradients. In one
+            process, of the first backward pass.
+        averaged: of the mean gradient over ranks.
     """
 
-    part: float
-    whole: float
+    local: float
+    averaged: float
+
+    @property
+    def part(self) -> float:
+        """Deprecated: use ``local``."""
+        warnings.warn("SquaredNorms.part is deprecated: use SquaredNorms.local", DeprecationWarning, stacklevel=2)
+        return self.local
+
+    @property
+    def whole(self) -> float:
+        """Deprecated: use ``averaged``."""
+        warnings.warn("SquaredNorms.whole is deprecated: use SquaredNorms.averaged", DeprecationWarning, stacklevel=2)
+        return self.averaged
 
 
 class NormMeter:
-    """Measures one step in every ``every`` committed ones, so that a step that was skipped leaves no trace.
+    """Measures squared norms in some steps, counted by the steps that were taken.
 
-    Dense means are looked at as they arrive. Where a gradient travels compressed, it is averaged once more, dense, in
-    the steps that are measured: that is what ``every`` keeps rare. "auto" measures each step that sends all gradients
-    dense, and one in ten of the others.
+    Dense means are measured as they arrive. Compressed gradients are averaged once more, dense, in the steps that are
+    measured, so measure them rarely.
+
+    Args:
+        every: number of steps between two measurements; "auto" measures each step that sends all gradients dense, and
+            one in ten of the others.
+        ledger: starts and counts the collectives.
+        comm: the ranks.
     """
 
     def __init__(self, every: Every, ledger: Ledger, comm: Communicator) -> None:
         self._every, self._ledger, self._comm = every, ledger, comm
         self._first_pass: torch.Tensor | None = None
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._own: list[torch.Tensor] = []
-        self._whole: list[torch.Tensor] = []
+        self._averaged: list[torch.Tensor] = []
         self._pending: list[Work[Result]] = []
 
     def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:
         every = self._every
         if every == "auto":
             is_free = self._comm.world_size == 1 or all(_is_dense(bucket) for bucket in buckets)
-            every = 1 if is_free else _RARELY
+            every = 1 if is_free else _COMPRESSED_EVERY
         return step % every == 0
 
     def measure_first_pass(self, buckets: Sequence[GradientBucket], scale: float) -> None:
-        """In one process: note what the first of a step's backward passes gave, ``scale`` times the true gradients.
+        """In one process, measure the gradients of the first backward pass, ``scale`` times the true ones.
 
-        Nothing with more processes, or if no norms are due.
+        Does nothing with more processes, or if no norms are due.
         """
         if self._comm.world_size == 1 and self.is_due(buckets[0].state.step, buckets):
             grads = [slot.parameter.grad for bucket in buckets for slot in bucket.slots]
             self._first_pass = _square([grad.to_dense() for grad in grads if grad is not None]) / scale**2
 
-    def leave(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
-        """Look at what a bucket sends."""
+    def before_exchange(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
+        """Measure this rank's own gradient. If it is compressed, start averaging it."""
         self._own.append(_square([flat]))
         if self._comm.world_size > 1 and not _is_dense(bucket):
             self._pending.append(self._ledger.start(AllReduce(flat.clone(), "mean"), STATISTICS))
 
-    def land(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
-        """Look at what has arrived, before it is committed."""
+    def after_exchange(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
+        """Measure the mean of a dense bucket."""
         if self._comm.world_size > 1 and _is_dense(bucket):
-            self._whole.append(_square([mean]))
+            self._averaged.append(_square([mean]))
 
-    def finish(self, is_whole: bool) -> SquaredNorms | None:
-        """The step's norms, after all has arrived, equal on all ranks. None where ``is_whole`` is False.
+    def result(self, is_complete: bool) -> SquaredNorms | None:
+        """Return the step's norms, equal on all ranks; None unless ``is_complete``.
 
-        In one process None as well, without a first pass that was noted: a batch has no parts to compare then.
+        In one process also None without ``measure_first_pass``, as there is no part of the batch to compare.
         """
         for work in self._pending:
             mean = work.wait()
             assert isinstance(mean, torch.Tensor)
-            self._whole.append(_square([mean]))
-        own, whole, first_pass = self._own, self._whole, self._first_pass
-        self._forget()
+            self._averaged.append(_square([mean]))
+        own, averaged, first_pass = self._own, self._averaged, self._first_pass
+        self._reset()
         self._first_pass = None
-        if not is_whole:
+        if not is_complete:
             return None
         if self._comm.world_size == 1:
             return None if first_pass is None else SquaredNorms(first_pass.item(), _sum(own))
-        numbers = torch.tensor([_sum(own), _sum(whole)], dtype=torch.float64, device=self._comm.control_device)
+        numbers = torch.tensor([_sum(own), _sum(averaged)], dtype=torch.float64, device=self._comm.control_device)
         rows = self._ledger.start(AllGather(numbers, same_size=True), STATISTICS).wait()
-        # In rank order, and the mean's norm as rank 0 has it: alike to the bit, whatever the engine and the machines.
-        parts = [row.tolist() for row in rows]
-        return SquaredNorms(sum(part for part, _ in parts) / len(parts), parts[0][1])
+        # In rank order, and the mean's norm of rank 0: bit-identical on all ranks with any engine.
+        norms = [row.tolist() for row in rows]
+        return SquaredNorms(sum(local for local, _ in norms) / len(norms), norms[0][1])
 
 
 def _is_dense(bucket: GradientBucket) -> bool:
-    """Whether what arrives is the mean of the gradients alone; dense steps that repay residuals add to it."""
-    return type(bucket.present) is Dense
+    """Whether the mean is that of the gradients alone; dense steps that flush residuals add to it."""
+    return type(bucket.current_compressor) is Dense
 
 
 def _square(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of squares, 0-d and float64, on the tensors' device."""
+    """Return the sum of squares, 0-d and float64, on the tensors' device."""
     return torch.stack([_one_square(tensor.reshape(-1)) for tensor in tensors]).sum()
 
 

@@ -1,4 +1,4 @@
 """How ranks agree on what to exchange and when to step.
 
-Each rank states its status, the ranks combine these in one all-reduce, and all draw the same conclusions.
+Each rank reports its status, the ranks combine these in one all-reduce, and all draw the same conclusions.
 """

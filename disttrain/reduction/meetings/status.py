@@ -1,80 +1,97 @@
-"""What ranks tell each other when they meet: a row of small integers, of which the largest of all ranks count.
+"""The message of a meeting: a row of integers per reducer, combined over ranks by an all-reduce with "max".
 
-Every rank writes one ``Status`` for each reducer of the communicator. A number whose smallest value matters too is
-written twice, as it is and as its complement.
+A number whose minimum over ranks is needed too is sent twice, as it is and as its bitwise complement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import torch
 
 
+class MeetingPoint(Enum):
+    """Where a rank is when it meets the others."""
+
+    BACKWARD_END = "the end of a backward pass"
+    SYNCHRONIZE = "synchronize()"
+    STEP = "step()"
+    DROP = "zero_grad()"
+    WEIGHT = "scale(loss, weight=...)"
+    JOIN = "join()"
+
+
 class Use(IntEnum):
-    """Of a parameter, by a rank, in one exchange."""
+    """Whether a rank has a gradient of a parameter in one exchange."""
 
     UNUSED = 0
     USED = 1
     LATE = 2
-    """A gradient came after its bucket had left, so a second exchange has to follow."""
+    """It came after its bucket had been closed, so a second exchange follows."""
 
 
-class Weighing(IntEnum):
-    """Whether the sum of the losses' weights is wanted."""
+class WeightRequest(IntEnum):
+    """Whether a rank needs the mean of the losses' weights over ranks."""
 
-    NOT = 0
+    NONE = 0
     NOW = 1
-    """For the exchange of what the rank has."""
+    """For the gradients that it sends."""
     AHEAD = 2
-    """For gradients that a backward pass is yet to give."""
+    """For gradients of a backward pass that has not started yet."""
 
 
 _SHIFT = 24
 
 
 def encode_use(use: Use, position: int) -> int:
-    """With it, when the gradient came in this exchange, from 0: of all ranks' positions the last one counts."""
+    """Return one integer for a use and the gradient's position in the exchange; the maximum over ranks is of both."""
     return (use << _SHIFT) + min(position, 2**_SHIFT - 1) if use else 0
 
 
 def decode_use(number: int) -> tuple[Use, int]:
+    """Return the use and the position."""
     return Use(number >> _SHIFT), number % 2**_SHIFT
 
 
 NOTHING = -(2**31)
-"""Written where a rank has nothing to say: it is below all that others say."""
+"""Sent where a rank has nothing to say: it is less than everything else."""
 
 
 @dataclass
 class Status:
-    """What a rank says of one reducer, and what all ranks have said.
+    """What a rank says about one reducer, or after the all-reduce what all ranks have said.
 
     Attributes:
-        epoch: how many steps it has ended so far, by taking or by dropping them; and the smallest of all ranks'.
-        sends: the rank has gradients to exchange; ``sends_in`` is the smallest epoch of the ranks that have.
-        steps, is_elsewhere: the rank is at the reducer's step; or it is active, but not there.
-        drops: the rank drops gradients that are on the wire.
-        weighs, is_unweighed: see ``Weighing``; or the rank sends gradients of losses that have no weights.
-        is_unsound: one of its gradients is inf or NaN.
+        step_number: number of steps that have ended, taken or dropped.
+        sends: whether the rank has gradients to exchange.
+        is_at_step: whether the rank is at the reducer's step.
+        is_elsewhere: whether the rank has not joined and is not at the reducer's step.
+        drops: whether the rank drops gradients of an open exchange.
+        weight_request: see ``WeightRequest``.
+        has_unweighted: whether the rank sends gradients of losses without weights.
+        is_nonfinite: whether one of its gradients is inf or NaN.
         vote: see ``Reducer``.
-        size: how many parameters it exchanges; and the smallest number of all ranks.
-        settings, gradients: checksums of those with which the rank steps; and the smallest of the ranks that do.
-        uses: of each parameter, as ``encode_use`` writes it.
+        size: number of parameters that it exchanges.
+        settings: checksum of the optimizer's settings, at a step.
+        gradients: checksum of gradients that the user has changed, at a step.
+        min_step_number, min_size, min_settings, min_gradients: the minimum over ranks; of the last two, over those at
+            the step.
+        min_sending_step: the minimum of ``step_number`` over the ranks that send.
+        uses: of each parameter, as written by ``encode_use``.
     """
 
-    epoch: int = 0
-    min_epoch: int = 0
+    step_number: int = 0
+    min_step_number: int = 0
     sends: int = 0
-    sends_in: int = 0
-    steps: int = 0
+    min_sending_step: int = 0
+    is_at_step: int = 0
     is_elsewhere: int = 0
     drops: int = 0
-    weighs: int = 0
-    is_unweighed: int = 0
-    is_unsound: int = 0
+    weight_request: int = 0
+    has_unweighted: int = 0
+    is_nonfinite: int = 0
     vote: int = 0
     size: int = 0
     min_size: int = 0
@@ -85,17 +102,19 @@ class Status:
     uses: Sequence[int] = field(default_factory=list)
 
     def encode(self) -> list[int]:
+        """Return the numbers that are sent."""
         complements = {
-            "min_epoch": ~self.epoch,
+            "min_step_number": ~self.step_number,
             "min_size": ~self.size,
-            "sends_in": ~self.epoch if self.sends else NOTHING,
-            "min_settings": ~self.settings if self.steps else NOTHING,
-            "min_gradients": ~self.gradients if self.steps else NOTHING,
+            "min_sending_step": ~self.step_number if self.sends else NOTHING,
+            "min_settings": ~self.settings if self.is_at_step else NOTHING,
+            "min_gradients": ~self.gradients if self.is_at_step else NOTHING,
         }
         return [*(complements.get(name, getattr(self, name)) for name in _NUMBERS), *self.uses]
 
     @classmethod
     def decode(cls, numbers: Sequence[int]) -> Status:
+        """Return the status of all ranks from the maximum of their numbers."""
         values = dict(zip(_NUMBERS, numbers, strict=False))
         for name in _COMPLEMENTS:
             values[name] = ~values[name]
@@ -103,37 +122,37 @@ class Status:
 
     @property
     def has_dropped(self) -> bool:
-        """Whether some ranks have dropped gradients that others still hold."""
-        return self.min_epoch < self.epoch
+        """Whether some ranks have dropped a step that others have not ended."""
+        return self.min_step_number < self.step_number
 
     @property
     def is_step(self) -> bool:
-        """Whether all active ranks are at the reducer's step."""
-        return bool(self.steps) and not self.is_elsewhere
+        """Whether all ranks that have not joined are at the reducer's step."""
+        return bool(self.is_at_step) and not self.is_elsewhere
 
 
 _NUMBERS = [entry.name for entry in fields(Status) if entry.name != "uses"]
-_COMPLEMENTS = ("min_epoch", "min_size", "sends_in", "min_settings", "min_gradients")
+_COMPLEMENTS = ("min_step_number", "min_size", "min_sending_step", "min_settings", "min_gradients")
 NUM_NUMBERS = len(_NUMBERS)
 
 
-def to_tensor(moves: int, last_active: int, words: Sequence[Status]) -> torch.Tensor:
-    """(2 + all words' lengths,), int32."""
+def to_tensor(moves: int, last_active: int, statuses: Sequence[Status]) -> torch.Tensor:
+    """Return the message of a rank, int32, of 2 elements and those of all statuses."""
     return torch.tensor(
-        [moves, last_active, *(number for word in words for number in word.encode())], dtype=torch.int32
+        [moves, last_active, *(number for status in statuses for number in status.encode())], dtype=torch.int32
     )
 
 
 def from_tensor(tensor: torch.Tensor, num_parameters: Sequence[int]) -> tuple[int, int, list[Status]]:
-    """``to_tensor``'s arguments, for reducers of so many parameters each."""
-    numbers, words, start = tensor.tolist(), [], 2
+    """Return the arguments of ``to_tensor``, for reducers with these numbers of parameters."""
+    numbers, statuses, start = tensor.tolist(), [], 2
     for count in num_parameters:
         end = start + NUM_NUMBERS + count
-        words.append(Status.decode(numbers[start:end]))
+        statuses.append(Status.decode(numbers[start:end]))
         start = end
-    return numbers[0], numbers[1], words
+    return numbers[0], numbers[1], statuses
 
 
-def signed(checksum: int) -> int:
-    """A 32-bit checksum as a signed integer above ``NOTHING``."""
+def to_signed(checksum: int) -> int:
+    """Return a 32-bit checksum as a signed integer above ``NOTHING``."""
     return checksum % (2**32 - 1) - 2**31 + 1

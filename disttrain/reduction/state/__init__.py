@@ -1,4 +1,1 @@
-"""Saving and loading the compressors' state, also for another number of ranks.
-
-State is keyed by parameter name, so buckets may change in between.
-"""
+"""Saving and loading the compressors' state, also on another number of ranks."""

@@ -1,9 +1,9 @@
-"""What compressors have still to send, on its way to other ranks: its mean over ranks is what the model will receive.
+"""Assigning residuals to other ranks. Their mean over ranks is preserved, since the model will receive that.
 
-Two kinds of tensors are a rank's own. Most (residuals, momenta) are as long as the parameter on every rank that holds
-them - in a hierarchical exchange one rank of each node - and it is their mean that counts. Where codecs exchange in two
-stages, each rank also owes a stretch of the mean itself, its ``server_residual``: put one after another in the order of
-ranks these make up the whole parameter, and it is added to the mean of the residuals.
+There are two kinds of per-rank tensors. Most (residuals, momenta) are as long as the parameter on every rank that has
+them, which in a hierarchical exchange is one rank of each node; their mean counts. With codecs that exchange in two
+stages, each rank also has the residual of a part of the mean, its ``server_residual``. Concatenated in the order of
+ranks these make up the whole parameter, which is added to the mean of the residuals.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def merge(shards: Mapping[int, Tensors], comm: Communicator) -> dict[str, torch.Tensor]:
-    """By "parameter/tensor" what is pending as one 1-d tensor each, in float64; equal on all ranks. A collective.
+    """Return the mean over ranks by "parameter/tensor", 1-d, in float64; equal on all ranks. A collective.
 
-    ``shards`` are some ranks' own tensors by rank: each rank's must be among those of one caller. What is owed by
-    servers is added to the parameter's residual.
+    Server residuals are added to the parameter's residual.
+
+    Args:
+        shards: per-rank tensors of some ranks, by rank. Each rank's must be given by exactly one caller.
+        comm: the callers.
 
     Raises:
         UserError: the shards do not fit each other; on all ranks.
@@ -48,9 +51,13 @@ def merge(shards: Mapping[int, Tensors], comm: Communicator) -> dict[str, torch.
 
 
 def distribute(merged: Tensors, like: Tensors) -> dict[str, torch.Tensor]:
-    """This rank's own tensors out of ``merge``'s: whole, or empty where in ``like``, its present state, they are.
+    """Return this rank's own tensors from what ``merge`` returned.
 
-    Its ``server_residual`` is zero, as what servers owed is in the residuals now.
+    They are whole, or empty where they are empty in ``like``, this rank's current state. Server residuals are zero, as
+    they are part of the residuals now.
+
+    Raises:
+        UserError: sizes differ from those in ``like``.
     """
     found = {}
     for name, tensor in merged.items():
@@ -65,9 +72,9 @@ def distribute(merged: Tensors, like: Tensors) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def average(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[str, torch.Tensor]:
-    """Give every rank the mean of what all ranks have pending, and return it, whole. A collective.
+    """Replace every rank's residuals by their mean over ranks, and return that. A collective.
 
-    What the model will receive is as before; but it is now the same on all ranks, so one of them can save it.
+    The model will receive the same as before, and one rank can save the state of all.
     """
     own = state_dict(buckets, comm, copy=False)["per_rank"]
     merged = merge({comm.rank: own}, comm)
@@ -77,11 +84,11 @@ def average(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[str, 
 
 
 def _plan(name: str, sizes: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[int, tuple[int, int]]]:
-    """How long the whole is, and by rank where its part begins and what it is divided by."""
+    """Return the length of the whole, and by rank the start of its part and what the part is divided by."""
     held = {rank: numel for rank, of_rank in sorted(sizes.items()) if (numel := of_rank.get(name, 0))}
     if not name.endswith(_OF_SERVER):
         if len(set(held.values())) > 1:
-            raise UserError(f"the saved ranks have {name!r} in different sizes: their files do not belong together")
+            raise UserError(f"the saved ranks have {name!r} in different sizes: the files are of different checkpoints")
         return max(held.values(), default=0), {rank: (0, len(held)) for rank in held}
     starts, total = {}, 0
     for rank, numel in held.items():

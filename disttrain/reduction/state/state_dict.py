@@ -1,4 +1,4 @@
-"""Compressor state as named tensors, to save and to load. Keyed by parameter, so bucket sizes may change in between."""
+"""Saving and loading the compressors' state as named tensors, keyed by parameter, so that buckets may change."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 def state_dict(buckets: Sequence[GradientBucket], comm: Communicator, *, copy: bool = True) -> dict[str, Any]:
-    """``{"rank", "world_size", "step", "replicated", "per_rank"}``; the last two map ``parameter/tensor`` to tensors.
+    """Return the state: ``{"rank", "world_size", "step", "replicated", "per_rank"}``.
 
-    What is replicated is equal on all ranks; ``per_rank`` is this rank's own, and its mean over ranks is what counts.
-    Without ``copy`` the tensors are views of the live ones, good until the next step.
+    The last two map ``parameter/tensor`` to tensors: ``replicated`` ones are equal on all ranks, ``per_rank`` ones are
+    this rank's own.
 
-    Both this run and one that goes on from it begin without knowing which parameters rest, and so do alike.
+    Forgets which parameters are unused, so that this run and one that resumes from the state do the same.
+
+    Args:
+        buckets: whose state to save.
+        comm: the ranks.
+        copy: False returns views of the live tensors, which are valid until the next step.
     """
     for bucket in buckets:
         for slot in bucket.slots:
-            slot.idle = 0
+            slot.num_unused = 0
     saved: dict[str, Any] = {
         "rank": comm.rank,
         "world_size": comm.world_size,
@@ -39,27 +44,27 @@ def state_dict(buckets: Sequence[GradientBucket], comm: Communicator, *, copy: b
 
 
 def load_state(buckets: Sequence[GradientBucket], saved: Mapping[str, Any], comm: Communicator) -> None:
-    """Take over what ``state_dict`` gave.
+    """Load what ``state_dict`` returned.
 
-    Residuals of another rank or world size are left at zero with a warning: taking them as one's own would send what
-    another rank owes. (Give them their new owner with the right mean, and this rank's number, to keep them.)
+    Residuals that another rank or a run of another world size saved are not loaded: they start at zero, with a warning.
+    (``resharding`` assigns them to new ranks; write this rank's number into the result.)
 
     Raises:
-        UserError: the names or sizes are those of another compressor or model.
+        UserError: the state is that of another compressor or model.
     """
     is_own = (saved["rank"], saved["world_size"]) == (comm.rank, comm.world_size)
     found = {**saved["replicated"], **(saved["per_rank"] if is_own else {})}
     wanted = {key: view for key, view, replicated in _tensors(buckets) if replicated or is_own}
     if found.keys() != wanted.keys():
         odd = sorted(found.keys() ^ wanted.keys())[0]
-        owner = "saved state" if odd in found else "present run"
+        owner = "saved state" if odd in found else "current run"
         raise UserError(
             f"the saved compressor state does not fit, {odd!r} is only in the {owner}: "
             "resume with the compressor and model it was saved with"
         )
     if saved["per_rank"] and not is_own:
         logger.warning(
-            "rank %d of %d: residuals saved by rank %d of %d are not mine and start at zero",
+            "rank %d of %d: residuals saved by rank %d of %d are not loaded and start at zero",
             comm.rank, comm.world_size, saved["rank"], saved["world_size"],
         )  # fmt: skip
     for key, view in wanted.items():

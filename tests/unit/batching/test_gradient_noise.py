@@ -64,8 +64,8 @@ def test_the_two_estimates_are_smoothed_separately() -> None:
     noise, pairs = GradientNoise(smoothing=0.5), []
     for step in range(3):
         norms = measured(samples(8, step), [4, 4])
-        trace = (norms.part - norms.whole) * 8
-        pairs.append((norms.whole - trace / 8, trace))
+        trace = (norms.local - norms.averaged) * 8
+        pairs.append((norms.averaged - trace / 8, trace))
         noise.update(norms, [4, 4], 8)
     weights = [0.125, 0.25, 0.5]
     square, trace = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) / sum(weights) for i in (0, 1))
@@ -78,16 +78,16 @@ def test_the_two_estimates_are_smoothed_separately() -> None:
 def test_the_gain_is_the_ratio_if_all_is_noise_and_one_without_noise() -> None:
     noise = GradientNoise()
     assert noise.gain(16, 256) == 1, "before anything was measured"
-    noise.update(SquaredNorms(part=100 / 32, whole=100 / 64), [32, 32], 64)  # no mean
+    noise.update(SquaredNorms(local=100 / 32, averaged=100 / 64), [32, 32], 64)  # no mean
     assert noise.square_norm == pytest.approx(0)
     assert noise.gain(16, 256) == pytest.approx(16)
     assert noise.scale > 1e6
     noise = GradientNoise()
-    noise.update(SquaredNorms(part=5.0, whole=5.0), [32, 32], 64)  # no noise
+    noise.update(SquaredNorms(local=5.0, averaged=5.0), [32, 32], 64)  # no noise
     assert noise.trace == 0
     assert noise.gain(16, 256) == 1
     noise = GradientNoise()
-    noise.update(SquaredNorms(part=5.0 + 160 / 32, whole=5.0 + 160 / 64), [32, 32], 64)
+    noise.update(SquaredNorms(local=5.0 + 160 / 32, averaged=5.0 + 160 / 64), [32, 32], 64)
     assert noise.gain(16, 256) == pytest.approx((5 + 160 / 16) / (5 + 160 / 256))
 
 

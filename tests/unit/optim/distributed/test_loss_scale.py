@@ -197,7 +197,7 @@ def refused(model: nn.Module, use: Callable[[DistributedOptimizer], Any]) -> Non
 
 
 def test_what_cannot_be_scaled_is_refused() -> None:
-    with pytest.raises(UserError, match="'weight' is float16, in which unscaled gradients would vanish"):
+    with pytest.raises(UserError, match="'weight' is float16, in which unscaled gradients would underflow"):
         refused(nn.Linear(2, 2).half(), lambda optimizer: None)
     with pytest.raises(UserError, match="closure cannot be skipped"):
         refused(nn.Linear(2, 2), lambda optimizer: optimizer.step(lambda: None))

@@ -1,4 +1,4 @@
-"""What users have done to gradients since their means arrived: dropped them, stepped on them, changed them."""
+"""Detection of what the user has done to gradients since their mean arrived: dropped, stepped on or changed them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 from disttrain.reduction.bucket import GradientBucket, Slot
 
-_FEW = 64
+_NUM_FIRST = 64
 
 
 def are_dropped(buckets: Sequence[GradientBucket]) -> bool:
-    """Whether all means are gone, or have become zeros."""
+    """Whether all gradients with a mean are None, or all are zero."""
     means = [slot.parameter.grad for bucket in buckets for slot in bucket.slots if slot.has_mean]
     if all(mean is None for mean in means):
         return True
     written = [bucket for bucket in buckets if bucket.flat._version != bucket.version]
-    if not written or any(bucket.flat[:_FEW].any() for bucket in written):  # most are not zero, which is soon seen
+    if not written or any(bucket.flat[:_NUM_FIRST].any() for bucket in written):  # the quick answer in most cases
         return False
     return not any(mean is not None and mean.any() for mean in means)
 
 
 def version(slots: Sequence[Slot]) -> int:
-    """Another number after a step on the parameters, whoever has taken it."""
+    """Return a number that changes with every step on the parameters, whatever takes it."""
     return sum(slot.parameter._version for slot in slots)
 
 
 def sums(buckets: Sequence[GradientBucket]) -> list[float | None]:
-    """The sum of each bucket's gradients, and of each gradient that is not in its bucket: what ranks compare."""
+    """Return the sum of each bucket's gradients and of each gradient outside its bucket, which ranks compare."""
     found: list[float | None] = [bucket.flat.sum().item() for bucket in buckets]
     for bucket in buckets:
         for slot in bucket.slots:

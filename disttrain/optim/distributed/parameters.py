@@ -1,4 +1,4 @@
-"""Which parameters a distributed optimizer exchanges, and whether all ranks see them alike."""
+"""The parameters of a distributed optimizer, and checks that they are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,11 @@ from disttrain.optim.replicas.synchronization import broadcast_tensors
 from disttrain.reduction.bucket import NamedParameter
 
 
-def check_arguments(optimizer: Optimizer, **limits: float | None) -> None:
-    """Raise UserError if the optimizer takes no dense gradients, or one of the ``limits`` is not above 0."""
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise UserError("SparseAdam wants sparse gradients, and means are exchanged dense: use Adam")
-    for name, limit in limits.items():
-        if limit is not None and limit <= 0:
-            raise UserError(f"{name} must be above 0; got {limit}")
-
-
 def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:
-    """The optimizer's parameters by name, in the model's order: those that require a gradient, and the frozen ones.
+    """Return the optimizer's named parameters in the model's order: those that require a gradient, and the frozen ones.
 
     Raises:
-        UserError: a parameter is not the model's, is complex, or lies on another device than the others.
+        UserError: a parameter is not the model's, is complex, or is on another device than the others.
     """
     wanted = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -35,24 +26,28 @@ def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list
         if parameter not in names:
             raise UserError(
                 f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's: "
-                "pass its own model"
+                "pass the optimizer's own model"
             )
         if parameter.is_complex():
-            raise UserError(f"parameter {names[parameter]!r} is complex: hold it as torch.view_as_real(...)")
-    members = [(name, p) for p, name in names.items() if p in wanted]
-    if len(devices := sorted({str(p.device) for _, p in members})) > 1:
-        raise UserError(f"parameters lie on several devices, {', '.join(devices)}: a worker trains on one")
-    return [member for member in members if member[1].requires_grad], [m for m in members if not m[1].requires_grad]
-
-
-def check_own(model: torch.nn.Module, names: Mapping[torch.nn.Parameter, str]) -> None:
-    """Raise UserError if the model has other parameters by now than those that are trained."""
-    present = dict(model.named_parameters())
-    for parameter, name in names.items():
-        if name in present and present[name] is not parameter:
             raise UserError(
-                f"the model's {name!r} is not the parameter that the optimizer has: something has replaced it, such as "
-                "load_state_dict(assign=True). Load without assign, or make the optimizers afterwards"
+                f"parameter {names[parameter]!r} is complex: make it a parameter of torch.view_as_real(...)"
+            )
+    found = [(name, parameter) for parameter, name in names.items() if parameter in wanted]
+    if len(devices := sorted({str(parameter.device) for _, parameter in found})) > 1:
+        raise UserError(f"parameters are on several devices, {', '.join(devices)}: a worker trains on one")
+    return [named for named in found if named[1].requires_grad], [
+        named for named in found if not named[1].requires_grad
+    ]
+
+
+def check_not_replaced(model: torch.nn.Module, names: Mapping[torch.nn.Parameter, str]) -> None:
+    """Raise UserError if a parameter of the model was replaced after the optimizer was made."""
+    current = dict(model.named_parameters())
+    for parameter, name in names.items():
+        if name in current and current[name] is not parameter:
+            raise UserError(
+                f"the model's {name!r} is not the parameter that the optimizer has: it was replaced, for instance "
+                "by load_state_dict(assign=True). Load without assign, or make the optimizers afterwards"
             )
 
 
@@ -66,7 +61,7 @@ def add_group(
     """Add a group to a torch optimizer, with rank 0's values on all ranks. A collective.
 
     Returns:
-        Its parameters by name, as ``named_parameters`` gives them.
+        Its new parameters, as ``named_parameters`` returns them.
 
     Raises:
         UserError: they are not the model's, or ranks add different ones.
@@ -77,20 +72,20 @@ def add_group(
     except UserError:
         optimizer.param_groups.pop()
         raise
-    trained, frozen = ([member for member in members if member[1] not in known] for members in both)
+    trained, frozen = ([named for named in parameters if named[1] not in known] for parameters in both)
     added = [*trained, *frozen]
-    check_alike({"the added parameters": [[name, list(parameter.shape)] for name, parameter in added]}, comm)
+    check_same({"the added parameters": [[name, list(parameter.shape)] for name, parameter in added]}, comm)
     broadcast_tensors([parameter for _, parameter in added], comm)
     return trained, frozen
 
 
-def to_unfreeze(
+def find_frozen(
     parameters: Iterable[torch.nn.Parameter],
     model: torch.nn.Module,
     known: Mapping[torch.nn.Parameter, str],
     comm: Communicator,
 ) -> list[NamedParameter]:
-    """Those of the parameters that are frozen, in the model's order. A collective.
+    """Return those of the parameters that are frozen, in the model's order. A collective.
 
     Raises:
         UserError: one is not the optimizer's, or ranks name different ones.
@@ -100,28 +95,28 @@ def to_unfreeze(
         names = {parameter: name for name, parameter in model.named_parameters()}
         raise UserError(
             f"{sorted(names.get(parameter, '?') for parameter in foreign)[0]!r} cannot be unfrozen: give it to the "
-            "torch optimizer before that is wrapped"
+            "torch optimizer before making the DistributedOptimizer"
         )
-    thawed = [(name, p) for name, p in model.named_parameters() if p in wanted and not p.requires_grad]
-    if len(different := {tuple(names) for names in comm.all_gather_object([name for name, _ in thawed])}) > 1:
-        raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; do it alike everywhere")
-    return thawed
+    frozen = [(name, p) for name, p in model.named_parameters() if p in wanted and not p.requires_grad]
+    if len(different := {tuple(names) for names in comm.all_gather_object([name for name, _ in frozen])}) > 1:
+        raise UserError(f"ranks unfreeze different parameters: {sorted(different)}; unfreeze the same on all ranks")
+    return frozen
 
 
-def check_alike(what: Mapping[str, Any], comm: Communicator) -> None:
+def check_same(settings: Mapping[str, Any], comm: Communicator) -> None:
     """Raise UserError, naming the first difference, if ranks give different JSON values. A collective."""
-    theirs = comm.all_gather_object(what)
-    for rank, other in enumerate(theirs):
-        for key in what:
-            if other.get(key) != theirs[0].get(key):
+    by_rank = comm.all_gather_object(settings)
+    for rank, other in enumerate(by_rank):
+        for key in settings:
+            if other.get(key) != by_rank[0].get(key):
                 raise UserError(
-                    f"ranks make the optimizer with different settings: {key} is {_short(theirs[0].get(key))} on "
-                    f"rank 0 and {_short(other.get(key))} on rank {rank}; make it alike everywhere"
+                    f"ranks make the optimizer with different settings: {key} is {_shorten(by_rank[0].get(key))} on "
+                    f"rank 0 and {_shorten(other.get(key))} on rank {rank}; use the same on all ranks"
                 )
 
 
 def describe(optimizer: Optimizer, parameters: Sequence[NamedParameter]) -> dict[str, Any]:
-    """What must be alike of a torch optimizer, as JSON values."""
+    """Return what must be the same on all ranks about a torch optimizer, as JSON values."""
     return {
         "optimizer": type(optimizer).__name__,
         "its parameters": [name for name, _ in parameters],
@@ -130,7 +125,7 @@ def describe(optimizer: Optimizer, parameters: Sequence[NamedParameter]) -> dict
 
 
 def settings_of(groups: Sequence[Mapping[str, Any]]) -> str:
-    """The numbers and switches of an optimizer's groups, as text."""
+    """Return the numbers and switches of an optimizer's groups, as text."""
     return "; ".join(
         ", ".join(f"{key}={value}" for key, value in group.items() if _is_setting(key, value)) for group in groups
     )
@@ -144,15 +139,15 @@ def _is_setting(key: str, value: Any) -> bool:
 
 
 def check_can_be_unscaled(trained: Iterable[NamedParameter]) -> None:
-    """Raise UserError if gradients would vanish where they are divided by a loss scale."""
+    """Raise UserError if gradients would underflow when they are divided by a loss scale."""
     for name, parameter in trained:
         if parameter.dtype == torch.float16:
             raise UserError(
-                f"parameter {name!r} is float16, in which unscaled gradients would vanish: "
+                f"parameter {name!r} is float16, in which unscaled gradients would underflow: "
                 "keep parameters in float32 and compute under torch.autocast"
             )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 120 else text[:117] + "..."
