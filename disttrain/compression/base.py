@@ -86,11 +86,18 @@ class Bucket:
 
 
 class StateTensor(NamedTuple):
-    """A flat tensor kept between steps: ``sizes[i]`` of its elements belong to the bucket's i-th parameter."""
+    """A flat tensor kept between steps.
+
+    Attributes:
+        sizes: number of elements of each of the bucket's parameters.
+        replicated: whether it is identical on all ranks. Otherwise each rank has its own, and their mean counts.
+        is_residual: whether it is the part of this rank's gradients that has not been sent yet.
+    """
 
     tensor: torch.Tensor
     sizes: Sequence[int]
     replicated: bool
+    is_residual: bool = False
 
 
 class State:
@@ -109,15 +116,26 @@ class State:
         self._scratch: dict[str, torch.Tensor] = {}
         self._settled: dict[str, torch.Tensor] = {}  # as they were before this step, of what it has changed so far
 
-    def add(self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool) -> None:
-        """Declare a tensor. ``replicated``: equal on all ranks. Otherwise each rank has its own, whose mean counts."""
+    def add(
+        self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool, is_residual: bool = False
+    ) -> None:
+        """Declare a tensor; see ``StateTensor`` for the arguments."""
         assert tensor.numel() == sum(sizes), (name, tensor.numel(), sum(sizes))
-        self.tensors[name] = StateTensor(tensor, sizes, replicated)
+        self.tensors[name] = StateTensor(tensor, sizes, replicated, is_residual)
 
-    def add_zeros(self, name: str, bucket: Bucket) -> None:
-        """Declare a tensor of this rank's own, as large as the gradient: a residual, a momentum."""
+    def add_zeros(self, name: str, bucket: Bucket, *, is_residual: bool | None = None) -> None:
+        """Declare a tensor of this rank's own, as large as the gradient, such as a residual or a momentum.
+
+        By default it is a residual if it is called ``residual``.
+        """
         zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-        self.add(name, zeros, bucket.numels, replicated=False)
+        is_residual = name == "residual" if is_residual is None else is_residual
+        self.add(name, zeros, bucket.numels, replicated=False, is_residual=is_residual)
+
+    @property
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """The parts of this rank's gradients that have not been sent yet, by name."""
+        return {name: declared.tensor for name, declared in self.tensors.items() if declared.is_residual}
 
     def __getattr__(self, name: str) -> torch.Tensor:
         tensors: dict[str, StateTensor] = self.__dict__.get("tensors", {})
@@ -177,10 +195,10 @@ class State:
 
         They are of the last step that was settled, or what has been taken over since.
         """
-        for name, (tensor, sizes, replicated) in self.tensors.items():
-            chosen = self._settled.get(name, tensor) if is_settled else tensor
-            for parameter, view in zip(names, chosen.split(list(sizes)), strict=True):
-                yield parameter, name, view, replicated
+        for name, declared in self.tensors.items():
+            chosen = self._settled.get(name, declared.tensor) if is_settled else declared.tensor
+            for parameter, view in zip(names, chosen.split(list(declared.sizes)), strict=True):
+                yield parameter, name, view, declared.replicated
 
 
 def _copy_parts(source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int], indices: Sequence[int]) -> None:
@@ -199,6 +217,10 @@ class Compressor(Section, ABC):
     name: ClassVar[str]
     bucket_mb: ClassVar[float] = 25.0
     """Gradient MiB that one bucket should hold. Compressed payloads are small: few rounds matter more than overlap."""
+    is_lossless: ClassVar[bool] = False
+    """Whether gradients are sent uncompressed."""
+    sends_gradient_only: ClassVar[bool] = False
+    """Whether the result is the mean of the gradients: nothing is left out, and no residual is added."""
     needs_float32: ClassVar[bool] = True
     """Whether half-precision gradients are handed over as float32 (float64 always stays as it is)."""
 

@@ -36,13 +36,13 @@ def init_state(compressor: Compressor, bucket: Bucket) -> State:
     own = parts[hierarchy.node_rank]
     like = own or next(part for part in parts if part is not None)
     state = compressor.init_state(like.bucket)
-    for name, (tensor, sizes, _) in list(state.tensors.items()):
+    for name, (tensor, sizes, _, is_residual) in list(state.tensors.items()):
         if own is None:  # the same names, so that all ranks save alike
-            state.add(name, tensor.new_empty(0), [0] * len(bucket.names), replicated=False)
-            continue
-        by_index = dict(zip(own.indices, sizes, strict=True))
-        all_sizes = [by_index.get(index, 0) for index in range(len(bucket.names))]
-        state.add(name, tensor, all_sizes, replicated=False)
+            tensor, all_sizes = tensor.new_empty(0), [0] * len(bucket.names)
+        else:
+            by_index = dict(zip(own.indices, sizes, strict=True))
+            all_sizes = [by_index.get(index, 0) for index in range(len(bucket.names))]
+        state.add(name, tensor, all_sizes, replicated=False, is_residual=is_residual)
     return state
 
 

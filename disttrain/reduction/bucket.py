@@ -215,7 +215,7 @@ class GradientBucket:
         step = self.state.step
         if step < self.dense_steps:
             return _DENSE
-        return _FLUSH if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
+        return _FLUSH if step < self.state.dense_until and not self.compressor.is_lossless else self.compressor
 
     def exchange_dense(self, num_steps: int) -> None:
         """Exchange it dense in the next ``num_steps`` steps, and with them all that the compressor owes."""

@@ -44,7 +44,7 @@ class Members:
     def keep_residuals(self) -> bool:
         """Whether compressors have state of a rank's own, in units of the gradient."""
         states = [bucket.state.tensors.values() for bucket in self.buckets]
-        return any(tensor.numel() and not replicated for its in states for tensor, _, replicated in its)
+        return any(kept.tensor.numel() and not kept.replicated for its in states for kept in its)
 
     @property
     def some_came_to_rest(self) -> bool:

@@ -17,6 +17,8 @@ class Dense(Compressor):
     name = "dense"
     # Uncompressed gradients are what the wire is busy with: small buckets start sooner and hide behind backward.
     bucket_mb: ClassVar[float] = 8.0
+    is_lossless: ClassVar[bool] = True
+    sends_gradient_only: ClassVar[bool] = True
     needs_float32: ClassVar[bool] = False
 
     def accepts(self, shape: Sequence[int]) -> bool:

@@ -42,8 +42,8 @@ class DGC(Compressor):
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()
-        for name in ("momentum", "velocity"):
-            state.add_zeros(name, bucket)
+        state.add_zeros("momentum", bucket)
+        state.add_zeros("velocity", bucket, is_residual=True)
         return state
 
     def ratio_at(self, step: int) -> float:

@@ -10,7 +10,6 @@ import torch
 from disttrain.collectives import AllGather, AllReduce, Result
 from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
-from disttrain.compression import Dense
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.measurements.meter import STATISTICS
@@ -101,8 +100,8 @@ class NormMeter:
 
 
 def _is_dense(bucket: GradientBucket) -> bool:
-    """Whether what arrives is the mean of the gradients alone; dense steps that repay residuals add to it."""
-    return type(bucket.present) is Dense
+    """Whether the result is the mean of the gradients; dense steps that flush residuals add to it."""
+    return bucket.present.sends_gradient_only
 
 
 def _square(tensors: list[torch.Tensor]) -> torch.Tensor:
