@@ -9,7 +9,7 @@ import torch
 from disttrain.collectives import AllReduce
 from disttrain.compression.algorithms.dense import Dense
 from disttrain.compression.base import Bucket, NewState, Program, State
-from disttrain.compression.codec import chunk_of
+from disttrain.compression.two_stage import MEAN_RESIDUAL, own_chunk
 
 
 class FlushResiduals(Dense):
@@ -29,10 +29,10 @@ class FlushResiduals(Dense):
             share = residual / num_steps
             grad.add_(share)
             new[name] = torch.sub(residual, share, out=state.scratch(name))
-        if "server_residual" in state.tensors:  # of the mean, and no other rank has it
-            share = state.server_residual / num_steps
-            start, end = chunk_of(bucket)
-            grad[start:end].add_(share, alpha=bucket.world_size)
-            new["server_residual"] = torch.sub(state.server_residual, share, out=state.scratch("server_residual"))
+        if MEAN_RESIDUAL in state.tensors:  # a part of the mean, which no other rank has
+            residual = state.tensors[MEAN_RESIDUAL].tensor
+            share = residual / num_steps
+            own_chunk(bucket).of(grad).add_(share, alpha=bucket.world_size)
+            new[MEAN_RESIDUAL] = torch.sub(residual, share, out=state.scratch(MEAN_RESIDUAL))
         mean = yield AllReduce(grad, op="mean")
         return mean, new

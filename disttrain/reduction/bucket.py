@@ -170,7 +170,7 @@ class GradientBucket:
         """Begin an exchange. A mean that the user has dropped since takes its change of the state back."""
         self.has_left = False
         if dropped := self.dropped:
-            self.state.revert(dropped)
+            self.state.rollback(dropped)
         for slot in self.slots:
             slot.open()
 
@@ -182,8 +182,8 @@ class GradientBucket:
     def settle(self) -> None:
         """The means have been stepped on."""
         if dropped := self.dropped:
-            self.state.revert(dropped)
-        self.state.settle()
+            self.state.rollback(dropped)
+        self.state.commit()
 
     def close(self) -> torch.Tensor:
         """Gather what is to be sent in the buffer, and hide it; whether all of it is finite, 0-d.
@@ -244,7 +244,7 @@ class GradientBucket:
         nothing changes: what a compressor sent of their residuals stays owed.
         """
         resting = [index for index, is_used in enumerate(used) if not is_used]
-        self.state.take(new_state, resting)  # first, since a new residual may lie in the buffer
+        self.state.stage(new_state, resting)  # first, since a new residual may lie in the buffer
         if mean.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(mean)
         if scale != 1.0:

@@ -98,7 +98,7 @@ class Members:
     def revert(self) -> None:
         """Take back what gradients that were not stepped on have changed in compressors' state."""
         for bucket in self.buckets:
-            bucket.state.revert()
+            bucket.state.rollback()
 
     def put_in_order(self, positions: Mapping[Slot, int]) -> None:
         """After the first exchange: let buckets leave from now on in the order in which they became full in it.

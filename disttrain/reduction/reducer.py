@@ -332,7 +332,7 @@ class Reducer:
             if taken and self.step.num_exchanges:
                 bucket.settle()
             else:
-                bucket.state.revert()
+                bucket.state.rollback()
         for slot in self.slots:
             slot.has_mean, slot.base = False, None
         if not self.step.is_sound:

@@ -107,7 +107,7 @@ def _owed(bucket: GradientBucket) -> tuple[torch.Tensor, torch.Tensor]:
     """By parameter, the squared norm of what this rank owes, and 1 if it is one of those that owe."""
     names = bucket.description.names
     squares, owners = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for parameter, name, view, _ in bucket.state.slices(names, is_settled=False):
+    for parameter, name, view, _ in bucket.state.slices(names, is_committed=False):
         if name in bucket.state.residuals and view.numel():
             squares[parameter] += float(torch.linalg.vector_norm(view, dtype=torch.float64)) ** 2
             owners[parameter] = 1.0
