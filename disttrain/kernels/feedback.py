@@ -12,8 +12,8 @@ class Feedback(NamedTuple):
 
     Attributes:
         residual: added to the gradient. None if the gradient already includes it.
-        new_residual: set to ``grad + residual`` minus what the payload decodes to. It must not overlap ``residual``.
-            Without ``residual`` it is the gradient itself, which is then updated in place.
+        new_residual: set to ``grad + residual`` minus what the payload decodes to. It may be the gradient, but must not
+            overlap ``residual``. Without ``residual`` it is the gradient, which is updated in place.
     """
 
     residual: torch.Tensor | None
