@@ -27,7 +27,7 @@ from disttrain import compression
 from disttrain.comm.malloc import keep_freed_memory
 from disttrain.compression import Bucket, Codec, Compressor, State
 from disttrain.compression.base import dry_run
-from disttrain.compression.codec import pack, unpack
+from disttrain.compression.payload import Layout
 
 # In addition to every registered compressor with its default options.
 MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
@@ -95,15 +95,16 @@ def make_jobs(
 
     def encode() -> Any:
         if not compressor.error_feedback:
-            return compressor.encode_owed(gradient, None, None, bucket, state)
-        rest = state.scratch("residual")
-        payload = compressor.encode_owed(gradient, state.residual, rest, bucket, state)
-        state.commit({"residual": rest})
+            return compressor.encode_with_residual(gradient, None, bucket, state)
+        feedback = state.feedback("residual")
+        payload = compressor.encode_with_residual(gradient, feedback, bucket, state)
+        state.commit({"residual": feedback.new_residual})
         return payload
 
     payload = encode()
-    packed = list(torch.stack([pack(payload)] * 4))  # side by side, as they are received
-    payloads = [unpack(part, payload) for part in packed]
+    layout = Layout.of(payload)
+    packed = list(torch.stack([layout.pack(payload)] * 4))  # side by side, as they are received
+    payloads = [layout.unpack(part) for part in packed]
     return [
         encode,
         lambda: compressor.decode_add(payload, work, bucket),

@@ -1,6 +1,6 @@
-"""Gradient compressors: what a compressor is, the algorithms, and the policy that assigns them to parameters.
+"""Gradient compressors: their interface, the algorithms, and the policy that assigns them to parameters.
 
-Every module in ``algorithms`` is imported and its compressors are registered.
+Every module in ``algorithms`` is imported, which registers its compressors.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The names of all registered compressors."""
+    """Return the names of all registered compressors."""
     return registry.names()
 
 
 def build(spec: Compressor | str | Mapping[str, Any]) -> Compressor:
-    """A compressor from an instance, a name, or a mapping as in a config (``{"name": "topk", "ratio": 0.01}``).
+    """Return a compressor from an instance, a name, or a mapping as in a config (``{"name": "topk", "ratio": 0.01}``).
 
     Raises:
         UserError: an unknown name or option, or a value out of bounds.

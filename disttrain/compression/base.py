@@ -1,7 +1,7 @@
-"""What a compressor is: an algorithm written as a generator in which every ``yield`` is one crossing of the wire.
+"""The interface of compressors: an algorithm is a generator in which every ``yield`` is one collective.
 
-A compressor does no I/O. The reducer runs it over real engines, the simulator runs N of them in one process, a test
-drives one by hand.
+A compressor does no I/O. The reducer runs it over real engines, the simulator runs N of them in one process, and a test
+runs one by hand.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import torch
 from pydantic import Field
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
+from disttrain.kernels import Feedback
 from disttrain.validation import Registry, Section
 
 NewState: TypeAlias = dict[str, torch.Tensor]
 Program: TypeAlias = Generator[Collective, Any, tuple[torch.Tensor, NewState]]
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 REGISTRY: dict[str, type[Compressor]] = {}
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """This rank among those of its node, and among those with its place on all nodes. Nodes have equally many ranks."""
+    """This rank's place in its node, and among the ranks with its place on all nodes. Nodes have the same size."""
 
     node_rank: int
     node_size: int
@@ -38,14 +40,16 @@ class Hierarchy:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The gradients that travel together, as a compressor sees them: several parameters in one flat tensor.
+    """The gradients that are exchanged together, as a compressor sees them: several parameters in one flat tensor.
 
-    ``shapes`` are the parameters' shapes, ``dtype`` that of the flat tensor handed to the compressor, ``hierarchy`` is
-    set if the exchange is to be dense inside nodes.
+    Attributes:
+        shapes: shapes of the parameters.
+        dtype: of the flat tensor that the compressor gets.
+        hierarchy: set if the exchange is dense inside nodes.
     """
 
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
     dtype: torch.dtype
     device: torch.device
     rank: int = 0
@@ -61,11 +65,11 @@ class Bucket:
         return sum(self.numels)
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """One 1-d view per parameter."""
+        """Return one 1-d view per parameter."""
         return list(flat.split(self.numels))
 
     def matrices(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """One (rows, columns) view per parameter: dimension 0 against all the others."""
+        """Return one (rows, columns) view per parameter: dimension 0 against all the others."""
         return [part.view(rows, -1) for part, (rows, _) in zip(self.split(flat), self.matrix_shapes, strict=True)]
 
     @cached_property
@@ -73,51 +77,70 @@ class Bucket:
         return [matrix_shape(shape) for shape in self.shapes]
 
     def seed(self, seed: int, step: int, *, per_rank: bool) -> int:
-        """A 63-bit seed, another one each step and bucket; alike on all ranks unless ``per_rank``."""
+        """Return a 63-bit seed that differs by step and bucket, and by rank if ``per_rank``."""
         return hashed_seed((seed, step, self.names[0], self.rank if per_rank else None))
 
     def generator(self, seed: int, step: int, *, per_rank: bool) -> torch.Generator:
-        """A private random generator with that seed."""
+        """Return a private random generator with that seed."""
         return torch.Generator(self.device).manual_seed(self.seed(seed, step, per_rank=per_rank))
 
     def part(self, start: int, end: int, label: str) -> Bucket:
-        """The stretch from ``start`` to ``end`` as a bucket of its own, of one 1-d parameter."""
+        """Return the elements from ``start`` to ``end`` as a bucket of one 1-d parameter."""
         return replace(self, names=(f"{self.names[0]}[{label}]",), shapes=((end - start,),))
 
 
 class StateTensor(NamedTuple):
-    """A flat tensor kept between steps: ``sizes[i]`` of its elements belong to the bucket's i-th parameter."""
+    """A flat tensor kept between steps.
+
+    Attributes:
+        sizes: number of elements of each of the bucket's parameters.
+        replicated: whether it is identical on all ranks. Otherwise each rank has its own, and their mean counts.
+        is_residual: whether it is the part of this rank's gradients that has not been sent yet.
+    """
 
     tensor: torch.Tensor
     sizes: Sequence[int]
     replicated: bool
+    is_residual: bool = False
 
 
 class State:
-    """What a compressor remembers of one bucket: named tensors, and ``step``, the number of steps committed.
+    """What a compressor remembers of one bucket: named tensors, and ``step``, the number of committed steps.
 
-    Up to step ``dense_until`` the bucket is exchanged dense (``compression.repay``).
+    Tensors are read as attributes (``state.residual``). A program never writes them. It returns their new values, often
+    written to ``scratch`` buffers, and the reducer takes these through the following life cycle:
 
-    Tensors are read as attributes (``state.residual``). A program never writes them: it returns their new values, which
-    the reducer takes over once all ranks agree that the gradients are sound. They count from ``settle`` on, when the
-    optimizer has stepped; ``revert`` takes them back. So a step that is skipped or dropped leaves no trace.
+    * ``stage`` makes them current, once all ranks agree that the gradients are finite. The old values are kept.
+    * ``commit`` makes them final, when the optimizer has stepped on the result.
+    * ``rollback`` restores the old values, if the optimizer skips or drops the step.
+
+    So a step that is not taken leaves no trace.
+
+    Attributes:
+        dense_until: step up to which the bucket is exchanged dense (``compression.flush``).
     """
 
     def __init__(self) -> None:
         self.step = self.dense_until = 0
         self.tensors: dict[str, StateTensor] = {}
         self._scratch: dict[str, torch.Tensor] = {}
-        self._settled: dict[str, torch.Tensor] = {}  # as they were before this step, of what it has changed so far
+        self._committed: dict[str, torch.Tensor] = {}  # the old values of tensors that are staged
 
-    def add(self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool) -> None:
-        """Declare a tensor. ``replicated``: equal on all ranks. Otherwise each rank has its own, whose mean counts."""
+    def add(
+        self, name: str, tensor: torch.Tensor, sizes: Sequence[int], *, replicated: bool, is_residual: bool = False
+    ) -> None:
+        """Declare a tensor; see ``StateTensor`` for the arguments."""
         assert tensor.numel() == sum(sizes), (name, tensor.numel(), sum(sizes))
-        self.tensors[name] = StateTensor(tensor, sizes, replicated)
+        self.tensors[name] = StateTensor(tensor, sizes, replicated, is_residual)
 
-    def add_zeros(self, name: str, bucket: Bucket) -> None:
-        """Declare a tensor of this rank's own, as large as the gradient: a residual, a momentum."""
+    def add_zeros(self, name: str, bucket: Bucket, *, is_residual: bool | None = None) -> None:
+        """Declare a tensor of this rank's own, as large as the gradient, such as a residual or a momentum.
+
+        By default it is a residual if it is called ``residual``.
+        """
         zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-        self.add(name, zeros, bucket.numels, replicated=False)
+        is_residual = name == "residual" if is_residual is None else is_residual
+        self.add(name, zeros, bucket.numels, replicated=False, is_residual=is_residual)
 
     def __getattr__(self, name: str) -> torch.Tensor:
         tensors: dict[str, StateTensor] = self.__dict__.get("tensors", {})
@@ -125,65 +148,74 @@ class State:
             raise AttributeError(f"no state tensor {name!r}; declared are {list(tensors)}")
         return tensors[name].tensor
 
-    def scratch(self, name: str) -> torch.Tensor:
-        """A tensor like the named one, contents undefined, for a program to write the new value into and return.
+    @property
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """The parts of this rank's gradients that have not been sent yet, by name."""
+        return {name: declared.tensor for name, declared in self.tensors.items() if declared.is_residual}
 
-        ``take`` then swaps the two in place of copying.
+    def scratch(self, name: str) -> torch.Tensor:
+        """Return a buffer like the named tensor, contents undefined, into which a program may write the new value.
+
+        ``stage`` then swaps the two instead of copying.
         """
         if name not in self._scratch:
             self._scratch[name] = torch.empty_like(self.tensors[name].tensor)
         return self._scratch[name]
 
-    def take(self, new: Mapping[str, torch.Tensor], resting: Sequence[int] = ()) -> None:
-        """Take over the values that a program returned, but for the parameters of the indices ``resting``."""
+    def feedback(self, name: str) -> Feedback:
+        """Error feedback with the named residual: a kernel reads it, and writes the new one to its scratch buffer."""
+        return Feedback(self.tensors[name].tensor, self.scratch(name))
+
+    def stage(self, new: Mapping[str, torch.Tensor], unused: Sequence[int] = ()) -> None:
+        """Make the values that a program returned current, except for the parameters with the indices ``unused``."""
         for name, value in new.items():
-            kept = self.tensors[name]
+            declared = self.tensors[name]
             flat = value.view(-1)
-            _copy_parts(kept.tensor, flat, kept.sizes, resting)
-            is_first = name not in self._settled
+            _copy_parameters(declared.tensor, flat, declared.sizes, unused)
+            is_first = name not in self._committed
             if value is self._scratch.get(name):
                 del self._scratch[name]
-                self.tensors[name] = kept._replace(tensor=value)
-                (self._settled if is_first else self._scratch)[name] = kept.tensor
+                self.tensors[name] = declared._replace(tensor=value)
+                (self._committed if is_first else self._scratch)[name] = declared.tensor
             else:
                 if is_first:
-                    self._settled[name] = kept.tensor.clone()
-                kept.tensor.copy_(flat)
+                    self._committed[name] = declared.tensor.clone()
+                declared.tensor.copy_(flat)
 
-    def settle(self) -> None:
-        """What was taken over counts from now on: a step is done."""
-        self._scratch |= self._settled
-        self._settled = {}
+    def commit(self, new: Mapping[str, torch.Tensor] | None = None) -> None:
+        """End a step: make staged values final, after staging ``new`` if given."""
+        if new is not None:
+            self.stage(new)
+        self._scratch |= self._committed
+        self._committed = {}
         self.step += 1
 
-    def revert(self, indices: Sequence[int] | None = None) -> None:
-        """Take back what was taken over since ``settle``: all of it, or that of the parameters of these indices."""
+    def rollback(self, indices: Sequence[int] | None = None) -> None:
+        """Restore the committed values, of all parameters or only of those with these indices."""
         if indices is not None:
-            for name, before in self._settled.items():
-                _copy_parts(before, self.tensors[name].tensor, self.tensors[name].sizes, indices)
+            for name, before in self._committed.items():
+                _copy_parameters(before, self.tensors[name].tensor, self.tensors[name].sizes, indices)
             return
-        for name, before in self._settled.items():
+        for name, before in self._committed.items():
             self._scratch[name] = self.tensors[name].tensor
             self.tensors[name] = self.tensors[name]._replace(tensor=before)
-        self._settled = {}
+        self._committed = {}
 
-    def commit(self, new: Mapping[str, torch.Tensor]) -> None:
-        """``take`` and ``settle``."""
-        self.take(new)
-        self.settle()
+    def slices(
+        self, names: Sequence[str], *, is_committed: bool = True
+    ) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
+        """Yield (parameter name, tensor name, view, replicated) of the committed values, or of the current ones.
 
-    def slices(self, names: Sequence[str], *, is_settled: bool = True) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-        """(parameter name, tensor name, view, replicated): keyed by parameter, so buckets may change between runs.
-
-        They are of the last step that was settled, or what has been taken over since.
+        Values are keyed by parameter, so that buckets may change between runs.
         """
-        for name, (tensor, sizes, replicated) in self.tensors.items():
-            chosen = self._settled.get(name, tensor) if is_settled else tensor
-            for parameter, view in zip(names, chosen.split(list(sizes)), strict=True):
-                yield parameter, name, view, replicated
+        for name, declared in self.tensors.items():
+            tensor = self._committed.get(name, declared.tensor) if is_committed else declared.tensor
+            for parameter, view in zip(names, tensor.split(list(declared.sizes)), strict=True):
+                yield parameter, name, view, declared.replicated
 
 
-def _copy_parts(source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int], indices: Sequence[int]) -> None:
+def _copy_parameters(source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int], indices: Sequence[int]) -> None:
+    """Copy the elements of the parameters with these indices."""
     if indices:
         sources, targets = source.split(list(sizes)), target.split(list(sizes))
         for index in indices:
@@ -191,22 +223,26 @@ def _copy_parts(source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int]
 
 
 class Compressor(Section, ABC):
-    """One algorithm of gradient exchange. Its fields are its hyper-parameters: config schema, command line and docs.
+    """A gradient exchange algorithm. Its fields are its hyper-parameters, from which config schema and docs are made.
 
     A subclass with a ``name`` is registered under it.
     """
 
     name: ClassVar[str]
     bucket_mb: ClassVar[float] = 25.0
-    """Gradient MiB that one bucket should hold. Compressed payloads are small: few rounds matter more than overlap."""
+    """MiB of gradients in a bucket. Payloads are small, so few rounds matter more than overlap."""
+    is_lossless: ClassVar[bool] = False
+    """Whether gradients are sent uncompressed."""
+    sends_gradient_only: ClassVar[bool] = False
+    """Whether the result is the mean of the gradients: nothing is left out, and no residual is added."""
     needs_float32: ClassVar[bool] = True
-    """Whether half-precision gradients are handed over as float32 (float64 always stays as it is)."""
+    """Whether half-precision gradients are converted to float32 (float64 always stays as it is)."""
 
     hierarchical: bool = Field(
         default=False, description="dense inside a node, compressed between nodes; as many ranks on every node"
     )
     min_numel: int = Field(
-        default=1024, ge=0, description="parameters of fewer elements, or of one dimension, travel dense"
+        default=1024, ge=0, description="parameters of fewer elements, or of one dimension, are sent dense"
     )
 
     @classmethod
@@ -217,35 +253,43 @@ class Compressor(Section, ABC):
             REGISTRY[name] = cls
 
     def accepts(self, shape: Sequence[int]) -> bool:
-        """Whether a parameter of this shape is worth compressing. The others travel dense, fused."""
+        """Whether a parameter of this shape is worth compressing. All others are sent dense, fused."""
         return len(shape) >= 2 and math.prod(shape) >= self.min_numel
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
-        """Raise UserError if the options suit none of the parameters that were given to this compressor."""
+        """Raise UserError if the options suit none of the parameters assigned to this compressor."""
 
     def init_state(self, bucket: Bucket) -> State:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return State()
+
+    def num_rounds(self, bucket: Bucket) -> int:
+        """Return the number of collectives that ``reduce`` yields for this bucket; the same in each step.
+
+        Override it. A hierarchical exchange has to know it, and this fallback runs the program on zeros to find out.
+        """
+        zeros = torch.zeros(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+        return dry_run(self.reduce(zeros, bucket, self.init_state(bucket)), bucket)[0]
 
     @abstractmethod
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
-        """The program that turns this rank's gradient into the mean over ranks.
+        """Turn this rank's gradient into the mean over ranks.
 
         Args:
-            grad: (bucket.numel,), this rank's raw gradient in true units; the program may overwrite it.
-            bucket: names and shapes of the parameters within ``grad``.
-            state: what earlier steps left; only to be read.
+            grad: (bucket.numel,), this rank's unscaled gradient; the program may overwrite it.
+            bucket: names and shapes of the parameters in ``grad``.
+            state: what earlier steps left; read-only.
 
         Yields:
-            Collectives; it is sent their results.
+            Collectives. The program is sent their results.
 
         Returns:
-            The mean, (bucket.numel,), bit-identical on all ranks, and the new values of the state's tensors.
+            The mean, (bucket.numel,), bit-identical on all ranks, and new values of the state's tensors.
         """
 
 
 def dry_run(program: Program, bucket: Bucket) -> tuple[int, NewState]:
-    """Run a program by hand as if all ranks sent what this one sends: the number of its collectives, its new state."""
+    """Run a program as if all ranks sent what this one sends; return the number of collectives and the new state."""
     result: Any = None
     num_collectives = 0
     try:
@@ -267,15 +311,16 @@ registry: Registry[Compressor] = Registry("compressor", Compressor, REGISTRY)  #
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) of a parameter as a matrix: dimension 0 against all the others."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def hashed_seed(key: Sequence[object]) -> int:
-    """A hash of the key, 63 bits: the same on every host, run and Python version."""
+    """Return a 63-bit hash of the key: the same on every host, in every run and Python version."""
     digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seeded_generator(device: torch.device, key: Sequence[object]) -> torch.Generator:
-    """A generator seeded by ``hashed_seed``."""
+    """Return a generator seeded by ``hashed_seed``."""
     return torch.Generator(device).manual_seed(hashed_seed(key))

@@ -16,25 +16,25 @@ from disttrain.errors import UserError
 from disttrain.validation import Section, keys_of, unknown_key, validate
 
 POLICY_KEYS = ("rules", "dense_steps")
-"""What a compressor's section has beside the compressor's own options."""
+"""Keys of a compressor's section beside the compressor's own options."""
 _KEY = registry.key
 
 Shape = tuple[int, ...]
 
 
 class Rule(Section):
-    """Gives the parameters of some names and sizes a compressor of their own."""
+    """Assigns a compressor to the parameters of some names and sizes."""
 
     match: str = Field(default="*", min_length=1, description="a shell pattern of parameter names: 'embedding.*'")
-    min_numel: int = Field(default=0, ge=0, description="only parameters of so many elements or more")
+    min_numel: int = Field(default=0, ge=0, description="only parameters of at least this many elements")
     use: SerializeAsAny[Compressor] = Field(description="a compressor's name, or a section with its name and options")
 
     @classmethod
     def build(cls, spec: Any, key: str) -> Rule:
-        """A rule from one or from a mapping; ``key`` is where it stands, for messages.
+        """Return a rule from a rule or a mapping. ``key`` is its place in the config, for messages.
 
         Raises:
-            UserError: it is no mapping, or a key or value in it is wrong.
+            UserError: it is not a mapping, or a key or value in it is wrong.
         """
         if isinstance(spec, Rule):
             return spec
@@ -52,15 +52,15 @@ class Rule(Section):
 
 
 class Policy(Section):
-    """A compressor for all parameters, rules for some of them, and a dense warm-up.
+    """A compressor for all parameters, rules for some of them, and a dense warmup.
 
-    The first rule that applies to a parameter decides; ``compressor`` takes the others. What the chosen one does not
-    accept travels dense.
+    The first rule that applies to a parameter decides; all other parameters use ``compressor``. Parameters that the
+    chosen compressor does not accept are sent dense.
     """
 
     compressor: SerializeAsAny[Compressor]
     rules: tuple[Rule, ...] = Field(default=(), description="the first one that applies to a parameter decides")
-    dense_steps: int = Field(default=0, ge=0, description="steps at the beginning that send all gradients dense")
+    dense_steps: int = Field(default=0, ge=0, description="initial steps that send all gradients dense")
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -71,9 +71,9 @@ class Policy(Section):
 
     @classmethod
     def build(cls, spec: Policy | Compressor | str | Mapping[str, Any]) -> Policy:
-        """A policy from one, from a compressor or its name, or from a mapping as in a config.
+        """Return a policy from a policy, a compressor or its name, or a mapping as in a config.
 
-        The mapping has the compressor's ``name`` and options and, beside them, ``rules`` and ``dense_steps``.
+        The mapping has the compressor's ``name`` and options, and may have ``rules`` and ``dense_steps``.
 
         Raises:
             UserError: an unknown name or option, or a value out of bounds.
@@ -94,19 +94,22 @@ class Policy(Section):
 
     @property
     def hierarchical(self) -> bool:
-        """Whether some parameters may be exchanged by way of nodes."""
+        """Whether some parameters may be exchanged hierarchically."""
         return any(compressor.hierarchical for compressor in (self.compressor, *(rule.use for rule in self.rules)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``build``'s inverse."""
+        """Return plain data, from which ``build`` makes the same policy."""
         rules = [{**rule.model_dump(mode="json"), "use": registry.dump(rule.use)} for rule in self.rules]
         return {**registry.dump(self.compressor), "rules": rules, "dense_steps": self.dense_steps}
 
     def assign(self, shapes: Mapping[str, Shape]) -> list[Compressor]:
-        """The compressor of each parameter, by name and shape; Dense for what the chosen one does not accept.
+        """Return the compressor of each parameter: Dense for those that the chosen one does not accept.
+
+        Args:
+            shapes: shapes of the parameters by name.
 
         Raises:
-            UserError: a rule decides nothing, or a compressor does not suit any of its parameters.
+            UserError: a rule decides for no parameter, or a compressor suits none of its parameters.
         """
         deciding = {name: self._deciding(name, shape) for name, shape in shapes.items()}
         for index, rule in enumerate(self.rules):
@@ -125,7 +128,7 @@ class Policy(Section):
 
     def _why_idle(self, rule: Rule, shapes: Mapping[str, Shape]) -> str:
         if any(rule.applies(name, shape) for name, shape in shapes.items()):
-            return "never decides: rules before it take all that it matches"
+            return "never decides: earlier rules apply to all parameters that it matches"
         of_name = [name for name in shapes if fnmatchcase(name, rule.match)]
         if of_name:
             largest = max(of_name, key=lambda name: math.prod(shapes[name]))
@@ -137,5 +140,5 @@ class Policy(Section):
 
 
 def _dense(compressor: Compressor) -> Compressor:
-    """What exchanges the parameters that ``compressor`` does not accept."""
+    """Return the compressor of the parameters that ``compressor`` does not accept."""
     return compressor if isinstance(compressor, Dense) else Dense(hierarchical=compressor.hierarchical)

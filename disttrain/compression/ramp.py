@@ -1,4 +1,4 @@
-"""Options that change over the first steps. They follow committed steps alone, so all ranks agree on them."""
+"""Options that change over the first steps. They depend only on committed steps, so all ranks agree on them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from disttrain.validation import Section
 
 
 class Ramp(Section):
-    """Leads an option from ``start`` to the option's own value."""
+    """Changes an option from ``start`` to the option's own value."""
 
-    steps: int = Field(ge=1, description="committed steps until then, counted from the first; dense ones too")
+    steps: int = Field(ge=1, description="committed steps that it takes, from the first one, dense steps included")
 
     def progress(self, step: int) -> float:
-        """From 0 at the first step to 1."""
+        """Return the progress at a step: 0 at the first one, at most 1."""
         return min(1.0, step / self.steps)
 
 
 class RatioRamp(Ramp):
-    """Geometric: the same factor each step."""
+    """Geometric: multiplies by the same factor each step."""
 
     start: float = Field(gt=0, le=1, description="ratio of the first step")
 
@@ -28,7 +28,7 @@ class RatioRamp(Ramp):
 
 
 class RankRamp(Ramp):
-    """Linear, in whole numbers."""
+    """Linear, rounded to integers."""
 
     start: int = Field(ge=1, description="rank of the first step")
 

@@ -1,4 +1,4 @@
-"""Fused loops over gradients: ``reference`` (torch) defines them, ``cpu`` (numba) and ``cuda`` (triton) run fast."""
+"""Fused loops over gradients: ``reference`` (torch) defines them, ``cpu`` (numba) and ``cuda`` (Triton) run fast."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import warnings
 
 import torch
 
-from disttrain.kernels.reference import Kernels, num_blocks
+from disttrain.kernels.feedback import Feedback
+from disttrain.kernels.reference import Kernels
 
-__all__ = ["Kernels", "for_device", "num_blocks"]
+__all__ = ["Feedback", "Kernels", "for_device"]
 
 _BACKENDS = {"cpu": ("cpu.kernels", "CpuKernels", "numba"), "cuda": ("cuda.kernels", "CudaKernels", "triton")}
 
@@ -26,7 +27,7 @@ def _load(device_type: str) -> Kernels:
         if error.name != library:
             raise
         warnings.warn(
-            f"without {library} compression on {device_type} is several times slower: pip install {library}",
+            f"compression on {device_type} is several times slower without {library}: pip install {library}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -36,5 +37,5 @@ def _load(device_type: str) -> Kernels:
 
 
 def for_device(device: torch.device) -> Kernels:
-    """The fastest kernels for tensors of that device."""
+    """Return the fastest kernels for tensors on this device."""
     return _load(device.type)

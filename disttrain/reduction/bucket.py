@@ -249,7 +249,7 @@ class GradientBucket:
         """Start an exchange. Revert the state of parameters whose mean the user has removed."""
         self._advance(Stage.GATHERING)
         if dropped := self.dropped:
-            self.state.revert(dropped)
+            self.state.rollback(dropped)
         for slot in self.slots:
             slot.open()
         self.num_pending = sum(slot.is_pending for slot in self.slots)
@@ -291,7 +291,7 @@ class GradientBucket:
             keep: factor of the earlier mean.
         """
         unused = [index for index, is_used in enumerate(used) if not is_used]
-        self.state.take(new_state, unused)  # first, since a new residual may lie in the buffer
+        self.state.stage(new_state, unused)  # first, since a new residual may lie in the buffer
         if mean.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(mean)
         if scale != 1.0:
@@ -325,11 +325,11 @@ class GradientBucket:
         """End the step. The compressor's state of the step counts if it ``is_taken``, and is reverted otherwise."""
         self.stage = Stage.IDLE
         if not is_taken:
-            self.state.revert()
+            self.state.rollback()
         else:
             if dropped := self.dropped:
-                self.state.revert(dropped)
-            self.state.settle()
+                self.state.rollback(dropped)
+            self.state.commit()
         for slot in self.slots:
             slot.release()
 
@@ -341,7 +341,7 @@ class GradientBucket:
         step = self.state.step
         if step < self.dense_steps:
             return _DENSE
-        return _FLUSH if step < self.state.dense_until and not isinstance(self.compressor, Dense) else self.compressor
+        return _FLUSH if step < self.state.dense_until and not self.compressor.is_lossless else self.compressor
 
     def exchange_dense(self, num_steps: int) -> None:
         """Exchange gradients dense in the next ``num_steps`` steps, and send the residual along with them."""

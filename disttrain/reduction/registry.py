@@ -49,7 +49,7 @@ class BucketRegistry:
     def keeps_residuals(self) -> bool:
         """Whether compressors keep state that differs by rank, in units of the gradient."""
         states = [bucket.state.tensors.values() for bucket in self.buckets]
-        return any(tensor.numel() and not replicated for its in states for tensor, _, replicated in its)
+        return any(kept.tensor.numel() and not kept.replicated for its in states for kept in its)
 
     @property
     def has_newly_unused(self) -> bool:
@@ -96,7 +96,7 @@ class BucketRegistry:
     def revert(self) -> None:
         """Revert what gradients that were not stepped on have changed in the compressors' state."""
         for bucket in self.buckets:
-            bucket.state.revert()
+            bucket.state.rollback()
 
     def note_uses(self, uses: Mapping[Slot, tuple[Use, int]], *, is_finite: bool) -> None:
         """Note which parameters any rank used in an exchange, and when their gradients came.

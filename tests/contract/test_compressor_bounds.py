@@ -44,7 +44,7 @@ def share_lost(x: torch.Tensor, kept: torch.Tensor) -> float:
     return float((x - kept).square().sum() / x.square().sum())
 
 
-# Contractions. A first step with nothing owed gives C(x).
+# Contractions. A first step without a residual gives C(x).
 
 
 @every_kind

@@ -130,6 +130,17 @@ def test_is_repeatable(case: dict[str, Any]) -> None:
     assert all(torch.equal(a[0], b[0]) for a, b in zip(once, again, strict=True))
 
 
+@every_case
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_declares_the_number_of_rounds(case: dict[str, Any], world_size: int) -> None:
+    for shapes in (SHAPES, ((2000, 300),)):  # in the larger one ``auto`` takes two stages
+        ranks = Ranks.make(case, world_size, shapes, torch.float32)
+        assert type(ranks.compressor).num_rounds is not compression.Compressor.num_rounds
+        ranks.steps(2)
+        declared = [ranks.compressor.num_rounds(bucket) for bucket in ranks.buckets]
+        assert all([len(started) for started in step] == declared for step in ranks.started)
+
+
 @pytest.mark.parametrize("case", EXACT, ids=case_id)
 def test_exact_settings_give_the_mean(case: dict[str, Any]) -> None:
     ranks = Ranks.make(case, 4)
@@ -202,7 +213,7 @@ def test_learns_again_after_steps_without_any_gradient(case: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("case", WITH_FEEDBACK, ids=case_id)
-def test_a_rank_without_gradients_owes_nothing(case: dict[str, Any]) -> None:
+def test_a_rank_without_gradients_has_no_residual(case: dict[str, Any]) -> None:
     """Its residual is of its own gradients alone, never of what came back from the others."""
 
     def from_rank_0(step: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -122,7 +122,7 @@ class Ranks:
 
 
 def one_step(case: dict[str, Any], x: torch.Tensor, shapes: Shapes | None = None, step: int = 0) -> torch.Tensor:
-    """What one rank that owes nothing makes of ``x``: C(x)."""
+    """What one rank without a residual makes of ``x``: C(x)."""
     ranks = Ranks.make(case, 1, shapes or ((x.numel(), 1),), x.dtype)
     ranks.states[0].step = step
     return ranks.step([x])[0]

@@ -10,8 +10,8 @@ from disttrain.compression.algorithms.quantizer import Quantizer
 class Blockwise8(Quantizer):
     """One byte an entry: round(127 x / max |x|) in blocks that share the maximum.
 
-    Biased, |error| <= max / 254, so error feedback is on. Differs from the paper in the code, linear in place of its
-    dynamic tree: what is rounded off is not lost here, and linear codes need no table.
+    Biased, |error| <= max / 254, so error feedback is on. Differs from the paper in the code, which is linear instead
+    of a dynamic tree: rounding errors are not lost here, and linear codes need no table.
     """
 
     name = "blockwise8"

@@ -1,4 +1,4 @@
-"""Half precision: the gradient travels as float16 or bfloat16 (as in Horovod's and DDP's fp16 hooks)."""
+"""Half precision: send the gradient as float16 or bfloat16 (as in Horovod's and DDP's fp16 hooks)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from disttrain.compression.base import Bucket, Compressor, Program, State
 class Cast(Compressor):
     """Cast, all-reduce, cast back. Wire: 2 bytes an entry.
 
-    Nearly linear: ranks divide by their number before the sum, which is rounded too. A residual holds what the own cast
-    rounded off, not the roundings of the sum.
+    Nearly linear: ranks divide by the world size before the sum, which is rounded as well. The residual holds the
+    rounding errors of this rank's cast, not those of the sum.
     """
 
     half: ClassVar[torch.dtype]
-    # Half of dense's bytes are still what the wire is busy with: small buckets start sooner and hide behind backward.
+    # Half the bytes of dense are still many. Small buckets start sooner, and so overlap with backward.
     bucket_mb: ClassVar[float] = 8.0
 
-    min_numel: int = Field(default=0, ge=0, description="parameters of fewer elements travel dense")
+    min_numel: int = Field(default=0, ge=0, description="parameters of fewer elements are sent dense")
     error_feedback: bool = Field(default=False, description="add what the cast rounded off to the next gradient")
 
     def accepts(self, shape: Sequence[int]) -> bool:
@@ -36,28 +36,31 @@ class Cast(Compressor):
             state.add_zeros("residual", bucket)
         return state
 
+    def num_rounds(self, bucket: Bucket) -> int:
+        return 1
+
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
-        kept = {}
+        new_state = {}
         if self.error_feedback:
-            rest = torch.add(grad, state.residual, out=state.scratch("residual"))
-            sent = self._cast(grad.copy_(rest), bucket.world_size)
-            kept["residual"] = rest.sub_(sent)
+            total = torch.add(grad, state.residual, out=state.scratch("residual"))
+            sent = self._cast(grad.copy_(total), bucket.world_size)
+            new_state["residual"] = total.sub_(sent)
         else:
             sent = self._cast(grad, bucket.world_size)
-        # The all-reduce owns ``sent``: nothing below may read it again.
+        # The all-reduce may overwrite ``sent``, so nothing below reads it again.
         mean = yield AllReduce(sent, op="mean")
-        return grad.copy_(mean), kept
+        return grad.copy_(mean), new_state
 
     def _cast(self, values: torch.Tensor, world_size: int) -> torch.Tensor:
-        """``values`` in half precision; may overwrite them."""
+        """Convert to half precision; may overwrite ``values``."""
         return values.to(self.half)
 
 
 class Float16(Cast):
-    """Cast to IEEE half precision: 11 bits of fraction, from 6e-8 to 65504. What is larger is sent as the largest.
+    """Cast to IEEE half precision: 11 bits of significand, from 6e-8 to 65504. Larger numbers are clamped.
 
-    Differs from the usual hooks, which cast first and then meet infinities: gradients are clamped before the cast, so
-    far below the end of the range that the roundings of a sum over all ranks cannot reach it.
+    Differs from the usual hooks, whose casts overflow to infinity: gradients are clamped before the cast, far enough
+    below the end of the range that a rounded sum over all ranks cannot reach it.
     """
 
     name = "fp16"
@@ -70,7 +73,7 @@ class Float16(Cast):
 
 
 class BFloat16(Cast):
-    """Cast to bfloat16: 8 bits of fraction, the range of float32 (a float64 beyond that becomes infinite)."""
+    """Cast to bfloat16: 8 bits of significand, the range of float32 (a larger float64 becomes infinite)."""
 
     name = "bf16"
     half: ClassVar[torch.dtype] = torch.bfloat16

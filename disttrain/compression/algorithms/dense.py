@@ -1,4 +1,4 @@
-"""No compression: the mean by one all-reduce. A compressor like any other, so that nothing has to ask."""
+"""No compression: the mean by one all-reduce."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ class Dense(Compressor):
     """Send gradients as they are, in their own dtype."""
 
     name = "dense"
-    # Uncompressed gradients are what the wire is busy with: small buckets start sooner and hide behind backward.
+    # Uncompressed gradients take long to send. Small buckets start sooner, and so overlap with backward.
     bucket_mb: ClassVar[float] = 8.0
+    is_lossless: ClassVar[bool] = True
+    sends_gradient_only: ClassVar[bool] = True
     needs_float32: ClassVar[bool] = False
 
     def accepts(self, shape: Sequence[int]) -> bool:
         return True
+
+    def num_rounds(self, bucket: Bucket) -> int:
+        return 1
 
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
         mean = yield AllReduce(grad, op="mean")

@@ -8,23 +8,23 @@ from pydantic import Field
 from disttrain.collectives import AllGather
 from disttrain.compression.algorithms.sparse import num_kept
 from disttrain.compression.base import Bucket, Compressor, Program, State
-from disttrain.compression.codec import pack, unpack
+from disttrain.compression.payload import Layout
 from disttrain.kernels import for_device
 
 _WARM_UP = (0.25, 0.0625, 0.015625, 0.004)
 
 
 class DGC(Compressor):
-    """Every rank runs momentum SGD on its own gradients and sends the largest entries of what it has not applied yet.
+    """Every rank runs momentum SGD on its own gradients and sends the largest entries of what it has not sent yet.
 
     u <- m u + g; v <- v + u; send the k largest of v, keep the others. (Nesterov: u <- m (u + g); v <- v + u + g.)
-    With masking, u too forgets the entries sent, so that momentum does not carry stale gradients on. What is returned
-    holds the momentum already: **use plain SGD without momentum outside**, or it counts twice.
+    With masking, entries of u that are sent are set to zero as well, so that momentum does not carry stale gradients.
+    The result already includes momentum: **use plain SGD without momentum outside**, or it counts twice.
 
-    Authors' settings: ratio 0.001, momentum 0.9, masking; warm-up over the first 4 epochs. Masked, the momentum of an
-    entry that is sent every step is nil: at high ratios leave masking off. Wire: k (4 + value size) bytes a rank,
-    all-gathered. Differs in the norm that is clipped, a bucket's in place of the model's, and in the code: int32
-    indices in place of run lengths, exact top-k in place of a sampled threshold.
+    The authors use ratio 0.001, momentum 0.9, masking, and a warmup over the first 4 epochs. With masking, an entry
+    that is sent every step has no momentum: switch it off at high ratios. Wire: k (4 + value size) bytes a rank,
+    all-gathered. Differs from the paper in the norm that is clipped (of a bucket, not of the model) and in the code:
+    int32 indices instead of run lengths, exact top-k instead of a sampled threshold.
     """
 
     name = "dgc"
@@ -42,20 +42,23 @@ class DGC(Compressor):
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()
-        for name in ("momentum", "velocity"):
-            state.add_zeros(name, bucket)
+        state.add_zeros("momentum", bucket)
+        state.add_zeros("velocity", bucket, is_residual=True)
         return state
 
     def ratio_at(self, step: int) -> float:
-        """The share that is sent at a step."""
+        """Return the share of the entries that a step sends."""
         if step >= self.warmup_steps:
             return self.ratio
         return max(self.ratio, _WARM_UP[step * len(_WARM_UP) // self.warmup_steps])
 
+    def num_rounds(self, bucket: Bucket) -> int:
+        return 1
+
     def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
         assert grad.numel() < 2**31, "indices are int32"
         self._clip(grad, bucket.world_size)
-        momentum, velocity = state.scratch("momentum"), state.scratch("velocity")
+        momentum = state.scratch("momentum")
         if self.nesterov:
             torch.add(state.momentum, grad, out=momentum).mul_(self.momentum)
             grad += momentum
@@ -63,20 +66,22 @@ class DGC(Compressor):
             torch.add(grad, state.momentum, alpha=self.momentum, out=momentum)
         k = num_kept(self.ratio_at(state.step), grad.numel())
         kernels = for_device(grad.device)
-        values, indices = kernels.take_largest(grad if self.nesterov else momentum, state.velocity, velocity, k)
+        feedback = state.feedback("velocity")
+        values, indices = kernels.take_largest(grad if self.nesterov else momentum, feedback, k)
         if self.masking:
             momentum[indices.long()] = 0
 
         payload = {"values": values, "indices": indices}
-        packed = yield AllGather(pack(payload), same_size=True)
-        payloads = [unpack(part, payload) for part in packed]
+        layout = Layout.of(payload)
+        received = yield AllGather(layout.pack(payload), same_size=True)
+        payloads = [layout.unpack(message) for message in received]
         kernels.sparse_mean([part["values"] for part in payloads], [part["indices"] for part in payloads], grad)
-        return grad, {"momentum": momentum, "velocity": velocity}
+        return grad, {"momentum": momentum, "velocity": feedback.new_residual}
 
     def _clip(self, grad: torch.Tensor, world_size: int) -> None:
         if self.clip_norm is None:
             return
-        # In float64, which the squares of float32 cannot leave.
+        # In float64, so that squares of float32 numbers cannot overflow.
         norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
         bound = self.clip_norm / world_size**0.5
         if norm > bound:

@@ -9,17 +9,18 @@ from pydantic import Field
 
 from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import FusedCodec, Payload
-from disttrain.kernels import for_device
+from disttrain.kernels import Feedback, for_device
 
 
 class Natural(FusedCodec):
-    """Round every magnitude to the power of two below or above, at random so that the mean is right.
+    """Round every magnitude at random to the power of two below or above, so that its expectation is right.
 
-    Unbiased, E||Q(x) - x||^2 <= ||x||^2 / 8, so error feedback is off by default. Whatever the sizes of the entries,
-    each has the same relative error.
+    Unbiased, E||Q(x) - x||^2 <= ||x||^2 / 8, so error feedback is off by default. Entries of all sizes have the same
+    relative error.
 
-    Differs in the code, 8 bits in place of 9: the sign, and an exponent of 7 bits below that of the block's maximum.
-    Entries more than 2^126 times smaller than that are rounded to zero or up to this bound, unbiased still.
+    Differs from the paper in the code, of 8 bits instead of 9: the sign, and an exponent of 7 bits relative to the
+    block's maximum. Entries more than 2^126 times smaller than that are rounded to zero or up to this bound, which is
+    still unbiased.
     Wire: 1 byte an entry, and the size of a value a block.
     """
 
@@ -29,12 +30,12 @@ class Natural(FusedCodec):
     block_size: int = Field(default=512, ge=16, multiple_of=16, description="entries whose exponents share a maximum")
     seed: int = Field(default=0, description="of the private random generators")
 
-    def encode_owed(
-        self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
+    def encode_with_residual(
+        self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
     ) -> Payload:
-        # Ranks must round independently, or their errors would add up instead of averaging out.
+        # Ranks must round independently, so that their errors average out.
         seed = bucket.seed(self.seed, state.step, per_rank=True)
-        codes, scales = for_device(grad.device).natural(grad, residual, rest, self.block_size, seed)
+        codes, scales = for_device(grad.device).natural(grad, feedback, self.block_size, seed)
         return {"scales": scales, "codes": codes}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:

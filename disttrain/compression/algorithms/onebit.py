@@ -10,7 +10,7 @@ from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import Codec, Payload
 from disttrain.kernels import for_device
 
-_BLOCK = 4096  # of the bits' layout
+_BLOCK = 4096  # entries of a block in the layout of the bits
 
 
 class OneBit(Codec):
@@ -20,16 +20,16 @@ class OneBit(Codec):
     mean m0, n1 of mean m1. Biased, so error feedback is on. A column holds the weights of one output unit: it is a row
     of the parameter's matrix here, dimension 0 against all the others, as torch stores weights transposed.
 
-    Differs in the exchange: payloads are all-gathered and averaged exactly, where the paper sums stretches and
-    quantizes the sums again. Wire: 1/8 byte an entry, and two values a column.
+    Differs from the paper in the exchange: payloads are all-gathered and averaged exactly, where the paper sums chunks
+    and quantizes the sums again. Wire: 1/8 byte an entry, and two values a column.
     """
 
     name = "onebit"
-    by_element: ClassVar[bool] = False  # a stretch would cut columns
+    by_element: ClassVar[bool] = False  # a chunk would split columns
 
     def encode(self, acc: torch.Tensor, bucket: Bucket, state: State) -> Payload:
         kernels = for_device(acc.device)
-        bits, _ = kernels.sign(acc, None, None, _BLOCK)
+        bits, _ = kernels.sign(acc, None, _BLOCK)
         means = [kernels.take_two_means(matrix).view(-1) for matrix in bucket.matrices(acc)]
         return {"means": torch.cat(means), "bits": bits}
 

@@ -14,8 +14,8 @@ class QSGD(Quantizer):
 
     With s = 2^(bits-1) - 1 levels and m = max |x| of a block: Q(x)_i = m xi_i / s, where xi_i is s x_i / m rounded at
     random so that E[Q(x)] = x; E||Q(x) - x||^2 <= n / (4 s^2) m^2 for blocks of n. Unbiased, so error feedback is off
-    by default. Scaled by the largest entry, as in the paper's experiments, where its analysis scales by the norm: a
-    smaller error at these widths. Differs in the code, of fixed width in place of Elias coding.
+    by default. Scaled by the largest entry, as in the paper's experiments, not by the norm as in its analysis: the
+    error is smaller at these widths. Differs from the paper in the code, of fixed width instead of Elias coding.
     """
 
     name = "qsgd"

@@ -1,4 +1,4 @@
-"""What codecs that send a few bits an entry and one scale a block have in common."""
+"""The base of codecs that send a few bits an entry and one scale a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import FusedCodec, Payload
-from disttrain.kernels import for_device
+from disttrain.kernels import Feedback, for_device
 
 
 class Quantizer(FusedCodec):
@@ -20,7 +20,7 @@ class Quantizer(FusedCodec):
     Wire: bits/8 bytes an entry, and the size of a value a block.
     """
 
-    # Payloads are still a good part of what the wire is busy with: sooner sent, more of them hides behind backward.
+    # Payloads are still large. Smaller buckets start sooner, so that more of the exchange overlaps with backward.
     bucket_mb: ClassVar[float] = 10.0
     rounds_at_random: ClassVar[bool] = False
 
@@ -32,13 +32,13 @@ class Quantizer(FusedCodec):
     def width(self) -> int:
         """Bits of a code."""
 
-    def encode_owed(
-        self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
+    def encode_with_residual(
+        self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
     ) -> Payload:
-        # Ranks must round independently, or their errors would add up instead of averaging out.
+        # Ranks must round independently, so that their errors average out.
         seed = bucket.seed(self.seed, state.step, per_rank=True) if self.rounds_at_random else None
         kernels = for_device(grad.device)
-        codes, scales = kernels.quantize(grad, residual, rest, self.width, self.block_size, seed)
+        codes, scales = kernels.quantize(grad, feedback, self.width, self.block_size, seed)
         return {"scales": scales, "codes": codes}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What codecs that send some entries, as values and indices, have in common."""
+"""The base of codecs that send some entries, as values and indices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disttrain.kernels import for_device
 
 
 class SparseCodec(FusedCodec):
-    """Payloads of ``values`` and int32 ``indices``. Wire: 4 bytes and the size of a value an entry that is sent."""
+    """Payloads of ``values`` and int32 ``indices``. Wire: 4 bytes and the size of a value for each entry sent."""
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
         values, indices = ([payload[key] for payload in payloads] for key in ("values", "indices"))
@@ -21,10 +21,10 @@ class SparseCodec(FusedCodec):
 
 
 def num_kept(ratio: float, numel: int) -> int:
-    """How many of ``numel`` entries a share of them is: one at least."""
+    """Return how many of ``numel`` entries ``ratio`` keeps: at least one."""
     return max(1, round(ratio * numel))
 
 
 def room_for(k: int, numel: int) -> int:
-    """Entries that a payload has room for, where about k of ``numel`` are expected."""
+    """Return the capacity of a payload if about k of ``numel`` entries are expected."""
     return min(numel, math.ceil(1.25 * k))

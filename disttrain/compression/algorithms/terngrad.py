@@ -10,18 +10,18 @@ from pydantic import Field
 from disttrain.compression.algorithms.quantizer import Quantizer
 from disttrain.compression.base import Bucket, State
 from disttrain.compression.codec import Payload
-from disttrain.kernels import for_device
+from disttrain.kernels import Feedback, for_device
 
 
 class TernGrad(Quantizer):
     """Send -1, 0 or 1 for every entry, in 2 bits: m sign(x) with probability |x| / m, else 0, for m = max |x|.
 
-    Unbiased for what is left after clipping, with E||Q(x) - x||^2 = m ||x||_1 - ||x||^2 in every block. Clipping at 2.5
-    standard deviations (the authors' value) makes m smaller, so the error too, for a bias that is small where
-    gradients are Gaussian. Error feedback is off by default; with it what was clipped is not lost.
+    Unbiased after clipping, with E||Q(x) - x||^2 = m ||x||_1 - ||x||^2 in every block. Clipping at 2.5 standard
+    deviations (the authors' value) reduces m and thereby the error, at the cost of a bias that is small for Gaussian
+    gradients. Error feedback is off by default; with it what was clipped is not lost.
 
-    Differs in the scale, one a block where the paper takes one a layer: a smaller error; and in the standard deviation
-    of a layer, taken around zero. Wire: 1/4 byte an entry, and the size of a value a block.
+    Differs from the paper in the scale, one a block instead of one a layer, which has a smaller error, and in the
+    standard deviation of a layer, taken around zero. Wire: 1/4 byte an entry, and the size of a value a block.
     """
 
     name = "terngrad"
@@ -36,21 +36,21 @@ class TernGrad(Quantizer):
     def width(self) -> int:
         return 2
 
-    def encode_owed(
-        self, grad: torch.Tensor, residual: torch.Tensor | None, rest: torch.Tensor | None, bucket: Bucket, state: State
+    def encode_with_residual(
+        self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
     ) -> Payload:
         if self.clip is None:
-            return super().encode_owed(grad, residual, rest, bucket, state)
-        total = for_device(grad.device).add(grad, residual, rest)
-        clipped = total if rest is None else total.clone()
+            return super().encode_with_residual(grad, feedback, bucket, state)
+        total = for_device(grad.device).add_residual(grad, feedback)
+        clipped = total.clone()
         for layer in bucket.split(clipped):
-            # In float64, which the squares of float32 cannot leave.
+            # In float64, so that squares of float32 numbers cannot overflow.
             deviation = float(torch.linalg.vector_norm(layer, dtype=torch.float64)) / max(1, layer.numel()) ** 0.5
             if deviation > 0:
                 layer.clamp_(-self.clip * deviation, self.clip * deviation)
-        if rest is None:
-            return super().encode_owed(clipped, None, None, bucket, state)
-        total.sub_(clipped)
-        payload = super().encode_owed(clipped, None, clipped, bucket, state)
-        total.add_(clipped)
+        if feedback is None:
+            return super().encode_with_residual(clipped, None, bucket, state)
+        total.sub_(clipped)  # what was clipped
+        payload = super().encode_with_residual(clipped, Feedback.in_place(clipped), bucket, state)
+        total.add_(clipped)  # what was rounded off
         return payload

@@ -1,7 +1,7 @@
-"""How loops are compiled, and where what was compiled is kept: the one place that decides about numba's cache.
+"""How loops are compiled, and where compiled code is cached. Only this module configures numba's cache.
 
-A cache saves each run seconds to a minute. So none is a reason for a warning, and never for a run to fail: installation
-and home may be read-only, as they are in containers, the disk full, or the folder another user's.
+The cache saves each run seconds to a minute. A run without it warns but never fails: the installation and the home
+folder may be read-only (as in containers), the disk may be full, or the folder may belong to another user.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REMEDY = "set NUMBA_CACHE_DIR to a folder that can be written to"
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.njit`` that does without Python's lock, and keeps what it compiled on disk if there is a place for it."""
+    """``numba.njit`` without Python's lock, and with compiled code cached on disk if a folder is writable."""
     compile_ = numba.njit(nogil=True, **options)
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -36,18 +36,18 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def report() -> str:
-    """Where compiled loops are kept, or what to do as they are not: for ``disttrain doctor``."""
+    """Say where compiled loops are cached, or how to enable the cache: for ``disttrain doctor``."""
 
     @compiled()
     def probe() -> int:
         return 1
 
     folder = probe._cache.cache_path
-    return f"compiled loops are kept in {folder}" if folder else f"every run compiles its loops anew: {_REMEDY}"
+    return f"compiled loops are kept in {folder}" if folder else f"every run compiles its loops again: {_REMEDY}"
 
 
 class _Cache:
-    """One of numba's caches, of which a file that cannot be read or written costs no more than compiling."""
+    """One of numba's caches. A file that cannot be read or written only causes the loop to be compiled."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
@@ -64,7 +64,7 @@ class _Cache:
     def _attempt(self, name: str, *arguments: Any) -> Any:
         try:
             return getattr(self._cache, name)(*arguments)
-        except Exception as error:  # OSError, or whatever unpickling half a file gives
+        except Exception as error:  # OSError, or anything that unpickling a truncated file raises
             self._cache.disable()
             _warn(f"{self._cache.cache_path}: {type(error).__name__}: {error}")
             return None
@@ -74,7 +74,7 @@ _warned: list[str] = []
 
 
 def _warn(reason: str) -> None:
-    """Once a process: what keeps one loop out of the cache keeps out the others."""
+    """Warn once a process, since all loops share the cause."""
     if not _warned:
-        logger.warning("every run compiles its loops anew, as they cannot be cached (%s): %s", reason, _REMEDY)
+        logger.warning("every run compiles its loops again, since they cannot be cached (%s): %s", reason, _REMEDY)
     _warned.append(reason)

@@ -1,6 +1,6 @@
-"""What compiled loops need and numba does not have, in LLVM's terms.
+"""LLVM instructions that compiled loops need and numba does not offer.
 
-Numba's cache does not look at this file: after a change to it, touch the loops (or ``make clean``).
+Numba's cache ignores changes to this file: touch the loops after a change (or ``make clean``).
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from numba import types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-LANES = 16  # entries that ``add_and_compare`` takes at once
+LANES = 16  # entries that ``add_and_compare`` processes at once
 
 
 @intrinsic
 def borrow(typing_context, *given):
-    """The same arguments as a tuple, but the arrays among them without a share in their ownership.
+    """Return the arguments as a tuple, in which arrays are borrowed: their references are not counted.
 
-    Numba counts references: an atomic addition and another one back for each slice, which together take longer than
-    the arithmetic on a block. Slices of what is borrowed are not counted. Its owner has to ``keep`` it meanwhile, or be
-    an argument of the calling function.
+    Numba counts a reference for each slice, by two atomic operations that together take longer than the arithmetic on a
+    block. Slices of borrowed arrays are not counted. An array that is no argument of the calling function must be kept
+    alive by ``keep``.
     """
     if not all(isinstance(argument, (types.Array, types.Number, types.Boolean, types.NoneType)) for argument in given):
-        raise TypingError(f"only arrays, numbers and None can be lent, not {given}: all else may be counted")
+        raise TypingError(f"only arrays, numbers and None can be borrowed, not {given}")
 
     def generate(context, builder, signature, arguments):
-        lent = []
+        borrowed = []
         for number, argument in enumerate(given):
             value = builder.extract_value(arguments[0], number)
             if isinstance(argument, types.Array):
@@ -33,15 +33,15 @@ def borrow(typing_context, *given):
                 array.meminfo = ir.Constant(array.meminfo.type, None)
                 array.parent = ir.Constant(array.parent.type, None)
                 value = array._getvalue()
-            lent.append(value)
-        return context.make_tuple(builder, signature.return_type, lent)
+            borrowed.append(value)
+        return context.make_tuple(builder, signature.return_type, borrowed)
 
     return types.Tuple(given)(types.StarArgTuple(given)), generate
 
 
 @intrinsic
 def keep(typing_context, *arrays):
-    """Nothing; but numba gives an array back after the last line that names it."""
+    """Keep arrays alive: numba frees an array after the last line that names it."""
 
     def generate(context, builder, signature, arguments):
         return context.get_dummy_value()
@@ -51,9 +51,9 @@ def keep(typing_context, *arrays):
 
 @intrinsic
 def magnitude_bits(typing_context, number):
-    """The bits of ``abs(number)`` as an integer of its size. These are ordered as magnitudes are, NaN above all.
+    """Return the bits of ``abs(number)`` as an integer of the same size. These are ordered as magnitudes, NaN last.
 
-    A largest integer is found in SIMD lanes. A largest float is not: LLVM wants to know of no NaN at every step.
+    LLVM vectorizes the search for the largest integer, but not for the largest float, because of NaN.
     """
     integer = types.int32 if number.bitwidth == 32 else types.int64
 
@@ -67,7 +67,7 @@ def magnitude_bits(typing_context, number):
 
 @intrinsic
 def from_bits(typing_context, bits):
-    """The float of these bits."""
+    """Return the float with these bits."""
     real = types.float32 if bits.bitwidth == 32 else types.float64
 
     def generate(context, builder, signature, arguments):
@@ -78,9 +78,12 @@ def from_bits(typing_context, bits):
 
 @intrinsic
 def add_and_compare(typing_context, grad, residual, total, start, threshold):
-    """``total = grad + residual`` for 16 entries from ``start`` on; a bit for each that reaches the threshold.
+    """Write ``grad + residual`` to ``total`` for 16 entries from ``start`` on.
 
-    Written in LLVM's vectors, since it does not vectorize a loop with a branch, which takes up to twice as long.
+    Uses LLVM's vectors, since LLVM does not vectorize a loop with a branch, which takes up to twice as long.
+
+    Returns:
+        A bit mask of the entries that reach the threshold.
     """
 
     def generate(context, builder, signature, arguments):
@@ -109,7 +112,7 @@ def add_and_compare(typing_context, grad, residual, total, start, threshold):
 
 @intrinsic
 def lowest_bit(typing_context, bits):
-    """The place of the lowest bit that is set; one is."""
+    """Return the position of the lowest set bit. At least one must be set."""
 
     def generate(context, builder, signature, arguments):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))

@@ -1,7 +1,7 @@
 """The kernels for CPUs, compiled by numba: one pass over memory each, one thread, without Python's lock.
 
-This file turns tensors into arrays and finds thresholds; the loops are in ``loops`` and beside it. Compiled code is
-cached on disk, and the reducer rehearses each compressor before training, so that no step waits for the compiler.
+This file converts tensors to arrays and selects thresholds; the loops are in ``loops_*.py``. Compiled code is cached on
+disk, and the reducer runs each compressor once before training, so that no step waits for the compiler.
 """
 
 from __future__ import annotations
@@ -12,70 +12,51 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.kernels.cpu import loops, loops_low_rank, loops_natural, loops_sign, loops_sparse
-from disttrain.kernels.reference import (
-    RUN,
-    Factors,
-    Kernels,
-    Shapes,
-    Sizes,
-    Tensor,
-    num_blocks,
-    sampled_rank,
-    sampled_runs,
-    search_for_largest,
-    widths,
-)
+from disttrain.kernels.blocks import empty_codes, widths
+from disttrain.kernels.cpu import loops_common, loops_low_rank, loops_natural, loops_quantize, loops_sign, loops_sparse
+from disttrain.kernels.factors import Factors, Shapes, Sizes
+from disttrain.kernels.feedback import Feedback
+from disttrain.kernels.reference import Tensor
+from disttrain.kernels.sampling import RUN, sampled_rank, sampled_runs
+from disttrain.kernels.threshold_search import ThresholdSearchKernels
 
 _MAGIC = {torch.float32: np.float32(1.5 * 2**23), torch.float64: np.float64(1.5 * 2**52)}
 
 
-class CpuKernels(Kernels):
+class CpuKernels(ThresholdSearchKernels):
     def copy_finite(self, source: Tensor, target: Tensor) -> bool | None:
-        is_alike = source.dtype == target.dtype and source.stride() == target.stride()
-        if not is_alike or source.itemsize < 4 or not source.is_contiguous():
+        is_same_layout = source.dtype == target.dtype and source.stride() == target.stride()
+        if not is_same_layout or source.itemsize < 4 or not source.is_contiguous():
             return super().copy_finite(source, target)
-        return bool(loops.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
+        return bool(loops_common.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
 
-    def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        search = search_for_largest(grad.numel(), k)
-        if search is None:
-            return super().take_largest(grad, residual, rest, k)
-        share, capacity = search
-        total = torch.empty_like(grad) if rest is None else rest
-        found, magnitudes = np.empty(capacity, np.int32), np.empty(capacity, grad.numpy().dtype)
-        threshold = grad.numpy().dtype.type(self.estimate_threshold(grad, residual, share))
-        count = loops_sparse.collect(
-            grad.numpy(), _array(residual), total.numpy(), _positive(threshold), found, magnitudes
-        )
-        if not k <= count <= capacity:
-            return super().take_largest(total, None, None if rest is None else total, k)
-        found, magnitudes = found[:count], np.abs(magnitudes[:count])
-        kth = np.partition(magnitudes, count - k)[count - k]
+    def _collect(
+        self, grad: Tensor, feedback: Feedback | None, threshold: float, capacity: int, *, clear: bool
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        residual, new_residual = _arrays(feedback)
+        total = torch.empty_like(grad).numpy() if new_residual is None else new_residual
+        values, indices = np.empty(capacity, total.dtype), np.empty(capacity, np.int32)
+        bound = max(total.dtype.type(threshold), np.finfo(total.dtype).smallest_subnormal)  # leaves out zeros
+        count = loops_sparse.collect(grad.numpy(), residual, total, bound, indices, values)
+        values[count:], indices[count:] = 0, 0
+        if clear:
+            loops_sparse.set_zero(total, indices[: min(count, capacity)])
+        return torch.from_numpy(total), torch.from_numpy(values), torch.from_numpy(indices), count
+
+    def _select(self, total: Tensor, values: Tensor, indices: Tensor, k: int, *, clear: bool) -> tuple[Tensor, Tensor]:
+        magnitudes = np.abs(values.numpy())
+        kth = np.partition(magnitudes, len(magnitudes) - k)[len(magnitudes) - k]
         num_equal = k - np.count_nonzero(magnitudes > kth)
-        values, indices = torch.empty(k, dtype=grad.dtype), torch.empty(k, dtype=torch.int32)
-        loops_sparse.pick(
-            total.numpy(), rest is not None, found, magnitudes, kth, num_equal, values.numpy(), indices.numpy()
+        largest, chosen = torch.empty(k, dtype=total.dtype), torch.empty(k, dtype=torch.int32)
+        loops_sparse.select(
+            total.numpy(), clear, indices.numpy(), magnitudes, kth, num_equal, largest.numpy(), chosen.numpy()
         )
-        return values, indices
+        return largest, chosen
 
-    def take_above(
-        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, threshold: float, capacity: int
-    ) -> tuple[Tensor, Tensor, int]:
-        total = torch.empty_like(grad) if rest is None else rest
-        values, indices = torch.zeros(capacity, dtype=grad.dtype), torch.zeros(capacity, dtype=torch.int32)
-        bound = _positive(grad.numpy().dtype.type(threshold))
-        count = loops_sparse.collect(
-            grad.numpy(), _array(residual), total.numpy(), bound, indices.numpy(), values.numpy()
-        )
-        if rest is not None:
-            loops_sparse.clear(total.numpy(), indices.numpy()[: min(count, capacity)])
-        return values, indices, count
-
-    def estimate_threshold(self, grad: Tensor, residual: Tensor | None, share: float) -> float:
+    def estimate_threshold(self, grad: Tensor, feedback: Feedback | None, share: float) -> float:
         runs, stride = sampled_runs(grad.numel(), share)
         sample = np.empty((runs, min(RUN, grad.numel())), grad.numpy().dtype)
-        loops_sparse.sample(grad.numpy(), _array(residual), stride, sample)
+        loops_sparse.sample(grad.numpy(), _arrays(feedback)[0], stride, sample)
         rank = sampled_rank(sample.size, share)
         return float(np.partition(sample.reshape(-1), rank)[rank])
 
@@ -85,17 +66,15 @@ class CpuKernels(Kernels):
         if not add:
             out.zero_()
         share = out.numpy().dtype.type(1.0 / len(values))
-        for part, places in zip(values, indices, strict=True):
-            loops_sparse.scatter(part.numpy(), places.numpy(), share, out.numpy())
+        for part, positions in zip(values, indices, strict=True):
+            loops_sparse.scatter(part.numpy(), positions.numpy(), share, out.numpy())
 
     def quantize(
-        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, bits: int, block: int, seed: int | None
+        self, grad: Tensor, feedback: Feedback | None, bits: int, block: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        count = num_blocks(grad.numel(), block)
-        codes = torch.empty(count * block * bits // 8, dtype=torch.uint8)
-        scales = torch.empty(count, dtype=grad.dtype)
-        loops.quantize(
-            grad.numpy(), _array(residual), _array(rest), np.array(widths(bits)), block,
+        codes, scales = empty_codes(grad, bits, block)
+        loops_quantize.quantize(
+            grad.numpy(), *_arrays(feedback), np.array(widths(bits)), block,
             seed is not None, np.uint32((seed or 0) & 0xFFFFFFFF), _MAGIC[grad.dtype], codes.numpy(), scales.numpy(),
         )  # fmt: skip
         return codes, scales
@@ -110,17 +89,13 @@ class CpuKernels(Kernels):
         *,
         add: bool = False,
     ) -> None:
-        loops.dequantize(_stack(codes), _stack(scales), np.array(widths(bits)), block, add, out.numpy())
+        loops_quantize.dequantize(_stack(codes), _stack(scales), np.array(widths(bits)), block, add, out.numpy())
 
-    def natural(
-        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        count = num_blocks(grad.numel(), block)
-        codes, scales = torch.empty(count * block, dtype=torch.uint8), torch.empty(count, dtype=grad.dtype)
+    def natural(self, grad: Tensor, feedback: Feedback | None, block: int, seed: int) -> tuple[Tensor, Tensor]:
+        codes, scales = empty_codes(grad, 8, block)
         loops_natural.natural(
-            grad.numpy(), _array(residual), _array(rest), block, np.uint32(seed & 0xFFFFFFFF),
-            codes.numpy(), scales.numpy(),
-        )  # fmt: skip
+            grad.numpy(), *_arrays(feedback), block, np.uint32(seed & 0xFFFFFFFF), codes.numpy(), scales.numpy()
+        )
         return codes, scales
 
     def natural_mean(
@@ -128,11 +103,9 @@ class CpuKernels(Kernels):
     ) -> None:
         loops_natural.natural_mean(_stack(codes), _stack(scales), block, add, out.numpy())
 
-    def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-        count = num_blocks(grad.numel(), block)
-        bits = torch.empty(count * block // 8, dtype=torch.uint8)
-        scales = torch.empty(count, dtype=grad.dtype)
-        loops_sign.sign(grad.numpy(), _array(residual), _array(rest), block, bits.numpy(), scales.numpy())
+    def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        bits, scales = empty_codes(grad, 1, block)
+        loops_sign.sign(grad.numpy(), *_arrays(feedback), block, bits.numpy(), scales.numpy())
         return bits, scales
 
     def sign_mean(
@@ -160,15 +133,18 @@ class CpuKernels(Kernels):
 
     def project_back(self, total: Tensor, residual: Tensor | None, p: Tensor, shapes: Shapes) -> Tensor:
         q = p.new_zeros(sum(rank * columns for _, columns, rank in shapes))
-        loops_low_rank.project_back(total.numpy(), _array(residual), np.array(shapes), p.numpy(), q.numpy())
+        added = None if residual is None else residual.numpy()
+        loops_low_rank.project_back(total.numpy(), added, np.array(shapes), p.numpy(), q.numpy())
         return q
 
-    def low_rank_rest(self, total: Tensor, own: Factors, mean: Factors, rest: Tensor, shapes: Shapes) -> None:
-        if max(rank for _, _, rank in shapes) > 4:  # a matrix product proper, at which torch is better
-            super().low_rank_rest(total, own, mean, rest, shapes)
+    def low_rank_residual(
+        self, total: Tensor, own: Factors, mean: Factors, new_residual: Tensor, shapes: Shapes
+    ) -> None:
+        if max(rank for _, _, rank in shapes) > 4:  # torch's matrix product is faster
+            super().low_rank_residual(total, own, mean, new_residual, shapes)
             return
         factors = [factor.numpy() for factor in (*own, *mean)]
-        loops_low_rank.low_rank_rest(total.numpy(), np.array(shapes), *factors, rest.numpy())
+        loops_low_rank.low_rank_residual(total.numpy(), np.array(shapes), *factors, new_residual.numpy())
 
     def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:
         scaled = factor.clone()
@@ -186,17 +162,16 @@ class CpuKernels(Kernels):
         return filled
 
 
-def _array(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.numpy()
-
-
-def _positive(threshold: Any) -> Any:
-    """No zero may count as large enough."""
-    return max(threshold, np.finfo(threshold.dtype).smallest_subnormal)
+def _arrays(feedback: Feedback | None) -> tuple[Any, Any]:
+    """Return ``residual`` and ``new_residual`` as arrays, None where there is none."""
+    if feedback is None:
+        return None, None
+    residual, new_residual = feedback
+    return None if residual is None else residual.numpy(), new_residual.numpy()
 
 
 def _stack(parts: Sequence[Tensor]) -> Any:
-    """(parts, size), without a copy where they are the rows of one tensor, as gathered tensors are."""
+    """Stack to (parts, size), without a copy if they are rows of one tensor, as gathered tensors are."""
     first = parts[0]
     step = (parts[1].data_ptr() - first.data_ptr()) // first.itemsize if len(parts) > 1 else first.numel()
     is_regular = step >= first.numel() and all(

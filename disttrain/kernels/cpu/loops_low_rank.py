@@ -1,4 +1,4 @@
-"""The compiled loops of PowerSGD, in the manner of those in ``loops``: all matrices of a bucket in one call."""
+"""The compiled loops of PowerSGD: all matrices of a bucket in one call."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import numpy as np
 
 from disttrain.kernels.cpu.compiling import compiled
 from disttrain.kernels.cpu.intrinsics import borrow, keep
-from disttrain.kernels.cpu.loops import _copy, _inline, _jit, _largest, _lent, _reordered
+from disttrain.kernels.cpu.loops_common import copy, inline, jit, jit_borrowed, jit_reordered, largest_magnitude
 
-# Products and sums in one rounding where a processor can: for what an all-reduce makes alike on all ranks afterwards.
+# May fuse multiplication and addition. Only for results that an all-reduce makes identical on all ranks afterwards.
 _contracted = compiled(fastmath={"nnan", "nsz", "reassoc", "contract"})
 
 
-@_jit
+@jit
 def _fours(factor, rank, size):
-    """(groups, 4, size): a factor's rows in groups of four, filled up with zeros."""
+    """Return a factor's rows in groups of four, (groups, 4, size), padded with zeros."""
     groups = (rank + 3) // 4
     filled = np.zeros(groups * 4 * size, factor.dtype)
-    _copy(factor[: rank * size], filled)
+    copy(factor[: rank * size], filled)
     return filled.reshape(groups, 4, size)
 
 
 @_contracted
-def _add_and_multiply(row, owed, q0, q1, q2, q3):
-    """``row += owed``, unless that is None; the products of the row with four others."""
+def _add_and_multiply(row, residual, q0, q1, q2, q3):
+    """Add the residual, if any, to the row, and return the products of the row with four others."""
     p0 = p1 = p2 = p3 = row.dtype.type(0)
     for i in range(row.size):
         value = row[i]
-        if owed is not None:
-            value += owed[i]
+        if residual is not None:
+            value += residual[i]
             row[i] = value
         p0 += value * q0[i]
         p1 += value * q1[i]
@@ -37,13 +37,13 @@ def _add_and_multiply(row, owed, q0, q1, q2, q3):
     return p0, p1, p2, p3
 
 
-@_inline
-def _add(owed, own):
+@inline
+def _add(residual, own):
     for i in range(own.size):
-        own[i] += owed[i]
+        own[i] += residual[i]
 
 
-@_jit
+@jit
 def project(total, residual, shapes, q, p):
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
@@ -54,7 +54,7 @@ def project(total, residual, shapes, q, p):
         start, p_start, q_start = end, p_end, q_start + rank * columns
 
 
-@_lent
+@jit_borrowed
 def _project(total, residual, right, left):
     (rank, rows), columns = left.shape, right.shape[2]
     for row in range(rows):
@@ -70,25 +70,25 @@ def _project(total, residual, right, left):
                 left[4 * group + k, row] = products[k]
 
 
-@_reordered
+@jit_reordered
 def _add_rows(r0, r1, r2, r3, f0, f1, f2, f3, out):
     for i in range(out.size):
         out[i] += f0 * r0[i] + f1 * r1[i] + f2 * r2[i] + f3 * r3[i]
 
 
-@_reordered
+@jit_reordered
 def _add_row(row, factor, out):
     for i in range(out.size):
         out[i] += factor * row[i]
 
 
-@_jit
+@jit
 def project_back(total, residual, shapes, p, q):
-    """``q`` comes as zeros."""
+    """``q`` must be zeros."""
     _project_back(*borrow(total, residual, shapes, p, q))
 
 
-@_lent
+@jit_borrowed
 def _project_back(total, residual, shapes, p, q):
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
@@ -117,40 +117,43 @@ def _project_back(total, residual, shapes, p, q):
         q_start += rank * columns
 
 
-@_jit
-def _rest_of_row(row, p0, p1, p2, p3, q0, q1, q2, q3, rest):
+@jit
+def _residual_of_row(row, p0, p1, p2, p3, q0, q1, q2, q3, new_residual):
     for i in range(row.size):
-        rest[i] = row[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
+        new_residual[i] = row[i] - (p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i])
 
 
-@_jit
+@jit
 def _row_of_product(p0, p1, p2, p3, q0, q1, q2, q3, row):
     for i in range(row.size):
         row[i] = p0 * q0[i] + p1 * q1[i] + p2 * q2[i] + p3 * q3[i]
 
 
-@_jit
-def low_rank_rest(total, shapes, p, q, mean_p, mean_q, rest):
-    """For factors of up to four rows. The mean takes the place of ``total``."""
+@jit
+def low_rank_residual(total, shapes, p, q, mean_p, mean_q, new_residual):
+    """For factors of up to four rows. Overwrites ``total`` with the product of the mean factors."""
     start = p_start = q_start = 0
     for rows, columns, rank in shapes:
         end = start + rows * columns
         left, mean_left = _fours(p[p_start:], rank, rows)[0], _fours(mean_p[p_start:], rank, rows)[0]
         right, mean_right = _fours(q[q_start:], rank, columns)[0], _fours(mean_q[q_start:], rank, columns)[0]
-        _low_rank_rest(*borrow(total[start:end], left, right, mean_left, mean_right, rest[start:end]))
+        _low_rank_residual(*borrow(total[start:end], left, right, mean_left, mean_right, new_residual[start:end]))
         keep(left, right, mean_left, mean_right)
         start, p_start, q_start = end, p_start + rank * rows, q_start + rank * columns
 
 
-@_lent
-def _low_rank_rest(total, left, right, mean_left, mean_right, rest):
+@jit_borrowed
+def _low_rank_residual(total, left, right, mean_left, mean_right, new_residual):
     rows, columns = left.shape[1], right.shape[1]
     for row in range(rows):
-        # One after the other: loops with so few arrays the compiler unrolls too, and they are faster than one.
-        own, own_rest = total[row * columns : (row + 1) * columns], rest[row * columns : (row + 1) * columns]
-        _rest_of_row(
+        # Two loops are faster than one, since the compiler also unrolls loops over this few arrays.
+        own, own_residual = (
+            total[row * columns : (row + 1) * columns],
+            new_residual[row * columns : (row + 1) * columns],
+        )
+        _residual_of_row(
             own, left[0, row], left[1, row], left[2, row], left[3, row],
-            right[0], right[1], right[2], right[3], own_rest,
+            right[0], right[1], right[2], right[3], own_residual,
         )  # fmt: skip
         _row_of_product(
             mean_left[0, row], mean_left[1, row], mean_left[2, row], mean_left[3, row],
@@ -161,11 +164,11 @@ def _low_rank_rest(total, left, right, mean_left, mean_right, rest):
 _LANES = 16
 
 
-@_jit
+@jit
 def _steady_dot(a, b):
-    """The same bits on every processor, whatever SIMD lanes it has: partial sums in an order that is written down.
+    """Return the dot product, with the same bits on every processor: partial sums in a fixed order.
 
-    In float64, or rows as long as a vocabulary would be orthogonal to three digits only.
+    In float64, since rows as long as a vocabulary would be orthogonal only to three digits in float32.
     """
     partial = np.zeros(_LANES)
     whole = a.size // _LANES * _LANES
@@ -181,15 +184,15 @@ def _steady_dot(a, b):
     return total
 
 
-@_jit
+@jit
 def _scale(factor):
-    largest = _largest(factor)
+    largest = largest_magnitude(factor)
     if largest > 0:
         for i in range(factor.size):
             factor[i] /= largest
 
 
-@_jit
+@jit
 def scale(factor, sizes):
     start = 0
     for rank, size in sizes:
@@ -197,9 +200,9 @@ def scale(factor, sizes):
         start += rank * size
 
 
-@_jit
-def _make_mirror(row):
-    """``row`` becomes the mirror that reflects it into the first axis; 2 / |mirror|^2, or 0 if there is nothing."""
+@jit
+def _make_reflector(row):
+    """Turn ``row`` into the vector that reflects it to the first axis; return 2 / |vector|^2, or 0 for zeros."""
     _scale(row)
     length = row.dtype.type(np.sqrt(_steady_dot(row, row)))
     row[0] += length if row[0] >= 0 else -length
@@ -207,37 +210,37 @@ def _make_mirror(row):
     return 2 / square if square > 0 else 0.0
 
 
-@_jit
-def _reflect(mirror, strength, row):
-    part = row.dtype.type(strength * _steady_dot(mirror, row))
+@jit
+def _reflect(reflector, strength, row):
+    part = row.dtype.type(strength * _steady_dot(reflector, row))
     for i in range(row.size):
-        row[i] -= part * mirror[i]
+        row[i] -= part * reflector[i]
 
 
-@_jit
+@jit
 def orthogonalize(factor, sizes):
-    """By Householder's reflections (Golub and Van Loan, 5.1 and 5.2), to which a row of zeros does no harm."""
+    """Use Householder reflections (Golub and Van Loan, 5.1 and 5.2), which rows of zeros do not disturb."""
     start = 0
     for rank, size in sizes:
         end = start + rank * size
-        mirrors, strengths = factor[start:end], np.empty(rank)
+        reflectors, strengths = factor[start:end], np.empty(rank)
         for k in range(rank):
-            mirror = mirrors[k * size + k : (k + 1) * size]
-            strengths[k] = _make_mirror(mirror)
+            reflector = reflectors[k * size + k : (k + 1) * size]
+            strengths[k] = _make_reflector(reflector)
             for j in range(k + 1, rank):
-                _reflect(mirror, strengths[k], mirrors[j * size + k : (j + 1) * size])
-        # The reflections of the first unit vectors, from the last mirror to the first.
+                _reflect(reflector, strengths[k], reflectors[j * size + k : (j + 1) * size])
+        # Reflect the first unit vectors, from the last Householder vector to the first.
         spanning = np.zeros(rank * size, factor.dtype)
         for k in range(rank - 1, -1, -1):
             spanning[k * size + k] = 1
-            mirror = mirrors[k * size + k : (k + 1) * size]
+            reflector = reflectors[k * size + k : (k + 1) * size]
             for j in range(k, rank):
-                _reflect(mirror, strengths[k], spanning[j * size + k : (j + 1) * size])
-        _copy(spanning, mirrors)
+                _reflect(reflector, strengths[k], spanning[j * size + k : (j + 1) * size])
+        copy(spanning, reflectors)
         start = end
 
 
-@_jit
+@jit
 def fill_zero_rows(factor, other, sizes):
     start = 0
     for rank, size in sizes:

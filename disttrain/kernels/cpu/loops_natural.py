@@ -1,4 +1,4 @@
-"""The compiled loops of natural compression, in the manner of those in ``loops``."""
+"""The compiled loops of natural compression."""
 
 from __future__ import annotations
 
@@ -7,47 +7,55 @@ import math
 import numpy as np
 
 from disttrain.kernels.cpu.intrinsics import borrow, keep
-from disttrain.kernels.cpu.loops import _finite, _hash, _jit, _largest, _lent, _load, _store_mean
+from disttrain.kernels.cpu.loops_common import (
+    jit,
+    jit_borrowed,
+    jit_finite,
+    largest_magnitude,
+    load_block,
+    mix,
+    store_mean,
+)
 
 
-@_finite
+@jit_finite
 def _round_at_random(work, bits, first, seed, code):
     half = code.size // 2
     low, high, low_bits, high_bits = work[:half], work[half:], bits[:half], bits[half:]
     low_code, high_code = code[:half], code[half:]
     for i in range(half):
-        noise = _hash(np.uint32(np.uint64(np.uint32(first + i)) * np.uint64(0x9E3779B9) + np.uint64(seed)))
+        noise = mix(np.uint32(np.uint64(np.uint32(first + i)) * np.uint64(0x9E3779B9) + np.uint64(seed)))
         exponent = min((low_bits[i] + np.int32((noise & np.uint32(0xFFFF)) << np.uint32(7))) >> 23, 127)
         low_code[i] = np.uint8(exponent | (128 if low[i] < 0 else 0))
         exponent = min((high_bits[i] + np.int32((noise >> np.uint32(16)) << np.uint32(7))) >> 23, 127)
         high_code[i] = np.uint8(exponent | (128 if high[i] < 0 else 0))
 
 
-@_finite
+@jit_finite
 def _powers(code, bits):
-    """What codes stand for, in units of the scale: a float32's bits, with sign and exponent where they belong."""
+    """Decode in units of the scale, as the bits of float32 numbers."""
     for i in range(code.size):
         sign, exponent = np.int32(code[i] & np.uint8(128)), np.int32(code[i] & np.uint8(127))
         bits[i] = (sign << np.int32(24)) | (exponent << np.int32(23))
 
 
-@_jit
-def natural(grad, residual, rest, block, seed, codes, scales):
+@jit
+def natural(grad, residual, new_residual, block, seed, codes, scales):
     work, magnitudes, bits = np.empty(block, grad.dtype), np.empty(block, np.float32), np.empty(block, np.int32)
-    _natural(*borrow(grad, residual, rest, codes, scales, work, magnitudes, bits), block, seed)
+    _natural(*borrow(grad, residual, new_residual, codes, scales, work, magnitudes, bits), block, seed)
     keep(work, magnitudes, bits)
 
 
-@_lent
-def _natural(grad, residual, rest, codes, scales, work, magnitudes, bits, block, seed):
+@jit_borrowed
+def _natural(grad, residual, new_residual, codes, scales, work, magnitudes, bits, block, seed):
     real = grad.dtype.type
     info = np.finfo(grad.dtype)
     last_exponent = math.frexp(info.max)[1] - 1
     powers = bits.view(np.float32)
     for index in range(scales.size):
         start = index * block
-        size = _load(grad, residual, start, work)
-        largest = _largest(work)
+        size = load_block(grad, residual, start, work)
+        largest = largest_magnitude(work)
         scale = inverse = real(0)
         if largest >= info.tiny:
             scale = real(math.ldexp(1.0, min(math.frexp(largest)[1], last_exponent)))
@@ -57,21 +65,21 @@ def _natural(grad, residual, rest, codes, scales, work, magnitudes, bits, block,
             magnitudes[i] = abs(work[i]) * inverse
         code = codes[start : start + block]
         _round_at_random(work, magnitudes.view(np.int32), index * (block // 2), seed, code)
-        if rest is not None:
-            left = rest[start : start + size]
+        if new_residual is not None:
+            error = new_residual[start : start + size]
             _powers(code, bits)
             for i in range(size):
-                left[i] = work[i] - real(powers[i]) * scale
+                error[i] = work[i] - real(powers[i]) * scale
 
 
-@_jit
+@jit
 def natural_mean(codes, scales, block, add, out):
     work, bits = np.empty(block, out.dtype), np.empty(block, np.int32)
     _natural_mean(*borrow(codes, scales, out, work, bits), block, add)
     keep(work, bits)
 
 
-@_lent
+@jit_borrowed
 def _natural_mean(codes, scales, out, work, bits, block, add):
     real = out.dtype.type
     powers = bits.view(np.float32)
@@ -94,4 +102,4 @@ def _natural_mean(codes, scales, out, work, bits, block, add):
                 for i in range(block):
                     work[i] += real(powers[i]) * scale
         if not is_one:
-            _store_mean(work, real(codes.shape[0]), add, values)
+            store_mean(work, real(codes.shape[0]), add, values)

@@ -1,14 +1,22 @@
-"""The compiled loops of one-bit codes, in the manner of those in ``loops``."""
+"""The compiled loops of one-bit codes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from disttrain.kernels.cpu.intrinsics import borrow, keep
-from disttrain.kernels.cpu.loops import _finite, _inline, _jit, _lent, _load, _reordered, _store_mean
+from disttrain.kernels.cpu.loops_common import (
+    inline,
+    jit,
+    jit_borrowed,
+    jit_finite,
+    jit_reordered,
+    load_block,
+    store_mean,
+)
 
 
-@_reordered
+@jit_reordered
 def _sum_of_magnitudes(work):
     total = work.dtype.type(0)
     for i in range(work.size):
@@ -16,13 +24,13 @@ def _sum_of_magnitudes(work):
     return total
 
 
-@_finite
+@jit_finite
 def _pack_signs(work, packed):
     n = packed.size
     p0, p1, p2, p3 = work[:n], work[n : 2 * n], work[2 * n : 3 * n], work[3 * n : 4 * n]
     p4, p5, p6, p7 = work[4 * n : 5 * n], work[5 * n : 6 * n], work[6 * n : 7 * n], work[7 * n :]
     for i in range(n):
-        # Products instead of shifts: the compiler keeps them in eight bits.
+        # Products instead of shifts, since the compiler keeps these in eight bits.
         low = np.uint8(p0[i] < 0) | np.uint8(np.uint8(p1[i] < 0) * np.uint8(2))
         low |= np.uint8(np.uint8(p2[i] < 0) * np.uint8(4)) | np.uint8(np.uint8(p3[i] < 0) * np.uint8(8))
         high = np.uint8(np.uint8(p4[i] < 0) * np.uint8(16)) | np.uint8(np.uint8(p5[i] < 0) * np.uint8(32))
@@ -30,31 +38,31 @@ def _pack_signs(work, packed):
         packed[i] = low | high
 
 
-@_jit
-def sign(grad, residual, rest, block, bits, scales):
+@jit
+def sign(grad, residual, new_residual, block, bits, scales):
     work = np.empty(block, grad.dtype)
-    _sign(*borrow(grad, residual, rest, bits, scales, work), block)
+    _sign(*borrow(grad, residual, new_residual, bits, scales, work), block)
     keep(work)
 
 
-@_lent
-def _sign(grad, residual, rest, bits, scales, work, block):
+@jit_borrowed
+def _sign(grad, residual, new_residual, bits, scales, work, block):
     length = block // 8
     for index in range(scales.size):
         start = index * block
-        size = _load(grad, residual, start, work)
+        size = load_block(grad, residual, start, work)
         scale = _sum_of_magnitudes(work) / grad.dtype.type(size)
         scales[index] = scale
         _pack_signs(work, bits[index * length : (index + 1) * length])
-        if rest is not None:
-            left = rest[start : start + size]
+        if new_residual is not None:
+            error = new_residual[start : start + size]
             for i in range(size):
-                left[i] = work[i] - (-scale if work[i] < 0 else scale)
+                error[i] = work[i] - (-scale if work[i] < 0 else scale)
 
 
-@_inline
+@inline
 def _sum_signs(bits, scales, index, work):
-    """``work`` = the sum over all payloads of plus or minus the scale of this block."""
+    """Write to ``work`` the sum over all payloads of plus or minus their scale of this block."""
     length = work.size // 8
     for part in range(bits.shape[0]):
         scale = scales[part, index]
@@ -69,28 +77,28 @@ def _sum_signs(bits, scales, index, work):
                     values[i] += -scale if packed[i] & bit else scale
 
 
-@_jit
+@jit
 def sign_mean(bits, scales, block, add, out):
     work = np.empty(block, out.dtype)
     _sign_mean(*borrow(bits, scales, out, work), block, add)
     keep(work)
 
 
-@_lent
+@jit_borrowed
 def _sign_mean(bits, scales, out, work, block, add):
     for index in range(scales.shape[1]):
         _sum_signs(bits, scales, index, work)
-        _store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
+        store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
 
 
-@_jit
+@jit
 def sign_vote(bits, weights, block, add, out):
     work = np.empty(block, out.dtype)
     _sign_vote(*borrow(bits, weights, out, work), block, add)
     keep(work)
 
 
-@_lent
+@jit_borrowed
 def _sign_vote(bits, weights, out, work, block, add):
     real = out.dtype.type
     for index in range(weights.shape[1]):
@@ -104,13 +112,12 @@ def _sign_vote(bits, weights, out, work, block, add):
                 values[i] = real(work[i] > 0) - real(work[i] < 0)
 
 
-@_jit
+@jit
 def take_two_means(matrix, means):
-    """The mean of each row's negative entries and that of its others, taken out of them."""
     _take_two_means(*borrow(matrix, means))
 
 
-@_lent
+@jit_borrowed
 def _take_two_means(matrix, means):
     for row in range(matrix.shape[0]):
         below, above = _two_means(matrix[row])
@@ -120,7 +127,7 @@ def _take_two_means(matrix, means):
             values[i] -= below if values[i] < 0 else above
 
 
-@_reordered
+@jit_reordered
 def _two_means(values):
     real = values.dtype.type
     below, above, count = real(0), real(0), 0
@@ -132,20 +139,19 @@ def _two_means(values):
     return below / real(max(count, 1)), above / real(max(values.size - count, 1))
 
 
-@_jit
+@jit
 def add_two_means(bits, block, start, means, matrix):
-    """Add each entry's mean, by its sign: bit ``start`` of the blocks' planes belongs to the matrix's first entry."""
     _add_two_means(*borrow(bits, means, matrix), block, start)
 
 
-@_lent
+@jit_borrowed
 def _add_two_means(bits, means, matrix, block, start):
     length = block // 8
     place = start
     for row in range(matrix.shape[0]):
         below, above = means[0, row], means[1, row]
         first = 0
-        while first < matrix.shape[1]:  # by stretches of one plane, whose bytes are neighbours
+        while first < matrix.shape[1]:  # a run of entries whose bits are in one plane, in neighboring bytes
             plane, byte = place % block // length, place % length
             values = matrix[row][first : first + length - byte]
             packed = bits[place // block * length + byte :]

@@ -1,16 +1,20 @@
-"""The compiled loops of sparsification, in the manner of those in ``loops``."""
+"""The compiled loops of sparsification."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from disttrain.kernels.cpu.intrinsics import LANES, add_and_compare, lowest_bit
-from disttrain.kernels.cpu.loops import _jit
+from disttrain.kernels.cpu.loops_common import jit
 
 
-@_jit
+@jit
 def collect(grad, residual, total, threshold, indices, values):
-    """``total = grad + residual``; all that reach the threshold, as far as they fit; how many there are."""
+    """Write ``grad + residual`` to ``total``, and the entries that reach the threshold, as far as they fit.
+
+    Returns:
+        The number of entries that reach the threshold.
+    """
     count, capacity = 0, indices.size
     whole = grad.size // LANES * LANES
     for start in range(0, whole, LANES):
@@ -35,7 +39,7 @@ def collect(grad, residual, total, threshold, indices, values):
     return count
 
 
-@_jit
+@jit
 def sample(grad, residual, stride, sample):
     for run in range(sample.shape[0]):
         for i in range(sample.shape[1]):
@@ -45,28 +49,29 @@ def sample(grad, residual, stride, sample):
             sample[run, i] = abs(value)
 
 
-@_jit
-def pick(total, has_rest, indices, magnitude, kth, num_equal, values, chosen):
+@jit
+def select(total, clear, indices, magnitude, kth, num_equal, values, chosen):
+    """Take the entries of a magnitude above ``kth``, and the first ``num_equal`` of that magnitude."""
     count = 0
     for i in range(indices.size):
         if magnitude[i] > kth or (magnitude[i] == kth and num_equal > 0):
             if magnitude[i] == kth:
                 num_equal -= 1
-            place = indices[i]
-            chosen[count] = place
-            values[count] = total[place]
-            if has_rest:
-                total[place] = 0
+            index = indices[i]
+            chosen[count] = index
+            values[count] = total[index]
+            if clear:
+                total[index] = 0
             count += 1
 
 
-@_jit
-def clear(total, indices):
+@jit
+def set_zero(total, indices):
     for i in range(indices.size):
         total[indices[i]] = 0
 
 
-@_jit
+@jit
 def scatter(values, indices, share, out):
     for i in range(values.size):
         out[indices[i]] += values[i] * share

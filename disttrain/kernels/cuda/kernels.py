@@ -1,9 +1,9 @@
 """The kernels for GPUs, in Triton: few passes over memory.
 
-This file turns tensors into launches; what runs is in ``tiles`` and ``tiles_low_rank``. What is missing here, and
-widths or blocks that do not suit tiles, runs as the reference in torch on the GPU; so do PowerSGD's products, for which
-cuBLAS is there. Results are the reference's (on a CPU) to the bit, but for sums, whose order is another, for what
-follows from them, and for rests, of which the reference rounds some once less.
+This file converts tensors to launches; the programs are in ``tiles`` and ``tiles_low_rank``. Kernels that are missing
+here, and widths or blocks that do not suit tiles, run as the reference in torch on the GPU. So do PowerSGD's products,
+for which cuBLAS is there. Results are those of the reference on a CPU to the bit, except for sums, whose order differs,
+and for new residuals, some of which the reference rounds once less.
 """
 
 from __future__ import annotations
@@ -13,78 +13,56 @@ from collections.abc import Sequence
 
 import torch
 
+from disttrain.kernels.blocks import empty_codes, num_blocks
 from disttrain.kernels.cuda import tiles, tiles_low_rank
-from disttrain.kernels.reference import Kernels, Sizes, Tensor, num_blocks, search_for_largest
+from disttrain.kernels.factors import Sizes
+from disttrain.kernels.feedback import Feedback
+from disttrain.kernels.reference import Tensor
+from disttrain.kernels.threshold_search import ThresholdSearchKernels
 
 _MAGIC = {torch.float32: 1.5 * 2**23, torch.float64: 1.5 * 2**52}
-_TILE = 1024  # entries that a program works on at a time, where no block says so
-_EXACT = {"enable_fp_fusion": False}  # a product and a sum are rounded each, as torch does
+_TILE = 1024  # entries that a program processes at once, where no block determines it
+_EXACT = {"enable_fp_fusion": False}  # round products and sums separately, as torch does
 
 
-class CudaKernels(Kernels):
-    def take_largest(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        search = search_for_largest(grad.numel(), k)
-        if search is None:
-            return super().take_largest(grad, residual, rest, k)
-        share, capacity = search
-        threshold = self.estimate_threshold(grad, residual, share)
-        near, places, count = self._collect(grad, residual, rest, threshold, capacity, clear=False)
-        if not k <= count <= capacity:
-            total, owed = (grad, residual) if rest is None else (rest, None)
-            return super().take_largest(total, owed, rest, k)
-        values, chosen = super().take_largest(near[:count], None, None, k)
-        indices = places[chosen.long()]
-        if rest is not None:
-            rest[indices.long()] = 0
-        return values, indices
-
-    def take_above(
-        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, threshold: float, capacity: int
-    ) -> tuple[Tensor, Tensor, int]:
-        return self._collect(grad, residual, rest, threshold, capacity, clear=rest is not None)
-
+class CudaKernels(ThresholdSearchKernels):
     def _collect(
-        self,
-        grad: Tensor,
-        residual: Tensor | None,
-        rest: Tensor | None,
-        threshold: float,
-        capacity: int,
-        *,
-        clear: bool,
-    ) -> tuple[Tensor, Tensor, int]:
-        """``take_above``, which takes out of ``rest`` what it found only if told to.
-
-        Every tile counts what it has, so that each knows where its own begin: rising order, without any atomics.
-        """
+        self, grad: Tensor, feedback: Feedback | None, threshold: float, capacity: int, *, clear: bool
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        # A first pass counts the entries of each tile. The second one then knows where each tile's entries begin, and
+        # writes them in ascending order without atomics.
+        residual, total, has_residual, _ = _operands(grad, feedback)
         values, indices = grad.new_zeros(capacity), torch.zeros(capacity, dtype=torch.int32, device=grad.device)
         num_tiles = num_blocks(grad.numel(), _TILE)
         counts = torch.empty(num_tiles, dtype=torch.int32, device=grad.device)
         bound = torch.full((1,), threshold, dtype=grad.dtype, device=grad.device)
         tiles.count_above[(num_tiles,)](
-            grad, grad if residual is None else residual, grad if rest is None else rest, bound, counts, grad.numel(),
-            HAS_RESIDUAL=residual is not None, HAS_REST=rest is not None, TILE=_TILE, **_EXACT,
-        )  # fmt: skip
+            grad, residual, total, bound, counts, grad.numel(), HAS_RESIDUAL=has_residual, TILE=_TILE, **_EXACT
+        )
         ends = counts.cumsum(0)
-        total, owed = (grad, residual) if rest is None else (rest, None)
         tiles.write_above[(num_tiles,)](
-            total, total if owed is None else owed, bound, ends - counts, values, indices, grad.numel(), capacity,
-            HAS_RESIDUAL=owed is not None, CLEAR=clear, TILE=_TILE, **_EXACT,
-        )  # fmt: skip
-        return values, indices, int(ends[-1])
+            total, bound, ends - counts, values, indices, grad.numel(), capacity, CLEAR=clear, TILE=_TILE, **_EXACT
+        )
+        return total, values, indices, int(ends[-1])
+
+    def _select(self, total: Tensor, values: Tensor, indices: Tensor, k: int, *, clear: bool) -> tuple[Tensor, Tensor]:
+        largest, positions = self._largest(values, k, clear=False)
+        chosen = indices[positions.long()]
+        if clear:
+            total[chosen.long()] = 0
+        return largest, chosen
 
     def quantize(
-        self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, bits: int, block: int, seed: int | None
+        self, grad: Tensor, feedback: Feedback | None, bits: int, block: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        if not _suits(bits, block):
-            return super().quantize(grad, residual, rest, bits, block, seed)
-        count = num_blocks(grad.numel(), block)
-        codes = torch.empty(count * block * bits // 8, dtype=torch.uint8, device=grad.device)
-        scales = torch.empty(count, dtype=grad.dtype, device=grad.device)
-        tiles.quantize[(count,)](
-            grad, grad if residual is None else residual, grad if rest is None else rest, codes, scales, grad.numel(),
-            _signed(seed or 0), HAS_RESIDUAL=residual is not None, HAS_REST=rest is not None,
-            AT_RANDOM=seed is not None, TINY=torch.finfo(grad.dtype).tiny, MAGIC=_MAGIC[grad.dtype],
+        if not _suits_tiles(bits, block):
+            return super().quantize(grad, feedback, bits, block, seed)
+        residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
+        codes, scales = empty_codes(grad, bits, block)
+        tiles.quantize[(scales.numel(),)](
+            grad, residual, new_residual, codes, scales, grad.numel(), _signed(seed or 0),
+            HAS_RESIDUAL=has_residual, HAS_FEEDBACK=has_feedback, AT_RANDOM=seed is not None,
+            TINY=torch.finfo(grad.dtype).tiny, MAGIC=_MAGIC[grad.dtype],
             LEVELS=2 ** (bits - 1) - 1, BITS=bits, PLANES=8 // bits, LENGTH=block * bits // 8, **_EXACT,
         )  # fmt: skip
         return codes, scales
@@ -99,7 +77,7 @@ class CudaKernels(Kernels):
         *,
         add: bool = False,
     ) -> None:
-        if not _suits(bits, block):
+        if not _suits_tiles(bits, block):
             super().dequantize_mean(codes, scales, bits, block, out, add=add)
             return
         count = scales[0].numel()
@@ -108,22 +86,21 @@ class CudaKernels(Kernels):
             ADD=add, LEVELS=2 ** (bits - 1) - 1, BITS=bits, PLANES=8 // bits, LENGTH=block * bits // 8, **_EXACT,
         )  # fmt: skip
 
-    def sign(self, grad: Tensor, residual: Tensor | None, rest: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-        if not _suits(1, block):
-            return super().sign(grad, residual, rest, block)
-        count = num_blocks(grad.numel(), block)
-        bits = torch.empty(count * block // 8, dtype=torch.uint8, device=grad.device)
-        scales = torch.empty(count, dtype=grad.dtype, device=grad.device)
-        tiles.sign[(count,)](
-            grad, grad if residual is None else residual, grad if rest is None else rest, bits, scales, grad.numel(),
-            HAS_RESIDUAL=residual is not None, HAS_REST=rest is not None, LENGTH=block // 8, **_EXACT,
+    def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        if not _suits_tiles(1, block):
+            return super().sign(grad, feedback, block)
+        residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
+        bits, scales = empty_codes(grad, 1, block)
+        tiles.sign[(scales.numel(),)](
+            grad, residual, new_residual, bits, scales, grad.numel(),
+            HAS_RESIDUAL=has_residual, HAS_FEEDBACK=has_feedback, LENGTH=block // 8, **_EXACT,
         )  # fmt: skip
         return bits, scales
 
     def sign_mean(
         self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
-        if not _suits(1, block):
+        if not _suits_tiles(1, block):
             super().sign_mean(bits, scales, block, out, add=add)
             return
         count = scales[0].numel()
@@ -141,8 +118,8 @@ class CudaKernels(Kernels):
         orthonormal = torch.zeros_like(factor)
         strengths = factor.new_empty(sum(rank for rank, _ in sizes), dtype=torch.float64)
         plan = _plan(tuple(sizes), factor.device)
-        mirrors = self.scale_factor(factor, sizes)
-        tiles_low_rank.orthogonalize[(len(sizes),)](mirrors, orthonormal, strengths, plan, TILE=_TILE, **_EXACT)
+        reflectors = self.scale_factor(factor, sizes)
+        tiles_low_rank.orthogonalize[(len(sizes),)](reflectors, orthonormal, strengths, plan, TILE=_TILE, **_EXACT)
         return orthonormal
 
     def fill_zero_rows(self, factor: Tensor, other: Tensor, sizes: Sizes) -> Tensor:
@@ -154,15 +131,26 @@ class CudaKernels(Kernels):
         return filled
 
 
+def _operands(grad: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor, bool, bool]:
+    """Return (residual, new residual, whether there is a residual, whether there is feedback).
+
+    ``grad`` takes the place of tensors that do not exist, since a launch needs a pointer.
+    """
+    if feedback is None:
+        return grad, grad, False, False
+    residual, new_residual = feedback
+    return grad if residual is None else residual, new_residual, residual is not None, True
+
+
 def _signed(seed: int) -> int:
-    """The lowest 32 bits as a signed number: Triton compiles anew for an integer that needs more."""
+    """Return the lowest 32 bits as a signed number: Triton would recompile for an integer that needs more bits."""
     seed &= 0xFFFFFFFF
     return seed - 2**32 if seed >= 2**31 else seed
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(first entry, rank, size, ranks before) of each factor, int64, on the device."""
+    """Return (first entry, rank, size, sum of the ranks before) of each factor, int64, on the device."""
     rows, start, before = [], 0, 0
     for rank, size in sizes:
         rows.append((start, rank, size, before))
@@ -171,6 +159,6 @@ def _plan(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _suits(bits: int, block: int) -> bool:
-    """Tiles have powers of two as sides, and one program should hold a block in its registers."""
+def _suits_tiles(bits: int, block: int) -> bool:
+    """Whether a block makes a tile: its sides must be powers of two, and it should fit a program's registers."""
     return bits in (1, 2, 4, 8) and block & (block - 1) == 0 and 8 <= block <= 8192

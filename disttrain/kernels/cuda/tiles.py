@@ -1,8 +1,8 @@
-"""What the GPU runs, compiled by Triton: a program works on one tile of a vector.
+"""The programs that run on the GPU, compiled by Triton. Each processes one tile of a vector.
 
-A block of codes is a tile (PLANES, LENGTH): its rows are the planes of the packed form. Numbers that change from step
-to step, or from bucket to bucket, have one compiled form, so that a rehearsal is the last time that anything is
-compiled; ``numel`` has two, since vectors of a multiple of 16 can be read 16 bytes at a time.
+A block of codes is a tile (PLANES, LENGTH), whose rows are the planes of the packed form. Triton does not specialize on
+numbers that change from step to step or from bucket to bucket, so that nothing is compiled after the first run. It does
+specialize on ``numel``, since vectors of a multiple of 16 entries can be read 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _load(grad, residual, offsets, inside, HAS_RESIDUAL: tl.constexpr):
 
 @triton.jit
 def _divide(a, b):
-    """Rounded as IEEE 754 has it; Triton's own division of float32 is not."""
+    """Divide with IEEE 754 rounding, which Triton's own division of float32 does not have."""
     if a.dtype == tl.float32:
         return tl.div_rn(a, b)
     return a / b
@@ -36,39 +36,37 @@ def _reaches(values, bound):
 
 @_jit
 def count_above(
-    grad, residual, rest, bound, counts, numel,
-    HAS_RESIDUAL: tl.constexpr, HAS_REST: tl.constexpr, TILE: tl.constexpr,
+    grad, residual, total, bound, counts, numel, HAS_RESIDUAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     offsets = index * TILE + tl.arange(0, TILE)
     inside = offsets < numel
     values = _load(grad, residual, offsets, inside, HAS_RESIDUAL)
-    if HAS_REST:
-        tl.store(rest + offsets, values, mask=inside)
+    if HAS_RESIDUAL:
+        tl.store(total + offsets, values, mask=inside)
     tl.store(counts + index, tl.sum(_reaches(values, bound).to(tl.int32), axis=0))
 
 
 @_jit
 def write_above(
-    total, residual, bound, starts, found_values, found_indices, numel, capacity,
-    HAS_RESIDUAL: tl.constexpr, CLEAR: tl.constexpr, TILE: tl.constexpr,
+    total, bound, starts, found_values, found_indices, numel, capacity, CLEAR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     offsets = index * TILE + tl.arange(0, TILE)
-    values = _load(total, residual, offsets, offsets < numel, HAS_RESIDUAL)
+    values = tl.load(total + offsets, mask=offsets < numel, other=0.0)
     found = _reaches(values, bound)
-    place = tl.load(starts + index) + tl.cumsum(found.to(tl.int32), axis=0) - 1
-    taken = found & (place < capacity)
-    tl.store(found_values + place, values, mask=taken)
-    tl.store(found_indices + place, offsets.to(tl.int32), mask=taken)
+    rank = tl.load(starts + index) + tl.cumsum(found.to(tl.int32), axis=0) - 1
+    taken = found & (rank < capacity)
+    tl.store(found_values + rank, values, mask=taken)
+    tl.store(found_indices + rank, offsets.to(tl.int32), mask=taken)
     if CLEAR:
         tl.store(total + offsets, tl.zeros_like(values), mask=taken)
 
 
 @_jit
 def quantize(
-    grad, residual, rest, codes, scales, numel, seed,
-    HAS_RESIDUAL: tl.constexpr, HAS_REST: tl.constexpr, AT_RANDOM: tl.constexpr,
+    grad, residual, new_residual, codes, scales, numel, seed,
+    HAS_RESIDUAL: tl.constexpr, HAS_FEEDBACK: tl.constexpr, AT_RANDOM: tl.constexpr,
     TINY: tl.constexpr, MAGIC: tl.constexpr,
     LEVELS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +95,8 @@ def quantize(
     packed = tl.sum((rounded + LEVELS).to(tl.int32) << (plane * BITS), axis=0)
     tl.store(codes + index * LENGTH + tl.arange(0, LENGTH), packed.to(tl.uint8))
     tl.store(scales + index, scale)
-    if HAS_REST:
-        tl.store(rest + offsets, values - rounded * scale, mask=inside)
+    if HAS_FEEDBACK:
+        tl.store(new_residual + offsets, values - rounded * scale, mask=inside)
 
 
 @_jit
@@ -129,8 +127,8 @@ def _store_mean(out, total, count, offsets, inside, ADD: tl.constexpr):
 
 @_jit
 def sign(
-    grad, residual, rest, bits, scales, numel,
-    HAS_RESIDUAL: tl.constexpr, HAS_REST: tl.constexpr, LENGTH: tl.constexpr,
+    grad, residual, new_residual, bits, scales, numel,
+    HAS_RESIDUAL: tl.constexpr, HAS_FEEDBACK: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     plane = tl.arange(0, 8)[:, None]
@@ -143,8 +141,8 @@ def sign(
     packed = tl.sum(negative.to(tl.int32) << plane, axis=0)
     tl.store(bits + index * LENGTH + tl.arange(0, LENGTH), packed.to(tl.uint8))
     tl.store(scales + index, scale)
-    if HAS_REST:
-        tl.store(rest + offsets, values - tl.where(negative, -scale, scale), mask=inside)
+    if HAS_FEEDBACK:
+        tl.store(new_residual + offsets, values - tl.where(negative, -scale, scale), mask=inside)
 
 
 @_jit

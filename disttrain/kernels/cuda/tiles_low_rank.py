@@ -1,6 +1,7 @@
-"""What the GPU runs for PowerSGD, compiled by Triton: a program has a factor, (rank, size), or a row of one to itself.
+"""The programs that run on the GPU for PowerSGD, compiled by Triton. Each processes a factor (rank, size), or a row.
 
-Threads meet at a barrier wherever one may read what another wrote; the interpreter, which has one thread, misses none.
+A barrier separates a write from the reads of other threads. The interpreter has one thread, so it cannot tell whether a
+barrier is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _copy_divided(source, target, begin, end, divisor, TILE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, begin, end, TILE: tl.constexpr):
-    """In float64, or rows as long as a vocabulary would be orthogonal to three digits only."""
+    """Return the dot product, in float64: in float32 long rows would be orthogonal only to three digits."""
     total = tl.zeros((TILE,), dtype=tl.float64)
     for start in range(begin, end, TILE):
         place = start + tl.arange(0, TILE)
@@ -47,8 +48,8 @@ def _dot(a, b, begin, end, TILE: tl.constexpr):
 
 
 @triton.jit
-def _make_mirror(row, first, size, TILE: tl.constexpr):
-    """The row becomes the mirror that reflects it into its first axis; 2 / |mirror|^2, or 0 if there is nothing."""
+def _make_reflector(row, first, size, TILE: tl.constexpr):
+    """Turn ``row`` into the vector that reflects it to its first axis; return 2 / |vector|^2, or 0 for zeros."""
     largest = _largest(row, first, size, TILE)
     tl.debug_barrier()
     _copy_divided(row, row, first, size, tl.where(largest > 0, largest, 1.0), TILE)
@@ -63,27 +64,28 @@ def _make_mirror(row, first, size, TILE: tl.constexpr):
 
 
 @triton.jit
-def _reflect(mirror, strength, row, first, size, TILE: tl.constexpr):
-    part = (strength * _dot(mirror, row, first, size, TILE)).to(row.dtype.element_ty)
+def _reflect(reflector, strength, row, first, size, TILE: tl.constexpr):
+    part = (strength * _dot(reflector, row, first, size, TILE)).to(row.dtype.element_ty)
     tl.debug_barrier()
     for start in range(first, size, TILE):
         place = start + tl.arange(0, TILE)
         inside = place < size
-        values = tl.load(row + place, mask=inside, other=0.0) - part * tl.load(mirror + place, mask=inside, other=0.0)
-        tl.store(row + place, values, mask=inside)
+        values = tl.load(row + place, mask=inside, other=0.0)
+        removed = part * tl.load(reflector + place, mask=inside, other=0.0)
+        tl.store(row + place, values - removed, mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit
 def orthogonalize(factor, orthonormal, strengths, plan, TILE: tl.constexpr):
-    """By Householder's reflections, as on the CPU; ``factor`` is used up, ``orthonormal`` comes as zeros."""
+    """Use Householder reflections, as on the CPU. Overwrites ``factor``; ``orthonormal`` must be zeros."""
     start, rank, size, before = _find_factor(plan)
-    mirrors, spanning = factor + start, orthonormal + start
+    reflectors, spanning = factor + start, orthonormal + start
     for k in range(rank):
-        strength = _make_mirror(mirrors + k * size, k, size, TILE)
+        strength = _make_reflector(reflectors + k * size, k, size, TILE)
         tl.store(strengths + before + k, strength)
         for j in range(k + 1, rank):
-            _reflect(mirrors + k * size, strength, mirrors + j * size, k, size, TILE)
+            _reflect(reflectors + k * size, strength, reflectors + j * size, k, size, TILE)
     tl.debug_barrier()
     for done in range(rank):
         k = rank - 1 - done
@@ -91,7 +93,7 @@ def orthogonalize(factor, orthonormal, strengths, plan, TILE: tl.constexpr):
         tl.store(spanning + k * size + k, 1.0)
         tl.debug_barrier()
         for j in range(k, rank):
-            _reflect(mirrors + k * size, strength, spanning + j * size, k, size, TILE)
+            _reflect(reflectors + k * size, strength, spanning + j * size, k, size, TILE)
 
 
 @triton.jit

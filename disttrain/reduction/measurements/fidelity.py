@@ -11,8 +11,6 @@ import torch
 from disttrain.collectives import AllGather, AllReduce, Result
 from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
-from disttrain.compression import Dense
-from disttrain.compression.flush import OWED
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.measurements.meter import STATISTICS
@@ -58,7 +56,7 @@ class FidelityMeter:
         return self._measures_cosine or (self._every is not None and (step + 1) % self._every == 0)
 
     def before_exchange(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
-        if isinstance(bucket.current_compressor, Dense):
+        if bucket.current_compressor.is_lossless:
             return
         self._own[bucket] = _squares(bucket.description.split(flat))
         if self._measures_cosine:
@@ -113,8 +111,8 @@ def _residuals(bucket: GradientBucket) -> tuple[torch.Tensor, torch.Tensor]:
     """Return, by parameter, the squared norm of this rank's residual, and 1 if it keeps one."""
     names = bucket.description.names
     squares, owners = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for parameter, name, view, _ in bucket.state.slices(names, is_settled=False):
-        if name in OWED and view.numel():
+    for parameter, name, view, _ in bucket.state.slices(names, is_committed=False):
+        if name in bucket.state.residuals and view.numel():
             squares[parameter] += float(torch.linalg.vector_norm(view, dtype=torch.float64)) ** 2
             owners[parameter] = 1.0
     return tuple(torch.tensor(list(numbers.values()), dtype=torch.float64) for numbers in (squares, owners))  # type: ignore[return-value]

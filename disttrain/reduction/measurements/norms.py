@@ -11,7 +11,6 @@ import torch
 from disttrain.collectives import AllGather, AllReduce, Result
 from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
-from disttrain.compression import Dense
 from disttrain.reduction.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.measurements.meter import STATISTICS
@@ -120,7 +119,7 @@ class NormMeter:
 
 def _is_dense(bucket: GradientBucket) -> bool:
     """Whether the mean is that of the gradients alone; dense steps that flush residuals add to it."""
-    return type(bucket.current_compressor) is Dense
+    return bucket.current_compressor.sends_gradient_only
 
 
 def _square(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -254,7 +254,7 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "rank above all matrices": (
         ["compressor.rank=7", "compressor.min_numel=1"],
-        "rank=7 is more than any matrix has rows or columns, the most being 6",
+        "rank=7 exceeds the rows or columns of every matrix (at most 6)",
     ),
     "no data": (["task.num_samples=0"], "TensorData is empty"),
     "held-out data without a sample": (

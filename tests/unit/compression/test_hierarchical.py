@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from torch import nn
 
 from disttrain import DistributedOptimizer, compression
-from disttrain.collectives import Collective, sent_bytes
+from disttrain.collectives import AllReduce, Collective, sent_bytes
 from disttrain.comm import Communicator, simulate
-from disttrain.compression import Bucket, Codec, State, hierarchical
+from disttrain.compression import Bucket, Codec, Compressor, Dense, Program, State, hierarchical
 from disttrain.compression.base import Hierarchy
 from disttrain.errors import UserError
 from disttrain.reduction.exchange import Exchange, finish
@@ -114,11 +116,11 @@ def test_replicas_are_bit_identical_and_nothing_is_lost(case: dict[str, Any], wo
     for index, shape in enumerate(SHAPES):
         held = [views[index] for state in states if (views := by_parameter(state, "residual"))[index].numel()]
         assert len(held) == num_nodes, "one rank of each node owns the parameter"
-        owed = torch.stack(held).mean(0)
+        residual = torch.stack(held).mean(0)
         if "server_residual" in states[0].tensors:
-            owed = owed + torch.cat([by_parameter(state, "server_residual")[index] for state in states])
-        assert owed.numel() == math.prod(shape)
-        pending.append(owed)
+            residual = residual + torch.cat([by_parameter(state, "server_residual")[index] for state in states])
+        assert residual.numel() == math.prod(shape)
+        pending.append(residual)
     sent = torch.stack(results[0][0]).sum(0)
     torch.testing.assert_close(
         sent + torch.cat(pending), total_gradient(world_size, 5) / world_size, rtol=0, atol=1e-12
@@ -143,14 +145,11 @@ def test_bytes_between_nodes_are_those_of_the_compressor_on_a_nodes_mean(
         across = [collective for collective in started if collective.group == "across"]
         assert [collective.group for collective in started] == ["node", *["across"] * len(across), "node"]
         sent = sum(sent_bytes(collective, num_nodes, rank // local_size) for collective in across)
-        plan = hierarchical._plan(
-            compressor,
-            Bucket(
-                NAMES, SHAPES, torch.float64, torch.device("cpu"), rank, world_size,
-                Hierarchy(rank % local_size, local_size, rank // local_size, num_nodes),
-            ),
-        )  # fmt: skip
-        own = plan.parts[rank % local_size]
+        hierarchy = Hierarchy(rank % local_size, local_size, rank // local_size, num_nodes)
+        parts = hierarchical._split(
+            Bucket(NAMES, SHAPES, torch.float64, torch.device("cpu"), rank, world_size, hierarchy)
+        )
+        own = parts[rank % local_size]
         assert own is not None
         match case:
             case {"name": "dense"}:
@@ -165,7 +164,7 @@ def test_bytes_between_nodes_are_those_of_the_compressor_on_a_nodes_mean(
                 assert isinstance(compressor, Codec)
                 assert sent == compressor.payload_bytes(own.bucket)
         first, *_, last = started
-        places = sum(plan.parts[i].bucket.numel for i in range(local_size) if i != rank % local_size)  # type: ignore[union-attr]
+        places = sum(parts[i].bucket.numel for i in range(local_size) if i != rank % local_size)  # type: ignore[union-attr]
         assert sent_bytes(first, local_size, rank % local_size) == 8 * places
         assert sent_bytes(last, local_size, rank % local_size) == 8 * own.bucket.numel
         assert all(
@@ -190,6 +189,54 @@ def test_one_rank_a_node_is_the_plain_compressor_and_one_node_is_dense(
         assert torch.equal(means[0], simulate(world_size, plain)[0])
     else:
         torch.testing.assert_close(means[0], total_gradient(world_size, 1) / world_size, rtol=0, atol=1e-14)
+
+
+class Undeclared(Dense):
+    """Two rounds for parameters of an even size, one for others, and no ``num_rounds``."""
+
+    num_rounds = Compressor.num_rounds
+
+    def reduce(self, grad: torch.Tensor, bucket: Bucket, state: State) -> Program:
+        if bucket.numel % 2 == 0:
+            yield AllReduce(grad.new_zeros(1))
+        mean = yield AllReduce(grad, op="mean")
+        return mean, {}
+
+
+class Wrong(Undeclared):
+    def num_rounds(self, bucket: Bucket) -> int:
+        return 1
+
+
+def run_one_step(compressor: Compressor) -> list[torch.Tensor]:
+    def run(comm: Communicator) -> torch.Tensor:
+        bucket = make_bucket(comm, ((3, 5), (4, 6)))
+        state = hierarchical.init_state(compressor, bucket)
+        grad = torch.full((bucket.numel,), float(comm.rank), dtype=torch.float64)
+        ((_, (mean, _)),) = finish([Exchange(hierarchical.reduce(compressor, grad, bucket, state), Ledger(comm))])
+        return mean.clone()
+
+    return simulate(4, run, local_size=2)
+
+
+def test_a_compressor_that_does_not_declare_its_rounds_is_run_to_find_them() -> None:
+    for mean in run_one_step(Undeclared()):
+        assert torch.equal(mean, torch.full_like(mean, 1.5))
+
+
+def test_declaring_too_few_rounds_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="took 2 rounds; its num_rounds\\(\\) says 1"):
+        run_one_step(Wrong())
+
+
+def test_no_cache_keeps_buckets_alive() -> None:
+    bucket = Bucket(NAMES, SHAPES, torch.float32, torch.device("cpu"), 0, 4, Hierarchy(0, 2, 0, 2))
+    reference = weakref.ref(bucket)
+    state = hierarchical.init_state(compression.TopK(), bucket)
+    assert state.residuals
+    del bucket, state
+    gc.collect()
+    assert reference() is None
 
 
 def test_ownership_is_balanced_and_spread() -> None:

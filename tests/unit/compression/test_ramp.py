@@ -62,11 +62,11 @@ def test_replicas_are_alike_and_nothing_is_lost_on_the_way(case: dict[str, Any],
     ranks = Ranks.make(case, world_size, SHAPES)
     means = ranks.steps(STEPS + 4)
     assert all(torch.equal(mean, step[0]) for step in means for mean in step)
-    owed = sum(state.residual for state in ranks.states) / world_size
+    residual = sum(state.residual for state in ranks.states) / world_size
     if "server_residual" in ranks.states[0].tensors:
-        owed = owed + torch.cat([state.server_residual for state in ranks.states])
+        residual = residual + torch.cat([state.server_residual for state in ranks.states])
     given = sum(gradient(step, rank, ranks.numel) for step in range(STEPS + 4) for rank in range(world_size))
-    torch.testing.assert_close(sum(step[0] for step in means) + owed, given / world_size, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sum(step[0] for step in means) + residual, given / world_size, rtol=0, atol=1e-10)
 
 
 def test_topk_sends_what_the_ratio_of_the_step_says() -> None:
@@ -106,9 +106,9 @@ def test_a_growing_rank_reaches_what_the_full_rank_reaches() -> None:
     ranks = Ranks.make({"name": "powersgd", "rank": 4, "rank_ramp": {"start": 1, "steps": 3}}, 1, ((40, 40),))
     for _ in range(8):
         (mean,) = ranks.step([matrix])
-    owed = ranks.states[0].residual
+    residual = ranks.states[0].residual
     torch.testing.assert_close(mean, matrix, rtol=0, atol=1e-8)
-    assert owed.norm() < 1e-8 * matrix.norm()
+    assert residual.norm() < 1e-8 * matrix.norm()
 
 
 def test_a_resumed_run_goes_on_where_the_ramp_was() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from disttrain.kernels import Kernels
-from disttrain.kernels.reference import join_factor, split_factor
+from disttrain.kernels.factors import join_factor, split_factor
 
 
 def check_orthogonalize(kernels: Kernels, dtype: torch.dtype, device: torch.device, *, longest: int) -> None:

@@ -14,8 +14,8 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
+from disttrain.kernels import Feedback, Kernels  # noqa: E402
 from disttrain.kernels.cuda.kernels import CudaKernels  # noqa: E402
-from disttrain.kernels.reference import Kernels  # noqa: E402
 from tests.unit.kernels.orthonormal_checks import check_orthogonalize  # noqa: E402
 
 pytestmark = pytest.mark.timeout(300)  # the interpreter is slow
@@ -35,32 +35,43 @@ def ties(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 1024, 5000])
-@pytest.mark.parametrize(("owes", "keeps"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("has_residual", "has_feedback"), [(False, False), (False, True), (True, True)], ids=["none", "in place", "both"]
+)
 @pytest.mark.parametrize("make", [vector, ties])
 def test_sparsification_is_the_reference(
-    make: Callable[[int, torch.dtype, int], torch.Tensor], numel: int, owes: bool, keeps: bool, dtype: torch.dtype
+    make: Callable[[int, torch.dtype, int], torch.Tensor],
+    numel: int,
+    has_residual: bool,
+    has_feedback: bool,
+    dtype: torch.dtype,
 ) -> None:
-    grad, residual = make(numel, dtype, 0), make(numel, dtype, 1) if owes else None
+    grad, residual = make(numel, dtype, 0), make(numel, dtype, 1) if has_residual else None
     total = grad if residual is None else grad + residual
 
+    def run(kernels: Kernels, name: str, device: torch.device, *arguments: float) -> list[object]:
+        """What is returned, and the new residual."""
+        own = grad.to(device, copy=True)
+        feedback = None
+        if has_feedback and residual is None:
+            feedback = Feedback.in_place(own)
+        elif residual is not None:
+            feedback = Feedback(residual.to(device, copy=True), torch.full_like(own, math.nan))
+        found = list(getattr(kernels, name)(own, feedback, *arguments))
+        if feedback is None or feedback.residual is not None:
+            assert torch.equal(own.cpu(), grad)
+        if feedback is not None:
+            found.append(feedback.new_residual)
+        if feedback is not None and feedback.residual is not None and residual is not None:
+            assert torch.equal(feedback.residual.cpu(), residual)
+            # The gradient may also be where the new residual goes.
+            again = getattr(kernels, name)(own, feedback._replace(new_residual=own), *arguments)
+            assert_same([*again, own], found)
+        return found
+
     def check(name: str, *arguments: float) -> None:
-        rests = [torch.full_like(grad, math.nan, device=device) if keeps else None for device in ("cpu", DEVICE)]
-        own_grad = grad.to(DEVICE, copy=True)
-        own_residual = None if residual is None else residual.to(DEVICE, copy=True)
-        expected = getattr(REFERENCE, name)(grad, residual, rests[0], *arguments)
-        found = getattr(KERNELS, name)(own_grad, own_residual, rests[1], *arguments)
-        for own, other in zip((*found, rests[1]), (*expected, rests[0]), strict=True):
-            assert torch.equal(own.cpu(), other) if isinstance(own, torch.Tensor) else own == other
-        assert torch.equal(own_grad.cpu(), grad)
-        assert residual is None or own_residual is None or torch.equal(own_residual.cpu(), residual)
-        if keeps:  # the rest may take the place of either
-            again = getattr(KERNELS, name)(own_grad, own_residual, own_grad, *arguments)
-            assert torch.equal(again[1].cpu(), expected[1])
-            assert rests[0] is None or torch.equal(own_grad.cpu(), rests[0])
-        if keeps and residual is not None:
-            again = getattr(KERNELS, name)(grad.to(DEVICE, copy=True), own_residual, own_residual, *arguments)
-            assert torch.equal(again[0].cpu(), expected[0])
-            assert rests[0] is None or own_residual is None or torch.equal(own_residual.cpu(), rests[0])
+        expected = run(REFERENCE, name, torch.device("cpu"), *arguments)
+        assert_same(run(KERNELS, name, DEVICE, *arguments), expected)
 
     for k in {1, max(1, numel // 100), max(1, numel // 10), numel}:
         check("take_largest", k)
@@ -70,9 +81,17 @@ def test_sparsification_is_the_reference(
             check("take_above", threshold, capacity)
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+def assert_same(found: list[object], expected: list[object]) -> None:
+    for own, other in zip(found, expected, strict=True):
+        if isinstance(own, torch.Tensor) and isinstance(other, torch.Tensor):
+            assert torch.equal(own.cpu(), other.cpu())
+        else:
+            assert own == other
+
+
+@pytest.mark.parametrize("has_feedback", [False, True])
 @pytest.mark.parametrize("wanted", ["too few", "too many"])
-def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for(wanted: str, keeps: bool) -> None:
+def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for(wanted: str, has_feedback: bool) -> None:
     if wanted == "too few":
         # Every other run of 16 is sampled, and there are the 600 entries that are taken for all.
         k, grad = 960, torch.zeros(8192)
@@ -83,22 +102,20 @@ def test_a_threshold_that_finds_too_few_or_too_many_is_made_up_for(wanted: str, 
         found_at_most, found_at_least = 8192, 2 * k + 1025
     threshold = REFERENCE.estimate_threshold(grad, None, 1.25 * k / grad.numel())
     assert found_at_least <= int((grad >= threshold).sum()) <= found_at_most, "the test is of no use"
-    rests = [torch.empty_like(grad, device=device) if keeps else None for device in ("cpu", DEVICE)]
-    values, indices = REFERENCE.take_largest(grad, None, rests[0], k)
-    own_values, own_indices = KERNELS.take_largest(grad.to(DEVICE), None, rests[1], k)
-    assert torch.equal(own_values.cpu(), values)
-    assert torch.equal(own_indices.cpu(), indices)
-    assert rests[0] is None or rests[1] is None or torch.equal(rests[1].cpu(), rests[0])
+    totals = [grad.clone(), grad.to(DEVICE, copy=True)]
+    values, indices = REFERENCE.take_largest(totals[0], Feedback.in_place(totals[0]) if has_feedback else None, k)
+    own = KERNELS.take_largest(totals[1], Feedback.in_place(totals[1]) if has_feedback else None, k)
+    assert_same([*own, totals[1]], [values, indices, totals[0]])
 
 
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf])
 def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
     grad = vector(5000, torch.float32, 0).to(DEVICE)
     grad[::100] = spoilt
-    values, indices = KERNELS.take_largest(grad, None, grad.clone(), 7)
+    values, indices = KERNELS.take_largest(total := grad.clone(), Feedback.in_place(total), 7)
     assert (values.numel(), indices.numel()) == (7, 7)
-    values, indices, count = KERNELS.take_above(grad, None, grad.clone(), 0.5, 9)
-    expected = REFERENCE.take_above(grad.cpu(), None, grad.cpu().clone(), 0.5, 9)
+    values, indices, count = KERNELS.take_above(total := grad.clone(), Feedback.in_place(total), 0.5, 9)
+    expected = REFERENCE.take_above(total := grad.cpu().clone(), Feedback.in_place(total), 0.5, 9)
     assert torch.equal(values.cpu(), expected[0])
     assert torch.equal(indices.cpu(), expected[1])
     assert count == expected[2]
@@ -110,13 +127,14 @@ def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
 @pytest.mark.parametrize("seed", [None, 12345, 2**31 + 7])
 def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
-    rest, own_rest = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
-    codes, scales = REFERENCE.quantize(grad, residual, rest, bits, 64, seed)
-    own_codes, own_scales = KERNELS.quantize(grad.to(DEVICE), residual.to(DEVICE), own_rest, bits, 64, seed)
+    new_residual, own_new_residual = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
+    codes, scales = REFERENCE.quantize(grad, Feedback(residual, new_residual), bits, 64, seed)
+    own_feedback = Feedback(residual.to(DEVICE), own_new_residual)
+    own_codes, own_scales = KERNELS.quantize(grad.to(DEVICE), own_feedback, bits, 64, seed)
     assert torch.equal(own_codes.cpu(), codes)
     assert torch.equal(own_scales.cpu(), scales)
     # One rounding of entries up to 4, where the reference fuses a product and a sum.
-    torch.testing.assert_close(own_rest.cpu(), rest, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(own_new_residual.cpu(), new_residual, rtol=0, atol=4 * torch.finfo(dtype).eps)
     check_means("dequantize_mean", [codes, codes.flip(0)], [scales, scales], (bits, 64), torch.ones_like(grad))
 
 
@@ -124,15 +142,17 @@ def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtyp
 @pytest.mark.parametrize("numel", [1, 63, 64, 200])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_sign_is_the_reference(numel: int, with_residual: bool, dtype: torch.dtype) -> None:
-    grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1) if with_residual else None
-    rests = [torch.empty_like(grad, device=device) if with_residual else None for device in ("cpu", DEVICE)]
-    bits, scales = REFERENCE.sign(grad, residual, rests[0], 64)
-    owed = None if residual is None else residual.to(DEVICE)
-    own_bits, own_scales = KERNELS.sign(grad.to(DEVICE), owed, rests[1], 64)
+    grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
+    feedback, own_feedback = (
+        Feedback(residual.to(device), torch.empty_like(grad, device=device)) if with_residual else None
+        for device in ("cpu", DEVICE)
+    )
+    bits, scales = REFERENCE.sign(grad, feedback, 64)
+    own_bits, own_scales = KERNELS.sign(grad.to(DEVICE), own_feedback, 64)
     assert torch.equal(own_bits.cpu(), bits)
     torch.testing.assert_close(own_scales.cpu(), scales, rtol=1e-6, atol=0)
-    if rests[0] is not None and rests[1] is not None:
-        torch.testing.assert_close(rests[1].cpu(), rests[0], rtol=1e-5, atol=1e-6)
+    if feedback is not None and own_feedback is not None:
+        torch.testing.assert_close(own_feedback.new_residual.cpu(), feedback.new_residual, rtol=1e-5, atol=1e-6)
     check_means("sign_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
 
 

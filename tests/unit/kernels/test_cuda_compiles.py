@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
+from disttrain.kernels import Feedback
 from disttrain.kernels.cuda import kernels as cuda
 
 dtypes = {}
@@ -41,12 +42,12 @@ JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compile, kernel
 kernels = cuda.CudaKernels()
 for dtype in (torch.float32, torch.float64):
     grad = torch.ones(8192, dtype=dtype)
-    for residual, rest in ((None, None), (grad, None), (grad, grad.clone())):
-        kernels.take_above(grad, residual, rest, 0.5, 100)
-        kernels.take_largest(grad, residual, rest, 100)
-        kernels.sign(grad, residual, rest, 4096)
+    for feedback in (None, Feedback.in_place(grad), Feedback(grad, grad.clone())):
+        kernels.take_above(grad, feedback, 0.5, 100)
+        kernels.take_largest(grad, feedback, 100)
+        kernels.sign(grad, feedback, 4096)
         for seed in (None, 3, 2**32 - 3):
-            kernels.quantize(grad, residual, rest, 8 if seed is None else 4, 2048, seed)
+            kernels.quantize(grad, feedback, 8 if seed is None else 4, 2048, seed)
     for add in (False, True):
         parts = [torch.ones(8192, dtype=torch.uint8)] * 3
         kernels.dequantize_mean(parts, [torch.ones(4, dtype=dtype)] * 3, 8, 2048, grad, add=add)

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disttrain.kernels import Kernels, for_device
-from disttrain.kernels.reference import widths
+from disttrain.kernels import Feedback, Kernels, for_device
+from disttrain.kernels.blocks import widths
 
 pytest.importorskip("numba")
 
@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[int, torch.Generator], torch.Tensor]] = {
     "denormal": lambda size, generator: torch.full((size,), 1e-310, dtype=torch.float64),
 }
 
-Sample = tuple[torch.Tensor, "torch.Tensor | None", bool]
+Sample = tuple[torch.Tensor, "torch.Tensor | None", bool]  # grad, residual, whether there is error feedback
 Returned = tuple[Any, ...]
 
 
@@ -44,32 +44,40 @@ def make(kind: str, size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tenso
 
 @pytest.fixture(params=[(kind, dtype) for kind in KINDS for dtype in DTYPES], ids=str)
 def samples(request: pytest.FixtureRequest) -> Iterator[Sample]:
-    """(grad, residual, whether to keep the rest), over all sizes."""
+    """Over all sizes: no feedback, feedback in place, feedback with a residual."""
     kind, dtype = request.param
     return iter(
         [
-            (make(kind, size, dtype), make(kind, size, dtype, 1) if owes else None, keeps)
+            (make(kind, size, dtype), make(kind, size, dtype, 1) if has_residual else None, has_feedback)
             for size in SIZES
-            for owes, keeps in ((False, False), (False, True), (True, True))
+            for has_residual, has_feedback in ((False, False), (False, True), (True, True))
         ]
     )
 
 
 def both(name: str, sample: Sample, *arguments: object) -> tuple[Returned, Returned]:
-    """What each backend returns, and the rest that it leaves."""
-    grad, residual, keeps = sample
+    """What each backend returns, and the new residual that it writes."""
+    grad, residual, has_feedback = sample
     results = []
     for kernels in (REFERENCE, FAST):
         own = grad.clone()
-        rest = torch.full_like(grad, math.nan) if keeps else None
-        results.append((*getattr(kernels, name)(own, residual, rest, *arguments), rest))
-        assert torch.equal(own, grad), f"{name} wrote into the gradient"
-    if keeps:  # the rest may take the place of what goes in
-        for place in ("grad",) if residual is None else ("grad", "residual"):
-            own, owed = grad.clone(), None if residual is None else residual.clone()
-            rest = own if place == "grad" else owed
-            assert_same(results[1], (*getattr(FAST, name)(own, owed, rest, *arguments), rest))
+        feedback = None
+        if has_feedback:
+            feedback = Feedback.in_place(own) if residual is None else feedback_of(residual.clone())
+        returned = getattr(kernels, name)(own, feedback, *arguments)
+        results.append((*returned, None if feedback is None else feedback.new_residual))
+        if feedback is None or feedback.residual is not None:
+            assert torch.equal(own, grad), f"{name} wrote into the gradient"
+        if feedback is not None and feedback.residual is not None:
+            assert torch.equal(feedback.residual, residual), f"{name} wrote into the residual"
+            own = grad.clone()  # which may also be where the new residual goes
+            returned = getattr(kernels, name)(own, feedback._replace(new_residual=own), *arguments)
+            assert_same(results[-1], (*returned, own))
     return results[0], results[1]
+
+
+def feedback_of(residual: torch.Tensor) -> Feedback:
+    return Feedback(residual, torch.full_like(residual, math.nan))
 
 
 def assert_same(reference: Returned, fast: Returned) -> None:
@@ -96,20 +104,20 @@ def test_take_largest(samples: Iterator[Sample]) -> None:
         for k in {1, max(1, size // 100), max(1, size // 10), size}:
             reference, fast = both("take_largest", sample, k)
             assert_same(reference, fast)
-            values, indices, rest = fast
+            values, indices, new_residual = fast
             assert values.numel() == k
             assert indices.dtype == torch.int32
             assert (indices.diff() > 0).all()
             assert torch.equal(values, total[indices.long()])
             assert torch.equal(values.abs().sort().values, total.abs().sort().values[size - k :])
-            assert rest is None or torch.equal(rest.index_add(0, indices.long(), values), total)
+            assert new_residual is None or torch.equal(new_residual.index_add(0, indices.long(), values), total)
 
 
 def test_take_largest_takes_the_first_of_equals() -> None:
     grad = torch.ones(5000)
     grad[4000:4010] = 2
     for kernels in (REFERENCE, FAST):
-        _, indices = kernels.take_largest(grad, None, None, 40)
+        _, indices = kernels.take_largest(grad, None, 40)
         assert indices.tolist() == [*range(30), *range(4000, 4010)]
 
 
@@ -120,12 +128,14 @@ def test_sizes_do_not_depend_on_values(size: int) -> None:
         grad = make("normal", size, torch.float32)
         grad[:: size // 50] = spoilt
         for kernels in (REFERENCE, FAST):
-            values, indices = kernels.take_largest(grad.clone(), None, grad.clone(), 7)
+            values, indices = kernels.take_largest(total := grad.clone(), Feedback.in_place(total), 7)
             assert (values.numel(), indices.numel()) == (7, 7)
             assert ((indices >= 0) & (indices < size)).all()
             for capacity in (9, size):
-                values, indices, count = kernels.take_above(grad.clone(), None, grad.clone(), 0.5, capacity)
-                expected = REFERENCE.take_above(grad.clone(), None, grad.clone(), 0.5, capacity)
+                values, indices, count = kernels.take_above(
+                    total := grad.clone(), Feedback.in_place(total), 0.5, capacity
+                )
+                expected = REFERENCE.take_above(total := grad.clone(), Feedback.in_place(total), 0.5, capacity)
                 assert_same((values, indices, count), expected)
             assert isinstance(kernels.estimate_threshold(grad, None, 0.1), float)
 
@@ -138,21 +148,23 @@ def test_take_above(samples: Iterator[Sample]) -> None:
             for capacity in {1, max(1, num_above - 1), num_above + 3, size}:
                 reference, fast = both("take_above", sample, threshold, capacity)
                 assert_same(reference, fast)
-                values, indices, count, rest = fast
+                values, indices, count, new_residual = fast
                 assert count == num_above
                 taken = min(count, capacity)
                 assert values.numel() == indices.numel() == capacity
                 assert not values[taken:].any()
                 assert not indices[taken:].any()
                 assert values[:taken].all()
-                assert rest is None or torch.equal(rest.index_add(0, indices.long(), values), total)
+                assert new_residual is None or torch.equal(new_residual.index_add(0, indices.long(), values), total)
 
 
 def test_estimate_threshold(samples: Iterator[Sample]) -> None:
     for grad, residual, _ in samples:
         for share in (0.01, 0.3, 1.0):
-            expected = REFERENCE.estimate_threshold(grad, residual, share)
-            assert FAST.estimate_threshold(grad, residual, share) == expected
+            feedback = None if residual is None else feedback_of(residual)
+            expected = REFERENCE.estimate_threshold(grad, feedback, share)
+            assert FAST.estimate_threshold(grad, feedback, share) == expected
+            assert feedback is None or feedback.new_residual.isnan().all()
             magnitudes = (grad if residual is None else grad + residual).abs()
             assert expected in magnitudes
 
@@ -161,13 +173,13 @@ def test_estimate_threshold(samples: Iterator[Sample]) -> None:
 def test_an_estimate_is_near(dtype: torch.dtype) -> None:
     grad, residual = make("normal", 300_000, dtype), make("normal", 300_000, dtype, 1)
     for share in (0.001, 0.01, 0.3):
-        threshold = REFERENCE.estimate_threshold(grad, residual, share)
+        threshold = REFERENCE.estimate_threshold(grad, feedback_of(residual), share)
         assert 0.8 <= float(((grad + residual).abs() >= threshold).double().mean()) / share <= 1.25
 
 
 def test_sparse_mean() -> None:
     for dtype in DTYPES:
-        parts = [REFERENCE.take_largest(make("normal", 1000, dtype, seed), None, None, 100) for seed in range(3)]
+        parts = [REFERENCE.take_largest(make("normal", 1000, dtype, seed), None, 100) for seed in range(3)]
         for add in (False, True):
             outs = [make("normal", 1000, dtype, 9) for _ in range(2)]
             for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
@@ -186,17 +198,22 @@ def test_sparse_mean() -> None:
 def test_quantize(samples: Iterator[Sample], bits: int, seed: int | None) -> None:
     for sample in samples:
         reference, fast = both("quantize", sample, bits, BLOCK, seed)
-        (codes, scales, rest), size = fast, len(sample[0])
+        (codes, scales, new_residual), size = fast, len(sample[0])
         assert torch.equal(reference[0], codes)
         assert torch.equal(reference[1], scales)
         assert codes.numel() == math.ceil(size / BLOCK) * BLOCK * bits // 8
         decoded = check_dequantize(codes, scales, bits, sample[0])
-        if rest is not None:
+        if new_residual is not None:
             # One backend may multiply and subtract at once, the other may round in between.
             largest = total_of(sample).abs().max()
-            torch.testing.assert_close(rest, reference[2], rtol=0, atol=float(largest * torch.finfo(rest.dtype).eps))
             torch.testing.assert_close(
-                decoded + rest, total_of(sample), rtol=0, atol=float(2 * largest * torch.finfo(rest.dtype).eps)
+                new_residual, reference[2], rtol=0, atol=float(largest * torch.finfo(new_residual.dtype).eps)
+            )
+            torch.testing.assert_close(
+                decoded + new_residual,
+                total_of(sample),
+                rtol=0,
+                atol=float(2 * largest * torch.finfo(new_residual.dtype).eps),
             )
 
 
@@ -218,7 +235,7 @@ def test_natural(samples: Iterator[Sample]) -> None:
         for seed in (0, 987654321012345):
             reference, fast = both("natural", sample, BLOCK, seed)
             assert_same(reference, fast)
-            codes, scales, rest = fast
+            codes, scales, new_residual = fast
             decoded = [torch.full_like(sample[0], math.nan) for _ in range(2)]
             for kernels, out in zip((REFERENCE, FAST), decoded, strict=True):
                 kernels.natural_mean([codes, codes, codes], [scales] * 3, BLOCK, out)
@@ -230,20 +247,20 @@ def test_natural(samples: Iterator[Sample]) -> None:
             FAST.natural_mean([codes], [scales], BLOCK, decoded[0])
             mantissas, _ = torch.frexp(decoded[0].abs())
             assert ((mantissas == 0.5) | (mantissas == 0)).all()
-            assert rest is None or torch.equal(total_of(sample) - decoded[0], rest)
+            assert new_residual is None or torch.equal(total_of(sample) - decoded[0], new_residual)
 
 
 def test_sign(samples: Iterator[Sample]) -> None:
     for sample in samples:
-        (bits, scales, rest), fast = both("sign", sample, BLOCK)
+        (bits, scales, new_residual), fast = both("sign", sample, BLOCK)
         assert torch.equal(bits, fast[0])
         # Sums of BLOCK positive numbers in another order.
         tolerance = BLOCK * torch.finfo(scales.dtype).eps
         torch.testing.assert_close(fast[1], scales, rtol=tolerance, atol=torch.finfo(scales.dtype).smallest_normal)
         total = total_of(sample)
-        if rest is not None:
+        if new_residual is not None:
             largest = float(total.abs().max())
-            torch.testing.assert_close(fast[2], rest, rtol=0, atol=2 * tolerance * largest)
+            torch.testing.assert_close(fast[2], new_residual, rtol=0, atol=2 * tolerance * largest)
         outs = [torch.full_like(total, math.nan) for _ in range(2)]
         for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
             kernels.sign_mean([bits, bits, bits], [scales, scales, 2 * scales], BLOCK, out)
@@ -254,7 +271,7 @@ def test_sign(samples: Iterator[Sample]) -> None:
 def test_sign_vote(samples: Iterator[Sample]) -> None:
     for sample in samples:
         total = total_of(sample)
-        voters = [REFERENCE.sign(part, None, None, BLOCK)[0] for part in (total, -total, total.roll(1))]
+        voters = [REFERENCE.sign(part, None, BLOCK)[0] for part in (total, -total, total.roll(1))]
         weights = [torch.full((math.ceil(len(total) / BLOCK),), weight, dtype=total.dtype) for weight in (1.5, 0, 1)]
         for count in (1, 2, 3):
             for add in (False, True):
@@ -272,20 +289,22 @@ def test_two_means(shape: tuple[int, int], dtype: torch.dtype) -> None:
     numel = shape[0] * shape[1]
     for kind, start in itertools.product(KINDS, (0, 1, 63, 70)):
         flat = make(kind, start + numel + 5, dtype) if numel else torch.ones(start + 5, dtype=dtype)
-        bits, _ = REFERENCE.sign(flat, None, None, BLOCK)
+        bits, _ = REFERENCE.sign(flat, None, BLOCK)
         matrix = flat[start : start + numel].view(shape)
         results = []
         for kernels in (REFERENCE, FAST):
-            rest, sent = matrix.clone(), torch.ones(shape, dtype=dtype)
-            means = kernels.take_two_means(rest)
+            new_residual, sent = matrix.clone(), torch.ones(shape, dtype=dtype)
+            means = kernels.take_two_means(new_residual)
             kernels.add_two_means(bits, BLOCK, start, means, sent)
             largest = float(matrix.abs().max()) if numel else 0.0
             tolerance = 4 * (1 + largest) * torch.finfo(dtype).eps
-            torch.testing.assert_close(sent - 1 + rest, matrix, rtol=0, atol=tolerance)
+            torch.testing.assert_close(sent - 1 + new_residual, matrix, rtol=0, atol=tolerance)
             # The means are right if what they miss sums to nothing on either side.
-            missed = torch.stack([torch.where(matrix < 0, rest, 0).sum(1), torch.where(matrix < 0, 0, rest).sum(1)])
+            missed = torch.stack(
+                [torch.where(matrix < 0, new_residual, 0).sum(1), torch.where(matrix < 0, 0, new_residual).sum(1)]
+            )
             torch.testing.assert_close(missed, torch.zeros_like(missed), rtol=0, atol=shape[1] * tolerance)
-            results.append((means, rest, sent))
+            results.append((means, new_residual, sent))
         for reference, fast in zip(*results, strict=True):
             torch.testing.assert_close(fast, reference, rtol=0, atol=shape[1] * tolerance)
 
@@ -299,8 +318,8 @@ def test_two_means(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_any_floats_quantize_alike(values: list[float], bits: int, blocks: int) -> None:
     grad = torch.tensor(values)
     for seed in (None, 5):
-        reference, fast = (kernels.quantize(grad, None, None, bits, blocks, seed) for kernels in (REFERENCE, FAST))
+        reference, fast = (kernels.quantize(grad, None, bits, blocks, seed) for kernels in (REFERENCE, FAST))
         assert_same(reference, fast)
         assert sum(widths(bits)) == bits
-    assert_same(*(kernels.natural(grad, None, None, blocks, 5) for kernels in (REFERENCE, FAST)))
-    assert_same(*(kernels.take_largest(grad, None, None, len(values)) for kernels in (REFERENCE, FAST)))
+    assert_same(*(kernels.natural(grad, None, blocks, 5) for kernels in (REFERENCE, FAST)))
+    assert_same(*(kernels.take_largest(grad, None, len(values)) for kernels in (REFERENCE, FAST)))

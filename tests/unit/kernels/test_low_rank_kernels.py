@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from disttrain.kernels import Kernels, for_device
-from disttrain.kernels.reference import Sizes, p_sizes, q_sizes, split_factor
+from disttrain.kernels.factors import Sizes, p_sizes, q_sizes, split_factor
 from tests.unit.kernels.orthonormal_checks import check_orthogonalize
 
 pytest.importorskip("numba")
@@ -39,26 +39,26 @@ def test_products_and_rests_are_those_of_the_reference(shapes: list[tuple[int, i
     grad, residual = randn(numel, dtype, 0), randn(numel, dtype, 1)
     p, mean_p = (factor(p_sizes(shapes), dtype, seed) for seed in (2, 3))
     q, mean_q = (factor(q_sizes(shapes), dtype, seed) for seed in (4, 5))
-    for owed in (residual, None):
+    for added in (residual, None):
         totals = [grad.clone(), grad.clone()]
-        if owed is not None:
+        if added is not None:
             fast, slow = (
-                kernels.project(total, owed, q, shapes)
+                kernels.project(total, added, q, shapes)
                 for kernels, total in zip((FAST, REFERENCE), totals, strict=True)
             )
             assert_close(fast, slow)
             assert torch.equal(*totals)
             totals = [grad.clone(), grad.clone()]
         fast, slow = (
-            kernels.project_back(total, owed, p, shapes)
+            kernels.project_back(total, added, p, shapes)
             for kernels, total in zip((FAST, REFERENCE), totals, strict=True)
         )
         assert_close(fast, slow)
         assert torch.equal(*totals)
-        assert torch.equal(totals[0], grad if owed is None else grad + owed)
+        assert torch.equal(totals[0], grad if added is None else grad + added)
     totals, rests = [grad.clone(), grad.clone()], [torch.full_like(grad, math.nan) for _ in range(2)]
     for kernels, total, rest in zip((FAST, REFERENCE), totals, rests, strict=True):
-        kernels.low_rank_rest(total, (p, q), (mean_p, mean_q), rest, shapes)
+        kernels.low_rank_residual(total, (p, q), (mean_p, mean_q), rest, shapes)
     assert_close(*totals)
     assert_close(*rests)
     pairs = zip(split_factor(p, p_sizes(shapes)), split_factor(q, q_sizes(shapes)), strict=True)

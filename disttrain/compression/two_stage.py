@@ -1,0 +1,120 @@
+"""The exchange of a codec in two stages, whose bytes do not grow with the number of ranks.
+
+    all-to-all   every rank encodes its gradient in chunks, one for each rank, which averages the chunks it receives
+    all-gather   every rank encodes its mean once more, and all ranks decode all means
+
+For payloads of P bytes from W ranks, each rank receives 2 (W-1)/W P bytes, where an all-gather alone takes (W-1) P. The
+second encoding has an error feedback of its own: each rank keeps a residual of the chunk that it averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from disttrain.collectives import AllGather, AllToAll
+from disttrain.compression.base import Bucket, NewState, Program, State
+from disttrain.compression.payload import Layout, Payload
+from disttrain.kernels import Feedback
+
+MEAN_RESIDUAL = "server_residual"
+"""The state tensor with the residual of this rank's chunk of the mean."""
+
+_ALIGNMENT = 4096  # elements, so that no chunk ends inside a block of any codec
+
+
+class Encoder(Protocol):
+    """What two stages need of a codec."""
+
+    def encode_with_residual(
+        self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
+    ) -> Payload: ...
+
+    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None: ...
+
+
+class Chunk(NamedTuple):
+    """The elements of a bucket from ``start`` to ``end``, which one rank averages. It may be empty.
+
+    Attributes:
+        bucket: the chunk as a bucket of its own.
+    """
+
+    start: int
+    end: int
+    bucket: Bucket
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The chunk of a tensor, as a view."""
+        return flat[self.start : self.end]
+
+
+def split_chunks(bucket: Bucket) -> list[Chunk]:
+    """Return the chunk of each rank. None is longer than the first, and the last ones may be empty."""
+    length = -(-bucket.numel // bucket.world_size)
+    if length > _ALIGNMENT:
+        length = -(-length // _ALIGNMENT) * _ALIGNMENT
+    ends = [min(bucket.numel, (rank + 1) * length) for rank in range(bucket.world_size)]
+    bounds = zip([0, *ends], ends, strict=False)
+    return [Chunk(*bound, bucket.part(*bound, f"chunk {index}")) for index, bound in enumerate(bounds)]
+
+
+def own_chunk(bucket: Bucket) -> Chunk:
+    """Return the chunk that this rank averages."""
+    return split_chunks(bucket)[bucket.rank]
+
+
+def add_mean_residual(state: State, bucket: Bucket) -> None:
+    """Declare the residual of this rank's chunk of the mean."""
+    chunk, sizes, offset = own_chunk(bucket), [], 0
+    for numel in bucket.numels:
+        sizes.append(max(0, min(chunk.end, offset + numel) - max(chunk.start, offset)))
+        offset += numel
+    zeros = torch.zeros(chunk.end - chunk.start, dtype=bucket.dtype, device=bucket.device)
+    state.add(MEAN_RESIDUAL, zeros, sizes, replicated=False)
+
+
+def reduce(codec: Encoder, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State) -> Program:
+    """Exchange ``grad`` in two stages.
+
+    Args:
+        feedback: the error feedback of the gradient; None switches off that of the mean as well.
+
+    Returns:
+        The mean, and the new residual of this rank's chunk of it.
+    """
+    chunks = split_chunks(bucket)
+
+    def encode(chunk: Chunk, feedback: Feedback | None) -> Payload:
+        if chunk.start == chunk.end:
+            return {"empty": grad[:0]}
+        return codec.encode_with_residual(chunk.of(grad), feedback, chunk.bucket, state)
+
+    def decode(payloads: Sequence[Payload], chunk: Chunk) -> None:
+        if chunk.start < chunk.end:
+            codec.decode_mean(payloads, chunk.of(grad), chunk.bucket)
+
+    layouts: list[Layout] = []
+    messages = []
+    for chunk in chunks:
+        payload = encode(chunk, None if feedback is None else feedback.chunk(chunk.start, chunk.end))
+        layouts.append(Layout.of(payload))
+        messages.append(layouts[-1].pack(payload, layouts[0].nbytes))
+    received = yield AllToAll(messages, same_size=True)
+    del messages, payload
+
+    start, end, _ = chunks[bucket.rank]
+    mean = Chunk(start, end, bucket.part(start, end, "mean"))
+    layout = layouts[bucket.rank]
+    decode([layout.unpack(message) for message in received], mean)
+    new_state: NewState = {}
+    mean_feedback = None
+    if feedback is not None:
+        mean_feedback = state.feedback(MEAN_RESIDUAL)
+        new_state[MEAN_RESIDUAL] = mean_feedback.new_residual
+    received = yield AllGather(layout.pack(encode(mean, mean_feedback), layouts[0].nbytes), same_size=True)
+    for message, layout, chunk in zip(received, layouts, chunks, strict=True):
+        decode([layout.unpack(message)], chunk)
+    return grad, new_state
