@@ -1,4 +1,8 @@
-"""Batches that grow: one policy a file, the noise of gradients that some go by, and what carries a policy out."""
+"""Batches that grow during training.
+
+``policies`` decide when, some of them from the gradient noise that ``GradientNoise`` estimates. ``GrowingBatch`` applies
+a policy.
+"""
 
 from __future__ import annotations
 

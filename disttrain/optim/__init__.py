@@ -1,1 +1,5 @@
-"""Optimizers: the distributed one, torch's by name, learning-rate schedules."""
+"""Everything between the mean gradient and the weights.
+
+The distributed optimizer, optimizers by name, learning-rate schedules, layer-wise settings, weight averages, and the
+synchronization of replicas.
+"""

@@ -1,4 +1,7 @@
-"""From gradients on N ranks to their mean: buckets, hooks, order, overlap, and the count of bytes."""
+"""From the gradients of N ranks to their mean: buckets, hooks, order, overlap, and the count of bytes.
+
+``Reducer`` is the interface. It knows nothing of optimizers or training loops.
+"""
 
 from disttrain.reduction.measurements.ledger import Entry, Ledger, Traffic
 from disttrain.reduction.measurements.norms import SquaredNorms
