@@ -1,7 +1,6 @@
-"""Batches that grow during training.
+"""Batches that grow during training, by a policy that may depend on the gradient noise.
 
-``policies`` decide when, some of them from the gradient noise that ``GradientNoise`` estimates. ``GrowingBatch`` applies
-a policy.
+``policies`` decide when to grow. ``GradientNoise`` estimates the noise, and ``GrowingBatch`` applies a policy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From the gradients of N ranks to their mean: buckets, hooks, order, overlap, and the count of bytes.
 
-``Reducer`` is the interface. It knows nothing of optimizers or training loops.
+``Reducer`` is the interface. It depends on neither optimizers nor training loops.
 """
 
 from disttrain.reduction.measurements.ledger import Entry, Ledger, Traffic
