@@ -1,4 +1,4 @@
-# `make train` and `make test` start from nothing but Python >= 3.10, a C++ compiler and make. All else goes into .venv.
+# `make train` and `make test` need only Python >= 3.10, a C++ compiler and make. Everything else is installed into .venv.
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 WORKERS ?= 2
@@ -6,14 +6,15 @@ KILLS ?= 200
 SEED ?= 0
 
 VENV := .venv
-# pip compiles on one core. (The files of some packages are for other Pythons and do not compile.)
+# Compiled after the installation, since pip compiles on one core only. (Some packages contain files for other versions of
+# Python, which do not compile.)
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --no-compile
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
-# As after `. .venv/bin/activate`: another active environment must not be taken for this one.
+# As after `. .venv/bin/activate`, so that another active environment is not used.
 ACTIVE := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-# Tests that start workers of their own wait a good deal: two files at a time, on any number of cores. The others have
-# one process a core.
-# (Exit code 5 of pytest: ARGS leaves no test.)
+# Tests that start workers spend much time waiting: they run two files at a time, on any number of cores. The others use
+# one process per core.
+# (Exit code 5 of pytest: ARGS selects no test.)
 PROCESSES := distributed or slurm or netns or gpu
 NONE_CHOSEN := [ $$? = 5 ]
 SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch) .ci/run
@@ -33,7 +34,7 @@ test: ## build Horovod, check everything, run the tests; ARGS="-k name ..." goes
 	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -m "not ($(PROCESSES))" --numprocesses auto $(ARGS) || $(NONE_CHOSEN)
 	$(ACTIVE) python -m pytest -m "$(PROCESSES)" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS) || $(NONE_CHOSEN)
 
-fuzz: $(VENV)/.test ## draw 10,000 configs and command lines; ARGS="--hypothesis-seed=1" draws others
+fuzz: $(VENV)/.test ## test 10,000 random configs and command lines; ARGS="--hypothesis-seed=1" chooses others
 	$(ACTIVE) FUZZ_EXAMPLES=2500 OMP_NUM_THREADS=1 python -m pytest tests/unit/training/config/test_any_config.py --numprocesses auto $(ARGS)
 
 faults: $(VENV)/.horovod ## kill runs at KILLS (200) random moments chosen by SEED (0), and resume them
@@ -53,19 +54,19 @@ format: $(VENV)/.test ## format the code, fix what ruff can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-clean: ## remove .venv and every cache of the tools; runs/ and the Horovod wheel stay
+clean: ## remove .venv and all caches of the tools; keep runs/ and the Horovod wheel
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/pip:
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "error: there is no $(PYTHON): install Python >= 3.10, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, and 3.10 or later is needed: make PYTHON=/path/to/python" % sys.version_info[:2])'
+		{ echo "error: $(PYTHON) is not installed: install Python >= 3.10, or choose one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.10 or newer is required: make PYTHON=/path/to/python" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "error: $(PYTHON) cannot make virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
+		{ echo "error: $(PYTHON) cannot create virtual environments (Debian: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# An empty file stands for each thing installed, so that a second make starts at once.
+# An empty file marks each installation, so that the next make does not repeat it.
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --constraint constraints.txt --editable .
 	$(COMPILE)

@@ -1,4 +1,7 @@
-"""Distributed data-parallel training for PyTorch with pluggable gradient compression."""
+"""Distributed data-parallel training for PyTorch with pluggable gradient compression.
+
+The names in ``__all__`` are the public interface. They are imported on first use, so ``import disttrain`` is fast.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Batches that grow during training: policies, the gradient noise that some of them use, and their execution."""
+"""Batches that grow during training, by a policy that may depend on the gradient noise.
+
+``policies`` decide when to grow. ``GradientNoise`` estimates the noise, and ``GrowingBatch`` applies a policy.
+"""
 
 from __future__ import annotations
 

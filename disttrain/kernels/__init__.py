@@ -1,4 +1,7 @@
-"""Fused loops over gradients: ``reference`` (torch) defines them, ``cpu`` (numba) and ``cuda`` (Triton) run fast."""
+"""Fused loops over gradients.
+
+``reference`` defines each kernel in torch. ``cpu`` (numba) and ``cuda`` (Triton) are the fast implementations.
+"""
 
 from __future__ import annotations
 

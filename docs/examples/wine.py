@@ -1,4 +1,4 @@
-"""A task of one's own, whole: which of three growers a wine comes from, by 13 chemical measurements.
+"""A complete user-defined task: which of three growers a wine comes from, by 13 chemical measurements.
 
 launch/local.sh docs/examples/wine.yaml -n 2
 """
@@ -17,7 +17,7 @@ from disttrain.tasks import Task, TensorData
 
 
 class Wine(Task):
-    """Its fields are the config's ``task:`` section: checked, and settable as ``task.hidden=64``."""
+    """Fields are the config's ``task:`` section. They are validated, and can be set as in ``task.hidden=64``."""
 
     hidden: int = Field(default=32, ge=1, description="units of the hidden layer")
 
@@ -39,7 +39,7 @@ class Wine(Task):
         return {"accuracy": ((model(measurements).argmax(1) == growers).sum(), len(growers))}
 
     def _data(self, held_out: bool) -> TensorData:
-        """Every fourth wine is held out."""
+        """Return the training or held-out data; every fourth wine is held out."""
         x, y = (torch.from_numpy(array) for array in load_wine(return_X_y=True))
         is_held_out = torch.arange(len(y)) % 4 == 0
         x = (x - x[~is_held_out].mean(0)) / x[~is_held_out].std(0)

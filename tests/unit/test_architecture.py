@@ -1,8 +1,10 @@
-"""Imports point down only: read from the source, so that no one has to remember it."""
+"""The rules of the package: imports point down and form no circles; files and packages stay small."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,9 @@ OPTIONAL = {
     "transformers": "tasks/huggingface.py",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES, MAX_MODULES, MIN_SENTENCES = 400, 12, 2
+# Registries with one file per item, which may have any number of modules.
+REGISTRIES = {"compression/algorithms"}
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -79,6 +84,77 @@ def test_every_part_has_a_layer() -> None:
     assert parts <= known, parts - known
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("disttrain", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each module imports, wherever in the file and also under ``TYPE_CHECKING``.
+
+    ``from package import name`` is an import of the package, or of the submodule if ``name`` is one.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        found = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = {f"{node.module}.{alias.name}": node.module for alias in node.names}
+                found |= {name if name in sources else package for name, package in names.items()}
+        graph[module] = (found & set(sources)) - {module}
+    return graph
+
+
+def find_circles(graph: dict[str, set[str]]) -> list[str]:
+    """The shortest circle through each module that is on one, as ``a -> b -> a``; each circle once."""
+    found = {}
+    for start in sorted(graph):
+        paths, seen = deque([[start]]), {start}
+        while paths:
+            path = paths.popleft()
+            if start in graph[path[-1]]:
+                found.setdefault(frozenset(path), " -> ".join([*path, start]))
+                break
+            for module in sorted(graph[path[-1]] - seen):
+                seen.add(module)
+                paths.append([*path, module])
+    return list(found.values())
+
+
+def test_no_circular_imports() -> None:
+    circles = find_circles(import_graph({module_name(path): path.read_text() for path in FILES}))
+    assert not circles, "circular imports:\n" + "\n".join(circles)
+
+
+def test_find_circles_names_them() -> None:
+    sources = {
+        "p": "from p.a import f",
+        "p.a": "def f():\n    from p import b",
+        "p.b": "if TYPE_CHECKING:\n    from p.c import C",
+        "p.c": "import p.a",
+        "p.d": "from p import f",
+    }
+    assert find_circles(import_graph(sources)) == ["p.a -> p.b -> p.c -> p.a"]
+    assert find_circles(import_graph({**sources, "p.c": "from p import f"})) == ["p -> p.a -> p.b -> p.c -> p"]
+    assert find_circles(import_graph({**sources, "p.c": ""})) == []
+
+
 def test_files_stay_small() -> None:
-    long = {str(path.relative_to(PACKAGE)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
-    assert not long
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in FILES}
+    assert not {path: length for path, length in lengths.items() if length > MAX_LINES}
+
+
+def test_packages_stay_small() -> None:
+    folders = {path.parent for path in FILES}
+    sizes = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) - 1 for folder in folders}
+    assert sizes.keys() > REGISTRIES
+    assert not {folder: size for folder, size in sizes.items() if size > MAX_MODULES and folder not in REGISTRIES}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
+def test_packages_say_what_they_are_for(folder: Path) -> None:
+    assert (folder / "__init__.py").exists()
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    sentences = re.findall(r"[.!?](?=\s|$)", docstring)
+    assert len(sentences) >= MIN_SENTENCES, f"{folder.name}/__init__.py: say in two sentences what is in the package"

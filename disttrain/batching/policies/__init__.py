@@ -1,4 +1,7 @@
-"""Batch policies by name, one per file: the config's ``batch:`` section."""
+"""Batch policies by name, one per file: the config's ``batch:`` section.
+
+To add a policy, write a subclass of ``BatchPolicy`` and list it here.
+"""
 
 from __future__ import annotations
 

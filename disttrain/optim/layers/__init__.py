@@ -1,1 +1,4 @@
-"""Layer-wise settings: learning rates, weight decay and freezing by rules on parameter names, and unfreezing."""
+"""Layer-wise settings: learning rates, weight decay and freezing by rules on parameter names.
+
+Layers can be unfrozen during training.
+"""

@@ -1,1 +1,4 @@
-"""Measurements while gradients are reduced: bytes on the wire, norms, and the error of compression."""
+"""Measurements while gradients are reduced: bytes on the wire, norms, and the error of compression.
+
+Meters see each bucket before and after its exchange, in the steps in which they are due.
+"""

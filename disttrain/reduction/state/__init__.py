@@ -1,1 +1,4 @@
-"""Saving and loading the compressors' state, also on another number of ranks."""
+"""Saving and loading the compressors' state, also on another number of ranks.
+
+State is keyed by parameter name, so buckets may change in between.
+"""
