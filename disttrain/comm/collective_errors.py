@@ -1,4 +1,4 @@
-"""What one rank finds wrong, all ranks report: otherwise the others would wait for it, and report only its absence."""
+"""Report an error of one rank on all ranks. Otherwise the others would wait for it, and report only that it is gone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from disttrain.errors import UserError
 
 
 class CollectiveError(UserError):
-    """A user's mistake that every rank knows of, so one of them is enough to report it."""
+    """A user's mistake that every rank raises, so it is enough if one of them prints it."""
 
 
 @contextlib.contextmanager
 def collective_errors(comm: Communicator) -> Iterator[None]:
-    """Run a block that may fail on some ranks, then make all ranks fail if any did. A barrier.
+    """Run a block that may fail on some ranks; if it fails on any, raise on all. The end of the block is a barrier.
 
-    The block must hold no collective, unless it raises on all ranks or on none.
+    The block must not contain collectives, unless it raises either on all ranks or on none.
 
     Raises:
-        AgreedError: some rank raised UserError or OSError in the block; on every rank, with the first such message.
+        CollectiveError: a rank raised UserError or OSError in the block. All ranks raise it with the same message: that
+            of the lowest such rank.
     """
     mistake: str | None = None
     cause: Exception | None = None

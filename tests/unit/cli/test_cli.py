@@ -217,7 +217,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 # What shows only when training begins.
 LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
-    "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
+    "engine not installed": (
+        ["engine=mpi"],
+        "engine 'mpi' needs the package mpi4py, which is not installed: run pip ins",
+    ),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no whole checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "metric that is not there": (

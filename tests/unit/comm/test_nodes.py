@@ -38,12 +38,12 @@ def test_a_node_size_comes_before_hosts() -> None:
 
 
 def test_uneven_nodes_are_refused_when_a_group_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"some have 1 and some 2: .* divides 3"):
+    with pytest.raises(UserError, match=r"some nodes have 1, others 2: .* a divisor of 3"):
         partitions(ranks(("a", 0), ("a", 1), ("b", 0)))
 
     def run(comm: Communicator) -> None:
         comm.barrier()
-        with pytest.raises(UserError, match="as many ranks on every node"):
+        with pytest.raises(UserError, match="the same number of ranks on every node"):
             comm.group("across")
 
     simulate(5, run, local_size=2)
