@@ -21,7 +21,7 @@ def run_coalesced(
     Args:
         tensors: have the same sizes and dtypes on all ranks, in the same order.
         comm: runs the collectives.
-        collective: creates the collective for a flat tensor: ``Broadcast``, or ``lambda flat: AllReduce(flat, "mean")``.
+        collective: makes a collective of a flat tensor: ``Broadcast``, or ``lambda flat: AllReduce(flat, "mean")``.
     """
     for chunk in _chunks(tensors):
         _unflatten(comm.start(collective(_flatten(chunk))).wait(), chunk)

@@ -1,4 +1,4 @@
-"""What Horovod would crash of is found before it starts."""
+"""Conditions under which Horovod would crash are errors before it starts."""
 
 from __future__ import annotations
 
