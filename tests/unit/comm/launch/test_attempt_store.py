@@ -32,7 +32,7 @@ def test_each_attempt_has_a_part_of_its_own_whatever_the_dead_have_left() -> Non
 def test_a_rank_that_does_not_come_is_named() -> None:
     store = HashStore()
     store.set("disttrain/caller/1", "dead")
-    with pytest.raises(TimeoutError, match=r"timed out: ranks \[1\] did not come"):
+    with pytest.raises(TimeoutError, match=r"timed out: ranks \[1\] did not join"):
         attempt_store(store, 0, 2, 0.1)
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(Exception, match=r"(?i)time"):
