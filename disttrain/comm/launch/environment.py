@@ -99,9 +99,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Environment:
         raise UserError(f"{launcher.rank}={rank} must be below {world_size_name}={world_size}")
     local_rank, local_size = _local_rank_and_size(environ, launcher, rank, world_size)
     if local_rank >= local_size:
-        raise UserError(
-            f"{launcher.local_rank}={local_rank} must be below {local_size}, the number of workers on this host"
-        )
+        raise UserError(f"{launcher.local_rank}={local_rank} must be below {local_size}, the workers on this host")
     if local_size > world_size:
         raise UserError(f"{local_size} workers on this host are more than {world_size_name}={world_size}")
 
@@ -160,9 +158,7 @@ def slurm_tasks_per_node(environ: Mapping[str, str]) -> int:
         counts += [int(match[1])] * int(match[2] or 1)
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node >= len(counts):
-        raise UserError(
-            f"SLURM_NODEID={node} must be below {len(counts)}, the number of nodes in {name}={environ[name]!r}"
-        )
+        raise UserError(f"SLURM_NODEID={node} must be below {len(counts)}, the nodes in {name}={environ[name]!r}")
     return counts[node]
 
 
@@ -256,7 +252,8 @@ def _local_rank_and_size(environ: Mapping[str, str], launcher: Launcher, rank: i
     if not missing:
         return _number(environ, names[0]), _number(environ, names[1], minimum=1)
     if len(missing) == 1:
-        raise UserError(f"{missing[0]} is not set, but {launcher.rank} is: set both {' and '.join(names)}, or neither")
+        (present,) = set(names) - set(missing)
+        raise UserError(f"{missing[0]} is not set, but {present} is: set both or neither")
     # Ranks that a user exported: if they meet on localhost, all are on this host, else assume one rank per host.
     return (rank, world_size) if environ.get("MASTER_ADDR") in _LOCALHOST else (0, 1)
 
@@ -307,7 +304,5 @@ def _number(environ: Mapping[str, str], name: str, minimum: int = 0) -> int:
 
 def _text(environ: Mapping[str, str], name: str) -> str:
     if name not in environ:
-        raise UserError(
-            f"{name} is not set, but other variables of the launcher are: start all workers with the launcher"
-        )
+        raise UserError(f"{name} is not set, but other variables of the launcher are: start all workers with it")
     return environ[name]

@@ -212,7 +212,7 @@ def test_torchrun_of_one_worker_is_alone_though_srun_started_several():
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE='0' must be an integer, 1 or more"),
         ({**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be below"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "8 workers on this host are more than WORLD_SIZE=4"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set, but RANK is"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set, but LOCAL_RANK is"),
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({"RANK": "0"}, "WORLD_SIZE is not set, but RANK is"),
         ({**HOROVODRUN, "HOROVOD_SIZE": "x"}, "HOROVOD_SIZE='x'"),
