@@ -73,9 +73,9 @@ def init(
     if engine == "auto":
         engine = environment.engine
         # Some clusters start every srun with an MPI plug-in. Without mpi4py, gloo or nccl still works.
-        if not _installed(engine) and environment.master_addr is not None:
+        if not _is_installed(engine) and environment.master_addr is not None:
             engine = "torch"
-    if not _installed(engine):
+    if not _is_installed(engine):
         package, command = _PACKAGES[engine]
         raise UserError(f"engine {engine!r} needs the package {package}, which is not installed: run {command}")
     if engine == "single" and environment.world_size > 1:
@@ -83,11 +83,11 @@ def init(
             f"{environment.launcher} started {environment.world_size} workers; with engine 'single' each would train a "
             "separate model: use engine=auto, or start one process"
         )
-    placed = _place(device, environment)
-    if placed.type == "cpu":
+    chosen = _choose_device(device, environment)
+    if chosen.type == "cpu":
         keep_freed_memory()
     watch = watch or Watch()
-    comm = _join(engine, environment, placed, timeout, max(timeout, watch.patience) if guard else timeout)
+    comm = _join(engine, environment, chosen, timeout, max(timeout, watch.patience) if guard else timeout)
     atexit.register(comm.close_at_exit)
     if guard and comm.world_size > 1:
         comm.guard = Guard(
@@ -121,11 +121,11 @@ def _join(engine: str, environment: Environment, device: torch.device, timeout: 
             return SingleProcess(device)
 
 
-def _installed(engine: str) -> bool:
+def _is_installed(engine: str) -> bool:
     return engine not in _PACKAGES or importlib.util.find_spec(_PACKAGES[engine][0]) is not None
 
 
-def _place(device: str, environment: Environment) -> torch.device:
+def _choose_device(device: str, environment: Environment) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {device!r}: choose from auto, cpu, cuda")
     available = torch.cuda.is_available()
@@ -135,6 +135,6 @@ def _place(device: str, environment: Environment) -> torch.device:
         )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    placed = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(placed)
-    return placed
+    chosen = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen
