@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# Train over torch.distributed on several hosts: one torchrun on each, started by ssh.
-# The hosts must see this directory and Python under the same paths.
+# Train over torch.distributed on several hosts, with one torchrun per host, started by ssh.
+# All hosts need this directory and Python under the same paths.
 #
 # usage: launch/torchrun.sh CONFIG -H host1:4,host2:4 [key=value ...] [-- OPTIONS OF torchrun]
-#   -H HOSTS         host:slots,...; rank 0 runs on the first. Without it: 2 workers here, or as many as -n says
-#   --hostfile FILE  the same, a line a host: "host slots=4"
-#   MASTER_PORT      the port of rank 0 (29500); DISTTRAIN_SSH: what to start a remote shell with (ssh)
+#   -H HOSTS         host:slots,...; rank 0 runs on the first (default: this host, with -n N workers, or 2)
+#   --hostfile FILE  the same from a file with one host per line: "host slots=4"
+# environment variables:
+#   MASTER_PORT      port of rank 0 (default 29500)
+#   DISTTRAIN_SSH    command that starts a remote shell (default ssh)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 parse "$@"
 if [ -z "$hosts" ]; then
     exec "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$config" -n "$workers" "${overrides[@]}" -- "${options[@]}"
 fi
-[ "$workers" = "$(count_slots "$hosts")" ] || fail "-n $workers contradicts the slots of -H $hosts: torchrun fills all"
+[ "$workers" = "$(count_slots "$hosts")" ] || fail "-n $workers contradicts the slots of -H $hosts: torchrun fills all slots, so omit -n"
 IFS=, read -ra entries <<<"$hosts"
 master=${entries[0]%%:*}
 case $master in
-localhost | 127.*) [ ${#entries[@]} = 1 ] || fail "the other hosts cannot reach rank 0 as '$master': give its name" ;;
+localhost | 127.*) [ ${#entries[@]} = 1 ] || fail "the other hosts cannot reach rank 0 as '$master': use this host's name" ;;
 esac
 check "$workers" "$config" engine=torch "${overrides[@]}"
 variables=()
@@ -29,7 +31,7 @@ is_this_host() {
     return 1
 }
 
-# What ssh started outlives ssh; this ends torchrun there when its input, our end of ssh, closes.
+# A command that ssh started outlives ssh. This ends the remote torchrun when its input closes, as our end of ssh is gone.
 # shellcheck disable=SC2016
 tethered='"$@" </dev/null & torchrun=$!
 { while read -r _; do :; done; kill $torchrun 2>/dev/null; } <&3 & tether=$!
@@ -37,7 +39,7 @@ wait $torchrun; code=$?; kill $tether 2>/dev/null; exit $code'
 read -ra remote_shell <<<"${DISTTRAIN_SSH:-ssh}"
 directory=$(mktemp -d)
 mkfifo "$directory/silence"
-exec 9<>"$directory/silence" # never written to, and never at its end while this script lives
+exec 9<>"$directory/silence" # nothing is ever written to it, and it stays open while this script runs
 rm -r "$directory"
 
 processes=()
@@ -45,7 +47,7 @@ stop() {
     kill "${processes[@]}" 2>/dev/null || true
     wait
 }
-trap 'stop; exit 75' INT TERM HUP USR1 # torchrun passes TERM on, and the workers save and end
+trap 'stop; exit 75' INT TERM HUP USR1 # torchrun forwards TERM, and the workers save and exit
 
 for index in "${!entries[@]}"; do
     host=${entries[$index]%%:*}
@@ -63,7 +65,7 @@ for index in "${!entries[@]}"; do
     processes+=($!)
 done
 
-# The first failure ends the others: their own torchrun would wait for the lost host.
+# After the first failure, stop the others: their torchrun would wait for the lost host.
 code=0
 for _ in "${processes[@]}"; do
     wait -n || {

@@ -1,4 +1,4 @@
-"""Engines behind one interface. ``init`` finds the one that the launcher started."""
+"""Communication between ranks: one interface to all engines. ``init`` picks the engine that fits the launcher."""
 
 from __future__ import annotations
 
@@ -48,20 +48,23 @@ def init(
 ) -> Communicator:
     """Join the other workers that the launcher started.
 
-    Use it as a context manager, or call ``close`` at the end: a rank that fails or is lost then ends the others within
-    seconds, with an error that names it. On the CPU, the process keeps the memory that it frees (``comm.memory``).
+    Use the communicator as a context manager, or call ``close`` at the end. When a rank fails or is lost, the other
+    ranks end within seconds, with an error that names it. On the CPU, the process keeps the memory that it frees (see
+    ``comm.malloc``).
 
     Args:
-        engine: one of ``ENGINES``, or ``auto`` for the one that fits the launcher (torchrun, horovodrun, mpirun, srun;
-            without a launcher: one process).
-        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one. ``cuda`` means the GPU of this local rank.
-        timeout: seconds to wait for the others here. In later collectives torch.distributed waits as long, or for as
-            long as ``watch`` lets ranks wait if that is longer.
-        guard: watch the other ranks. Without it, what happens when one dies is up to the engine and the launcher.
-        watch: how to; None for the defaults.
+        engine: one of ``ENGINES``, or ``auto`` for the engine that fits the launcher (torchrun, horovodrun, mpirun,
+            srun). Without a launcher, ``auto`` means a single process.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one. ``cuda`` means the GPU of this local rank.
+        timeout: seconds to wait here for the other workers. Later collectives of torch.distributed time out after the
+            longer of this and the time for which ``watch`` lets ranks wait.
+        guard: whether to watch the other ranks. Without a guard, the engine and the launcher decide what happens when
+            a rank dies.
+        watch: settings of the guard. Default: ``Watch()``.
 
     Raises:
-        UserError: the engine is unknown, is not installed, or does not fit the launcher's variables.
+        UserError: the engine is unknown, is not installed, or does not fit the launcher's variables; or the device is
+            unknown or not available.
     """
     if engine not in (*ENGINES, "auto"):
         raise UserError(f"unknown engine {engine!r}: choose from auto, {', '.join(ENGINES)}")
@@ -69,22 +72,22 @@ def init(
     environment = detect()
     if engine == "auto":
         engine = environment.engine
-        # Clusters may start every srun with an MPI plug-in: where that MPI cannot be used, gloo or nccl can.
-        if not _installed(engine) and environment.master_addr is not None:
+        # Some clusters start every srun with an MPI plug-in. Without mpi4py, gloo or nccl still works.
+        if not _is_installed(engine) and environment.master_addr is not None:
             engine = "torch"
-    if not _installed(engine):
+    if not _is_installed(engine):
         package, command = _PACKAGES[engine]
-        raise UserError(f"engine {engine!r} needs the package {package}, which is not installed: {command}")
+        raise UserError(f"engine {engine!r} needs the package {package}, which is not installed: run {command}")
     if engine == "single" and environment.world_size > 1:
         raise UserError(
-            f"{environment.launcher} started {environment.world_size} workers, and engine 'single' would train as many "
-            "separate models: use engine=auto, or start one process"
+            f"{environment.launcher} started {environment.world_size} workers; with engine 'single' each would train a "
+            "separate model: use engine=auto, or start one process"
         )
-    placed = _place(device, environment)
-    if placed.type == "cpu":
+    chosen = _choose_device(device, environment)
+    if chosen.type == "cpu":
         keep_freed_memory()
     watch = watch or Watch()
-    comm = _join(engine, environment, placed, timeout, max(timeout, watch.patience) if guard else timeout)
+    comm = _join(engine, environment, chosen, timeout, max(timeout, watch.patience) if guard else timeout)
     atexit.register(comm.close_at_exit)
     if guard and comm.world_size > 1:
         comm.guard = Guard(
@@ -118,20 +121,20 @@ def _join(engine: str, environment: Environment, device: torch.device, timeout: 
             return SingleProcess(device)
 
 
-def _installed(engine: str) -> bool:
+def _is_installed(engine: str) -> bool:
     return engine not in _PACKAGES or importlib.util.find_spec(_PACKAGES[engine][0]) is not None
 
 
-def _place(device: str, environment: Environment) -> torch.device:
+def _choose_device(device: str, environment: Environment) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {device!r}: choose from auto, cpu, cuda")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(
-            "device 'cuda' was asked for, but torch finds no usable GPU: use device=cpu, or install its driver"
+            "device 'cuda' was requested, but torch finds no usable GPU: use device=cpu, or install the GPU's driver"
         )
     if device == "cpu" or not available:
         return torch.device("cpu")
-    placed = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(placed)
-    return placed
+    chosen = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen

@@ -1,4 +1,4 @@
-"""Many tensors in few collectives."""
+"""Run a collective on many tensors as a few large collectives."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import torch
 from disttrain.collectives import AllReduce, Broadcast
 from disttrain.comm.base import Communicator
 
-_CHUNK_BYTES = 64 * 2**20  # tensors are joined up to this size, so that a model is a few messages
+_CHUNK_BYTES = 64 * 2**20  # tensors are concatenated up to about this size
 
 
 def run_coalesced(
     tensors: Iterable[torch.Tensor], comm: Communicator, collective: Callable[[torch.Tensor], AllReduce | Broadcast]
 ) -> None:
-    """Overwrite each tensor with what the collective makes of it. All ranks give tensors of the same sizes and dtypes.
+    """Run a collective on every tensor, in place.
 
     Args:
-        collective: makes one of a flat tensor: ``Broadcast``, or ``lambda flat: AllReduce(flat, "mean")``.
+        tensors: have the same sizes and dtypes on all ranks, in the same order.
+        comm: runs the collectives.
+        collective: makes a collective of a flat tensor: ``Broadcast``, or ``lambda flat: AllReduce(flat, "mean")``.
     """
     for chunk in _chunks(tensors):
-        _scatter(comm.start(collective(_join(chunk))).wait(), chunk)
+        _unflatten(comm.start(collective(_flatten(chunk))).wait(), chunk)
 
 
 def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Lists of tensors of one dtype and device, of limited size, in an order that is alike on all ranks."""
+    """Split the tensors into lists of one dtype and device and of limited size; the same lists on all ranks."""
     chunks: defaultdict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
     sizes: defaultdict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
     for tensor in tensors:
@@ -39,11 +41,11 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     yield from chunks.values()
 
 
-def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 @torch.no_grad()
-def _scatter(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))

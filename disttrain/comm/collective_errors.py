@@ -1,4 +1,4 @@
-"""Raising an error of one rank on all ranks, which would otherwise wait for that rank."""
+"""Report an error of one rank on all ranks. Otherwise the others would wait for it, and report only that it is gone."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from disttrain.errors import UserError
 
 
 class CollectiveError(UserError):
-    """A UserError that is raised on all ranks, so that only one of them needs to report it."""
+    """A user's mistake that every rank raises, so it is enough if one of them prints it."""
 
 
 @contextlib.contextmanager
 def collective_errors(comm: Communicator) -> Iterator[None]:
-    """Make all ranks fail if the block raises UserError or OSError on any rank. A barrier.
+    """Run a block that may fail on some ranks; if it fails on any, raise on all. The end of the block is a barrier.
 
-    The block must not contain collectives, unless whatever it raises before them is raised on all ranks.
+    The block must not contain collectives, unless it raises either on all ranks or on none.
 
     Raises:
-        CollectiveError: the block raised on some rank; on all ranks, with the message of the lowest one.
+        CollectiveError: a rank raised UserError or OSError in the block. All ranks raise it with the same message: that
+            of the lowest such rank.
     """
     message: str | None = None
     cause: Exception | None = None

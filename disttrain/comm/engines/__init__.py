@@ -1,4 +1,4 @@
-"""The engines: one file for each library that can carry a collective, and one for N virtual ranks in one process.
+"""The engines: a module for each communication library, one for a single process, and one for virtual ranks.
 
-Each subclasses ``Communicator`` and implements four primitives. Nothing else imports these libraries.
+Each subclasses ``Communicator`` and implements its four primitives. No other module imports these libraries.
 """

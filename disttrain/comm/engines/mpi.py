@@ -1,8 +1,8 @@
-"""MPI, by mpi4py.
+"""The MPI engine, on top of mpi4py.
 
-MPI makes progress only inside its own calls, so non-blocking collectives would stand still while backward computes. One
-thread a channel therefore carries out the blocking ones, in the order in which they were started; mpi4py releases the
-interpreter lock meanwhile. Where MPI does not let several threads call it, all channels share one thread.
+MPI makes progress only inside its own calls, so non-blocking collectives would stall while backward computes. Instead,
+each channel has a thread that runs blocking collectives in the order in which they were started. mpi4py releases the
+GIL meanwhile. If MPI does not support calls from several threads, all channels share one thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from disttrain.errors import UserError
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
-# What MPI can add up. Half precision is not among MPI's types: the base class sums it by exchange.
+# Dtypes that MPI can reduce. It has no half-precision types.
 _REDUCIBLE = {torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class MPICommunicator(Communicator):
-    """Collectives of a duplicate of ``MPI.COMM_WORLD``. CUDA tensors are staged through host memory."""
+    """Collectives on a duplicate of ``MPI.COMM_WORLD``. CUDA tensors are staged through host memory."""
 
     engine = "mpi"
 
@@ -36,25 +36,25 @@ class MPICommunicator(Communicator):
 
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise UserError(
-                "this MPI was initialised without thread support: leave mpi4py.rc.thread_level at its default, "
-                "or call MPI_Init_thread with MPI_THREAD_SERIALIZED or more before disttrain.init"
+                "MPI was initialized without thread support: leave mpi4py.rc.thread_level at its default, or call "
+                "MPI_Init_thread with MPI_THREAD_SERIALIZED or higher before disttrain.init"
             )
         self._mpi = MPI
         self.shares_order = MPI.Query_thread() < MPI.THREAD_MULTIPLE
-        self._group: Comm = MPI.COMM_WORLD.Dup()
+        self._mpi_comm: Comm = MPI.COMM_WORLD.Dup()
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
-        self.rank, self.world_size = self._group.Get_rank(), self._group.Get_size()
+        self.rank, self.world_size = self._mpi_comm.Get_rank(), self._mpi_comm.Get_size()
         if environment.world_size not in (1, self.world_size):
             raise UserError(
-                f"the launcher started {environment.world_size} ranks but MPI sees {self.world_size}: the mpirun used "
-                "and the MPI library loaded belong to different installations; use the mpirun of the library's own"
+                f"the launcher started {environment.world_size} ranks, but MPI sees {self.world_size}: mpirun and the "
+                "MPI library that was loaded belong to different installations; use the mpirun of that library"
             )
-        host = self._group.Split_type(MPI.COMM_TYPE_SHARED)
+        host = self._mpi_comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = host.Get_rank(), host.Get_size()
         host.Free()
         self.device = device
         self._thread = _new_thread()
-        self._threads = [self._thread]  # of this one and its channels
+        self._threads = [self._thread]  # shared with channels, which append theirs
 
     def _reduces_natively(self, dtype: torch.dtype) -> bool:
         return dtype in _REDUCIBLE
@@ -68,7 +68,7 @@ class MPICommunicator(Communicator):
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         def call(buffer: torch.Tensor) -> torch.Tensor:
-            self._group.Allreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._ops[op])
+            self._mpi_comm.Allreduce(self._mpi.IN_PLACE, buffer.numpy(), op=self._ops[op])
             return buffer
 
         return self._submit(call, flat)
@@ -77,7 +77,7 @@ class MPICommunicator(Communicator):
         def call(buffer: torch.Tensor) -> torch.Tensor:
             result = buffer.new_empty(sum(sizes))
             nbytes = [size * buffer.itemsize for size in sizes]
-            self._group.Allgatherv(_bytes(buffer), [_bytes(result), nbytes])
+            self._mpi_comm.Allgatherv(_bytes(buffer), [_bytes(result), nbytes])
             return result
 
         return self._submit(call, flat)
@@ -89,24 +89,24 @@ class MPICommunicator(Communicator):
             result = buffer.new_empty(sum(receive_sizes))
             sent = [size * buffer.itemsize for size in send_sizes]
             received = [size * buffer.itemsize for size in receive_sizes]
-            self._group.Alltoallv([_bytes(buffer), sent], [_bytes(result), received])
+            self._mpi_comm.Alltoallv([_bytes(buffer), sent], [_bytes(result), received])
             return result
 
         return self._submit(call, flat)
 
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
         def call(buffer: torch.Tensor) -> torch.Tensor:
-            self._group.Bcast(_bytes(buffer), root=root)
+            self._mpi_comm.Bcast(_bytes(buffer), root=root)
             return buffer
 
         return self._submit(call, flat)
 
-    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
-        # By the one thread that calls MPI, which also carries out what is started in the new group: one order for all.
-        self._group = self._thread.submit(self._group.Split, own, self.rank).result()
+    def _enter_group(self, groups: Sequence[Sequence[int]], own: int) -> None:
+        # On this channel's thread, which also runs the group's collectives: all its MPI calls keep one order.
+        self._mpi_comm = self._thread.submit(self._mpi_comm.Split, own, self.rank).result()
 
     def _enter_channel(self, is_small: bool) -> None:
-        self._group = self._thread.submit(self._group.Dup).result()
+        self._mpi_comm = self._thread.submit(self._mpi_comm.Dup).result()
         if not self.shares_order:
             self._thread = _new_thread()
             self._threads.append(self._thread)
@@ -121,5 +121,5 @@ def _new_thread() -> ThreadPoolExecutor:
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The tensor's memory as bytes: what only moves needs no MPI type."""
+    """View the tensor's memory as bytes, for collectives that do not reduce."""
     return tensor.view(torch.uint8).numpy()

@@ -1,7 +1,7 @@
-"""N virtual ranks in one process: one thread a rank, sums in rank order, and a clock.
+"""Virtual ranks in one process: a thread per rank, deterministic sums in rank order, and a simulated clock.
 
-For tests (64 ranks on a laptop, every run alike) and for planning. The clock follows the usual cost model: a message
-costs ``alpha`` seconds and each byte ``beta`` seconds, collectives use the wire one after another.
+For tests (64 ranks on a laptop, with reproducible results) and for planning. The clock follows the alpha-beta cost
+model: a message takes ``alpha`` seconds plus ``beta`` seconds per byte. Collectives use the network one at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass
 class _Round:
-    """The n-th collective of all ranks."""
+    """One collective: what the ranks contribute, and what they receive."""
 
     kind: str
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -33,20 +33,20 @@ class _Round:
 
 
 @dataclass
-class _Time:
+class _Clock:
     now: float = 0.0
 
 
 class SimulatedWorld:
-    """What the virtual ranks share.
+    """State that the virtual ranks share.
 
     Args:
         world_size: number of ranks.
-        alpha: seconds a message.
-        beta: seconds a byte.
-        timeout: real seconds a rank waits for the others before it reports a deadlock.
-        local_size: ranks a host; None: all are on one.
-        in_turns: one rank computes at a time, see :func:`simulate`.
+        alpha: seconds per message.
+        beta: seconds per byte.
+        timeout: real seconds that a rank waits for the others before it reports a deadlock.
+        local_size: ranks per host. Default: all ranks are on one host.
+        in_turns: whether only one rank computes at a time, see :func:`simulate`.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class SimulatedWorld:
         self.world_size, self.alpha, self.beta, self.timeout = world_size, alpha, beta, timeout
         self.local_size = local_size or world_size
         self.changed = threading.Condition()
-        self.turn = threading.Semaphore(1 if in_turns else world_size)  # a rank that waits for others gives it up
+        self.turn = threading.Semaphore(1 if in_turns else world_size)  # released while a rank waits for others
         self.rounds: dict[int, _Round] = {}
         self.failures: list[BaseException] = []
-        self.wire_free = 0.0
-        self._parts: dict[object, SimulatedWorld] = {}
+        self.network_free_at = 0.0  # simulated seconds
+        self._subworlds: dict[object, SimulatedWorld] = {}
 
     @property
     def failure(self) -> BaseException | None:
-        """What the first failing rank raised."""
+        """The exception of the first rank that failed."""
         return self.failures[0] if self.failures else None
 
     def fail(self, error: BaseException) -> None:
@@ -77,21 +77,22 @@ class SimulatedWorld:
             self.failures.append(error)
             self.changed.notify_all()
 
-    def part(self, key: object, num_ranks: int) -> SimulatedWorld:
-        """What some ranks share among themselves: a wire of their own, and the failures of all."""
+    def subworld(self, key: object, num_ranks: int) -> SimulatedWorld:
+        """Return the world of a group or channel. It has its own network, but shares failures with this world."""
         with self.changed:
-            if key not in self._parts:
+            if key not in self._subworlds:
                 world = SimulatedWorld(num_ranks, self.alpha, self.beta, self.timeout)
                 world.changed, world.turn, world.failures = self.changed, self.turn, self.failures
-                self._parts[key] = world
-            return self._parts[key]
+                self._subworlds[key] = world
+            return self._subworlds[key]
 
     def deposit(self, index: int, rank: int, kind: str, flat: torch.Tensor, sizes: Sequence[int], clock: float) -> None:
+        """Contribute a rank's tensor to collective number ``index``. The last rank to do so carries it out."""
         with self.changed:
             current = self.rounds.setdefault(index, _Round(kind))
             if current.kind != kind:
                 error = RuntimeError(
-                    f"ranks disagree on collective {index}: {current.kind} here, {kind} on rank {rank}"
+                    f"ranks disagree on collective {index}: {kind} on rank {rank}, {current.kind} on another"
                 )
                 self.fail(error)
                 raise error
@@ -102,6 +103,11 @@ class SimulatedWorld:
                 self.changed.notify_all()
 
     def collect(self, index: int, rank: int) -> tuple[torch.Tensor, float]:
+        """Wait for collective number ``index``. Returns this rank's result, and the simulated time at which it ended.
+
+        Raises:
+            RuntimeError: another rank failed, or did not start the collective within the timeout.
+        """
         done = self._is_done(index)
         if not done:
             self.turn.release()
@@ -129,22 +135,22 @@ class SimulatedWorld:
         num_messages, num_bytes = self.world_size - 1, 0.0
         if kind in ("sum", "min", "max"):
             total = _reduce(parts, kind)
-            current.results = [part.copy_(total) for part in parts]  # in place, as real engines do
+            current.results = [part.copy_(total) for part in parts]  # in place, like real engines
             num_messages, num_bytes = 2 * num_messages, 2 * (self.world_size - 1) / self.world_size * total.nbytes
         elif kind == "all_gather":
             joined = torch.cat(parts)
             current.results = [joined.clone() for _ in parts]
             num_bytes = joined.nbytes - min(part.nbytes for part in parts)
         elif kind == "all_to_all":
-            stretches = [part.split(list(current.sizes[rank])) for rank, part in enumerate(parts)]
-            current.results = [torch.cat([sent[rank] for sent in stretches]) for rank in range(self.world_size)]
+            chunks = [part.split(list(current.sizes[rank])) for rank, part in enumerate(parts)]
+            current.results = [torch.cat([sent[rank] for sent in chunks]) for rank in range(self.world_size)]
             num_bytes = max(result.nbytes for result in current.results)
         else:
             root = parts[int(current.kind.split()[1])].clone()
             current.results = [part.copy_(root) for part in parts]
             num_messages, num_bytes = math.ceil(math.log2(self.world_size)), root.nbytes
-        begin = max(current.started, self.wire_free)
-        current.ended = self.wire_free = begin + num_messages * self.alpha + num_bytes * self.beta
+        start = max(current.started, self.network_free_at)
+        current.ended = self.network_free_at = start + num_messages * self.alpha + num_bytes * self.beta
 
 
 def _reduce(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
@@ -159,7 +165,7 @@ def _reduce(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
 
 
 class SimulatedCommunicator(Communicator):
-    """One virtual rank. ``clock`` is its simulated time in seconds; ``advance`` adds computation to it."""
+    """The communicator of one virtual rank."""
 
     engine = "simulated"
 
@@ -167,30 +173,32 @@ class SimulatedCommunicator(Communicator):
         self.rank, self.world_size = rank, world.world_size
         self.local_rank, self.local_size = rank % world.local_size, world.local_size
         self.device = torch.device("cpu")
-        self._time = _Time()  # one, also for the groups that this rank is in
+        self._clock = _Clock()  # shared with this rank's groups and channels
         self._world = world
-        self._count = 0
+        self._num_started = 0
 
     @property
     def clock(self) -> float:
-        return self._time.now
+        """Simulated time of this rank in seconds."""
+        return self._clock.now
 
     def advance(self, seconds: float) -> None:
-        self._time.now += seconds
+        """Add computation to the simulated time."""
+        self._clock.now += seconds
 
-    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
-        self._world, self._count = self._world.part(tuple(parts[own]), len(parts[own])), 0
+    def _enter_group(self, groups: Sequence[Sequence[int]], own: int) -> None:
+        self._world, self._num_started = self._world.subworld(tuple(groups[own]), len(groups[own])), 0
 
     def _enter_channel(self, is_small: bool) -> None:
-        self._world, self._count = self._world.part(("channel", self._num_channels), self.world_size), 0
+        self._world, self._num_started = self._world.subworld(("channel", self._num_channels), self.world_size), 0
 
     def _submit(self, kind: str, flat: torch.Tensor, sizes: Sequence[int] = ()) -> Work[torch.Tensor]:
-        index, self._count = self._count, self._count + 1
+        index, self._num_started = self._num_started, self._num_started + 1
         self._world.deposit(index, self.rank, kind, flat, sizes, self.clock)
 
         def finish() -> torch.Tensor:
             result, ended = self._world.collect(index, self.rank)
-            self._time.now = max(self._time.now, ended)
+            self._clock.now = max(self._clock.now, ended)
             return result
 
         return Work(finish)
@@ -220,17 +228,22 @@ def simulate(
     local_size: int | None = None,
     in_turns: bool = False,
 ) -> list[R]:
-    """Call ``run(comm)`` on every virtual rank, each in its own thread; the results in rank order.
+    """Call ``run(comm)`` on every virtual rank, each in its own thread. Returns the results in rank order.
 
-    ``local_size`` ranks are on each virtual host; None: all on one. The wires of different groups are different wires.
+    The ranks share one process, and with it torch's global random generator: use a generator per rank instead.
 
-    ``in_turns``: one rank computes at a time, until it waits for a collective. Threads that take the interpreter from
-    one another at every call of torch lose a third of their time (16 ranks); but no rank may wait for anything else.
-
-    The ranks share one process, so also torch's global random generator: seed private ones instead.
+    Args:
+        world_size: number of ranks.
+        run: the program of a rank.
+        alpha, beta: simulated seconds per message and per byte. Each group and channel has its own network.
+        timeout: real seconds that a rank waits for the others before it reports a deadlock.
+        local_size: ranks per virtual host. Default: all ranks are on one host.
+        in_turns: let only one rank compute at a time, until it waits for a collective. This is faster: with 16 ranks,
+            threads that contend for the GIL at every call of torch lose a third of their time. But ranks must not wait
+            for each other by any other means.
 
     Raises:
-        BaseException: what the first failing rank raised. The other ranks are released.
+        BaseException: the exception of the first rank that failed. The other ranks are released.
     """
     world = SimulatedWorld(world_size, alpha, beta, timeout, local_size, in_turns)
     results: dict[int, R] = {}

@@ -1,4 +1,4 @@
-"""One process, no wire: every collective is the identity, so no caller ever asks whether it is distributed."""
+"""A single process. Every collective is the identity, so callers need not ask whether training is distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from disttrain.comm.work import Work
 
 
 class SingleProcess(Communicator):
-    """The communicator of a world of one."""
+    """The communicator of a world of one rank."""
 
     engine = "single"
 

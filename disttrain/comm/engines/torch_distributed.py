@@ -1,4 +1,4 @@
-"""torch.distributed: gloo on CPUs, nccl where every local rank has a GPU of its own."""
+"""The torch.distributed engine: nccl if every local rank has its own GPU, otherwise gloo."""
 
 from __future__ import annotations
 
@@ -21,21 +21,28 @@ from disttrain.comm.launch.environment import Environment
 from disttrain.comm.work import Work
 from disttrain.errors import UserError
 
-# torch 2.13 renamed it.
+# Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_LONGEST_SECONDS = 365.0 * 24 * 3600  # torch.distributed counts milliseconds
+_MAX_TIMEOUT_SECONDS = 365.0 * 24 * 3600  # torch.distributed counts milliseconds, which would overflow
 
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
 class TorchCommunicator(Communicator):
-    """Collectives of torch.distributed's default process group, which it joins unless the user already has."""
+    """Collectives on torch.distributed's default process group, which is initialized here if the user has not done so.
+
+    Args:
+        environment: what the launcher says about ranks.
+        device: where this rank's model lives.
+        timeout: seconds to wait for the other ranks to join.
+        patience: seconds after which a collective times out.
+    """
 
     engine = "torch"
 
     def __init__(self, environment: Environment, device: torch.device, timeout: float, patience: float) -> None:
-        self._patience = timedelta(seconds=min(patience, _LONGEST_SECONDS))  # of a collective
+        self._patience = timedelta(seconds=min(patience, _MAX_TIMEOUT_SECONDS))
         self.rank, self.world_size = environment.rank, environment.world_size
         self.local_rank, self.local_size = environment.local_rank, environment.local_size
         self.device = device
@@ -47,7 +54,7 @@ class TorchCommunicator(Communicator):
         else:
             self.backend = dist.get_backend()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._lanes: list[dist.ProcessGroup | None] = [None]
+        self._lanes: list[dist.ProcessGroup | None] = [None]  # take all-reduces in turn; None is the default group
         self._num_started = 0
         self._ranks: Sequence[int] = range(self.world_size)
         if self.backend == "gloo" and self.world_size > 1:
@@ -56,16 +63,16 @@ class TorchCommunicator(Communicator):
     def _join(self, environment: Environment, timeout: float) -> None:
         host, port = environment.rendezvous()
         if environment.num_hosts == 1:
-            # Workers of one host have no business listening on its network.
+            # Workers of a single host need not listen on its network.
             loopback = _loopback_interface()
             if loopback is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         limit = timedelta(seconds=timeout)
         try:
-            is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            is_master = self.rank == 0 and not is_agents
+            uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            is_master = self.rank == 0 and not uses_agent_store
             store: Store = TCPStore(host, port, self.world_size, is_master=is_master, timeout=limit)
-            if is_agents:
+            if uses_agent_store:
                 store = attempt_store(store, self.rank, self.world_size, timeout)
             dist.init_process_group(
                 self.backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._patience
@@ -87,7 +94,7 @@ class TorchCommunicator(Communicator):
         if min(sizes) == largest:
             result = flat.new_empty(self.world_size * largest)
             return _pending(_all_gather_single(result, flat, group=self._lanes[0], async_op=True), result)
-        padded = flat.new_zeros(largest)  # torch.distributed gathers equal sizes only
+        padded = flat.new_zeros(largest)  # torch.distributed gathers only equal sizes
         padded[: flat.numel()] = flat
         result = flat.new_empty(self.world_size * largest)
         work = _all_gather_single(result, padded, group=self._lanes[0], async_op=True)
@@ -109,45 +116,45 @@ class TorchCommunicator(Communicator):
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
         return _pending(dist.broadcast(flat, self._ranks[root], group=self._lanes[0], async_op=True), flat)
 
-    def _enter_group(self, parts: Sequence[Sequence[int]], own: int) -> None:
-        # Every rank takes part in making all groups, its own or not, in one order.
-        lanes = [[dist.new_group(list(part), self._patience, self.backend) for part in parts] for _ in self._lanes]
-        self._ranks, self._num_started = parts[own], 0
-        self._lanes = [groups[own] for groups in lanes]
+    def _enter_group(self, groups: Sequence[Sequence[int]], own: int) -> None:
+        # Every rank takes part in creating all process groups, not only its own, in the same order.
+        lanes = [[dist.new_group(list(ranks), self._patience, self.backend) for ranks in groups] for _ in self._lanes]
+        self._ranks, self._num_started = groups[own], 0
+        self._lanes = [process_groups[own] for process_groups in lanes]
         _let_event_loops_wait()
 
     def _enter_channel(self, is_small: bool) -> None:
         if self.backend == "nccl" and not is_small:
-            self.shares_order = True  # GPUs that ran two NCCL groups in different orders could wait for each other
+            self.shares_order = True  # GPUs that run two NCCL groups in different orders can deadlock
             return
-        # gloo works off a group's collectives in the order of their start, two at a time. A second group takes every
-        # other all-reduce, so that the next one is under way while one waits for its last phase.
+        # gloo runs the collectives of a process group in the order in which they were started, two at a time. A second
+        # process group takes every other all-reduce, so the next one proceeds while one waits for its last phase.
         self.backend = "gloo"
         self._lanes = [dist.new_group(backend="gloo", timeout=self._patience) for _ in range(1 if is_small else 2)]
         self._num_started = 0
         _let_event_loops_wait()
 
     def _close(self) -> None:
-        # Without the references, destroying the groups ends gloo's threads. One that still let go of a tensor while the
-        # interpreter ends would abort the process.
-        for one in (self, *self._channels):
-            assert isinstance(one, TorchCommunicator)
-            one._lanes, one._groups = [], {}
+        # Destroying the process groups ends gloo's threads only once nothing refers to the groups. A thread that
+        # releases a tensor while the interpreter shuts down would abort the process.
+        for comm in (self, *self._channels):
+            assert isinstance(comm, TorchCommunicator)
+            comm._lanes, comm._groups = [], {}
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _let_event_loops_wait() -> None:
-    """Tell Linux that gloo's event loops need not preempt anyone (SCHED_BATCH; priorities stay as they are).
+    """Keep gloo's event loops from preempting other threads, by SCHED_BATCH. Priorities do not change.
 
-    While a thread holds a connection's lock, the loop asks the kernel over and over; where workers have more threads
-    than cores, it would do so in place of that very thread. Each group brings a loop of its own, so this is for
-    every time that groups are made.
+    While another thread holds a connection's lock, the event loop polls the kernel in a busy loop. If workers have more
+    threads than cores, it could do so in place of the very thread that holds the lock. Each process group has its own
+    event loop, so this must be called whenever process groups are created.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return
     for task in Path("/proc/self/task").glob("*"):
-        with contextlib.suppress(OSError):  # no such file system, or a thread that has ended
+        with contextlib.suppress(OSError):  # no /proc, or the thread has ended
             if (task / "comm").read_text().startswith("gloo_tcp"):
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
@@ -170,11 +177,11 @@ def _loopback_interface() -> str | None:
 def _explain(error: Exception, host: str, port: int, rank: int, world_size: int, timeout: float) -> UserError:
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text.lower():
-        return UserError(f"port {port} on {host} is taken: set MASTER_PORT to a free one, the same for every rank")
+        return UserError(f"port {port} on {host} is in use: set MASTER_PORT to a free port, the same on all ranks")
     if "timed out" in text.lower() or "timeout" in text.lower():
         return UserError(
-            f"rank {rank} waited {timeout:g} s at {host}:{port} for {world_size} ranks: are all of them started, "
-            "with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+            f"rank {rank} waited {timeout:g} s at {host}:{port} for {world_size} ranks: start all of them, with the "
+            "same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
         )
     first_line = (text.splitlines() or [repr(error)])[0]
     return UserError(f"rank {rank} could not join the others at {host}:{port}: {first_line}")

@@ -1,4 +1,4 @@
-"""What launchers do: how they tell a process its rank, and how they restart workers.
+"""Launchers: how they tell a process its rank, and how they restart workers.
 
 Everything that is specific to torchrun, mpirun, horovodrun or Slurm is here.
 """

@@ -1,8 +1,9 @@
-"""A store of torchrun's that holds nothing of earlier attempts.
+"""A part of torchrun's store that holds nothing from earlier attempts.
 
-torchrun's agent keeps one store while it restarts workers and hosts join and go. What the dead have left there (the
-addresses at which gloo reached them) must not be taken for the living, and nothing that torchrun tells all workers
-distinguishes one attempt from the next. So rank 0 names the attempt, and tells those that prove to be alive.
+torchrun's agent keeps the same store while it restarts workers, and while hosts join and leave. Workers must not read
+what earlier workers left there, such as the addresses of their gloo connections. But torchrun tells workers nothing
+that distinguishes one attempt from the next. Rank 0 therefore picks a random name for the attempt, and passes it to
+each rank that answers.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ _POLL_SECONDS = 0.01
 
 
 def attempt_store(store: Store, rank: int, world_size: int, timeout: float) -> Store:
-    """The part of ``store`` that is this attempt's alone. All ranks call it together.
+    """Return a view of ``store`` that only this attempt uses. All ranks must call it.
 
     Raises:
-        TimeoutError: on rank 0, some ranks did not come within ``timeout`` seconds.
-        DistError: on the others, rank 0 did not.
+        TimeoutError: on rank 0: some ranks did not join within ``timeout`` seconds.
+        DistError: on other ranks: rank 0 did not answer within the store's timeout.
     """
     meeting, own = PrefixStore("disttrain", store), secrets.token_hex(8)
     if rank > 0:
         meeting.set(f"caller/{rank}", own)
-        attempt = meeting.get(f"attempt/{own}").decode()  # waits
+        attempt = meeting.get(f"attempt/{own}").decode()  # blocks until rank 0 answers
         meeting.set(f"{attempt}/{rank}", "here")
         return PrefixStore(attempt, store)
     missing, answered, deadline = set(range(1, world_size)), set(), time.monotonic() + timeout
@@ -34,9 +35,10 @@ def attempt_store(store: Store, rank: int, world_size: int, timeout: float) -> S
             if meeting.check([f"{own}/{other}"]):
                 missing.discard(other)
             elif meeting.check([f"caller/{other}"]) and (caller := meeting.get(f"caller/{other}")) not in answered:
-                meeting.set(f"attempt/{caller.decode()}", own)  # it may be a dead one's call: the living's will follow
+                # The caller may be from an earlier attempt. Then the current one will overwrite the key.
+                meeting.set(f"attempt/{caller.decode()}", own)
                 answered.add(caller)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"timed out: ranks {sorted(missing)} did not come")
+            raise TimeoutError(f"timed out: ranks {sorted(missing)} did not join")
         time.sleep(_POLL_SECONDS)
     return PrefixStore(own, store)

@@ -1,7 +1,6 @@
-"""Which launcher started this process, and what it says about ranks: one table, read from environment variables.
+"""Detect the launcher that started this process, and read ranks from its environment variables.
 
-Nothing here talks to the network or imports an engine, so it can be called before anything else and tested with
-recorded environments.
+Nothing here uses the network or imports an engine, so detection can come first, and recorded environments can test it.
 """
 
 from __future__ import annotations
@@ -15,16 +14,21 @@ from disttrain.errors import UserError
 
 DEFAULT_PORT = 29500
 _LOCALHOST = ("127.0.0.1", "localhost", "::1")
-# Slurm numbers the steps that are not srun's (batch script, interactive shell, ...) from the top of 32 bits.
+# Slurm gives steps that srun did not start (batch script, interactive shell, ...) the highest 32-bit numbers.
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What the launcher told this process.
+    """What the launcher says about this process.
 
-    ``engine`` is the engine that fits the launcher; another may be asked for. ``num_hosts`` and the address to meet at
-    are None where the launcher does not say (MPI over several hosts needs no address, for example).
+    Attributes:
+        launcher: name of the launcher.
+        engine: the engine that fits the launcher. The user may choose another.
+        rank, world_size: this worker among all workers.
+        local_rank, local_size: this worker among those of its host.
+        num_hosts: number of hosts; None if the launcher does not say.
+        master_addr, master_port: where rank 0 listens; None if the launcher does not say.
     """
 
     launcher: str
@@ -38,24 +42,30 @@ class Environment:
     master_port: int | None = None
 
     def rendezvous(self) -> tuple[str, int]:
-        """The address and port where rank 0 listens, for an engine that needs one (torch).
+        """Return the address and port where rank 0 listens, for an engine that needs them (torch).
 
-        Raises UserError when the launcher does not tell and the ranks are on several hosts.
+        Raises:
+            UserError: the launcher does not say, and not all ranks are known to be on one host.
         """
         if self.master_addr is None or self.master_port is None:
             raise UserError(
-                f"{self.launcher} does not say where rank 0 runs: export MASTER_ADDR (the host of rank 0, as the other "
-                "hosts reach it) and MASTER_PORT on every host, or choose the engine that fits the launcher"
+                f"{self.launcher} does not say where rank 0 runs: export MASTER_ADDR (an address of rank 0's host that "
+                "the other hosts can reach) and MASTER_PORT on every host, or choose the engine that fits the launcher"
             )
         return self.master_addr, self.master_port
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """One row of the table: the names of a launcher's variables.
+    """The names of a launcher's environment variables.
 
-    ``world_size`` may list alternatives, the first that is set counts. ``local_size`` is a name, or a function of the
-    variables for a launcher that writes it in a form of its own. ``when`` narrows a row that another one would share.
+    Attributes:
+        name: of the launcher.
+        engine: the engine that fits the launcher.
+        rank, local_rank: names of variables.
+        world_size, num_hosts: alternative names; the first that is set counts.
+        local_size: a name, or a function that computes the local size from the variables.
+        when: a further condition, for launchers whose variables alone do not identify them.
     """
 
     name: str
@@ -67,106 +77,112 @@ class Launcher:
     num_hosts: tuple[str, ...] = ()
     when: Callable[[Mapping[str, str]], bool] = lambda environ: True
 
+    @property
+    def is_srun(self) -> bool:
+        return self.rank == "SLURM_PROCID"
+
 
 def detect(environ: Mapping[str, str] = os.environ) -> Environment:
-    """Read the launcher's variables. No launcher: one process, engine ``single``.
+    """Read the launcher's variables. Without a launcher, the environment is that of a single process.
 
-    Raises UserError, naming the variable, where the variables contradict each other or are not numbers.
+    Raises:
+        UserError: variables are missing, are not numbers, or contradict each other; the message names them.
     """
-    environ = {name: value for name, value in environ.items() if value.strip()}  # an empty variable is an unset one
-    launcher = _started_by(environ)
+    environ = {name: value for name, value in environ.items() if value.strip()}  # treat empty variables as unset
+    launcher = _find_launcher(environ)
     if launcher is None:
         return Environment("none", "single", num_hosts=1)
 
-    world_size_name = _first_set(environ, launcher.world_size, needed_by=launcher)
-    world_size = _number(environ, world_size_name, minimum=1)
+    world_size_name, world_size = _world_size(environ, launcher)
     rank = _number(environ, launcher.rank)
     if rank >= world_size:
         raise UserError(f"{launcher.rank}={rank} must be below {world_size_name}={world_size}")
-    local_rank, local_size = _local(environ, launcher, rank, world_size)
+    local_rank, local_size = _local_rank_and_size(environ, launcher, rank, world_size)
     if local_rank >= local_size:
-        raise UserError(f"{launcher.local_rank}={local_rank} must be below the {local_size} workers of this host")
+        raise UserError(f"{launcher.local_rank}={local_rank} must be below {local_size}, the workers on this host")
     if local_size > world_size:
-        raise UserError(f"{local_size} workers on this host cannot be: {world_size_name}={world_size} in all")
+        raise UserError(f"{local_size} workers on this host are more than {world_size_name}={world_size}")
 
     num_hosts = 1 if local_size == world_size else None
-    if num_hosts is None and any(name in environ for name in launcher.num_hosts):
-        num_hosts = _number(environ, _first_set(environ, launcher.num_hosts, needed_by=launcher), minimum=1)
+    num_hosts_name = _first_set(environ, launcher.num_hosts)
+    if num_hosts is None and num_hosts_name is not None:
+        num_hosts = _number(environ, num_hosts_name, minimum=1)
     master_addr, master_port = _master(environ, launcher, num_hosts)
-    # One task of srun has nobody to meet, so it needs no engine (a shell opened by `srun --pty` is such a task).
-    engine = "single" if launcher.name.startswith("srun") and world_size == 1 else launcher.engine
+    # A single task of srun has no others to join, for example a shell that `srun --pty` opened.
+    engine = "single" if launcher.is_srun and world_size == 1 else launcher.engine
     return Environment(
         launcher.name, engine, rank, world_size, local_rank, local_size, num_hosts, master_addr, master_port
     )
 
 
-def _started_by(environ: Mapping[str, str]) -> Launcher | None:
-    """The launcher whose variables are to be believed."""
-    present = [row for row in LAUNCHERS if row.rank in environ and row.when(environ)]
-    if present[:1] == [_TORCHRUN] and "TORCHELASTIC_RUN_ID" not in environ and present[1:]:
-        return _by_hand_or(present[1], environ)
-    return present[0] if present else None
+def _find_launcher(environ: Mapping[str, str]) -> Launcher | None:
+    """Return the launcher whose variables describe this process, or None."""
+    candidates = [launcher for launcher in LAUNCHERS if launcher.rank in environ and launcher.when(environ)]
+    if candidates[:1] == [_TORCHRUN] and "TORCHELASTIC_RUN_ID" not in environ and candidates[1:]:
+        return _choose_over_manual_ranks(candidates[1], environ)
+    return candidates[0] if candidates else None
 
 
-def _by_hand_or(launcher: Launcher, environ: Mapping[str, str]) -> Launcher:
-    """RANK and WORLD_SIZE, but not by torchrun, in a process of another launcher's: which of the two to believe.
+def _choose_over_manual_ranks(launcher: Launcher, environ: Mapping[str, str]) -> Launcher:
+    """Decide between a launcher's variables and RANK and WORLD_SIZE that torchrun did not set.
 
-    They are a script's own (what the launcher started has started workers itself, or has named the ranks again), or are
-    left over from a pod (Kubernetes sets RANK=0 and WORLD_SIZE=1), an image or a profile.
+    A script may have set RANK and WORLD_SIZE: to start workers of its own, or to repeat the launcher's ranks. Or they
+    are left over from a pod (Kubernetes sets RANK=0 and WORLD_SIZE=1), an image or a profile.
     """
     if "WORLD_SIZE" not in environ:
         return launcher
-    size_name = _first_set(environ, launcher.world_size, needed_by=launcher)
-    size, by_hand = _number(environ, size_name, minimum=1), _number(environ, "WORLD_SIZE", minimum=1)
-    if size == 1 or by_hand > size:
+    size_name, size = _world_size(environ, launcher)
+    _, manual_size = _world_size(environ, _TORCHRUN)
+    if size == 1 or manual_size > size:
         return _TORCHRUN
-    if by_hand == 1:
+    if manual_size == 1:
         return launcher
-    if by_hand == size and _number(environ, "RANK") == _number(environ, launcher.rank):
+    if manual_size == size and _number(environ, "RANK") == _number(environ, launcher.rank):
         return _TORCHRUN
     raise UserError(
-        f"RANK={environ['RANK']} and WORLD_SIZE={by_hand} contradict {launcher.name}, which says {launcher.rank}="
-        f"{environ[launcher.rank]} and {size_name}={size}: unset RANK and WORLD_SIZE if they are left over from "
-        f"elsewhere, or else unset {launcher.rank}"
+        f"RANK={environ['RANK']} and WORLD_SIZE={manual_size} contradict {launcher.name}, which says {launcher.rank}="
+        f"{environ[launcher.rank]} and {size_name}={size}: unset RANK and WORLD_SIZE if they are left over, or else "
+        f"unset {launcher.rank}"
     )
 
 
 def slurm_tasks_per_node(environ: Mapping[str, str]) -> int:
-    """The number of tasks of the step on this node, from a list such as ``2(x3),1`` and the node's index."""
-    name = _first_set(environ, ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
+    """Return the number of the step's tasks on this node, from a list such as ``2(x3),1`` and the node's index."""
+    names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    name = _first_set(environ, names) or names[0]
     counts: list[int] = []
-    for part in environ[name].split(","):
+    for part in _text(environ, name).split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
-            raise UserError(f"{name}={environ[name]!r} is not of the form 2(x3),1")
+            raise UserError(f"{name}={environ[name]!r} must have the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
     if node >= len(counts):
-        raise UserError(f"SLURM_NODEID={node} is beyond the {len(counts)} nodes of {name}={environ[name]!r}")
+        raise UserError(f"SLURM_NODEID={node} must be below {len(counts)}, the nodes in {name}={environ[name]!r}")
     return counts[node]
 
 
 def first_slurm_host(node_list: str) -> str:
-    """The first host of Slurm's compressed list: ``gpu[003-007,9],login1`` -> ``gpu003``."""
+    """Return the first host of a compressed list of Slurm: ``gpu[003-007,9],login1`` -> ``gpu003``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list.strip())
     if first is None:
-        raise UserError(f"cannot read Slurm's node list {node_list!r}: export MASTER_ADDR")
+        raise UserError(f"cannot parse Slurm's node list {node_list!r}: export MASTER_ADDR, the host of rank 0")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    # A batch script's body has SLURM_PROCID=0 and SLURM_NTASKS=<the whole job's> too, but it is one process that
-    # nobody will join; only srun's own steps carry an ordinary step id.
+    # The batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but is a single process that no others will
+    # join. Only steps that srun started have an ordinary step id.
     return "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
 
 
-def _by_horovodrun(environ: Mapping[str, str]) -> bool:
-    # `horovodrun --mpi` sets no variable of its own, but gives mpirun these flags, all of them.
+def _is_horovodrun_mpi(environ: Mapping[str, str]) -> bool:
+    # `horovodrun --mpi` sets no variables of its own, but passes all of these flags to mpirun.
     flags = {"orte_tag_output": "1", "pml": "ob1", "btl": "^openib", "rmaps_base_mapping_policy": "slot"}
     return all(environ.get(f"OMPI_MCA_{name}") == value for name, value in flags.items())
 
 
-def _srun_row(name: str, engine: str, variable: str) -> Launcher:
+def _srun(name: str, engine: str, variable: str) -> Launcher:
     return Launcher(
         name=name,
         engine=engine,
@@ -197,8 +213,8 @@ _OPEN_MPI = Launcher(
     local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
 )
 
-# The order decides where one launcher starts another: the inner one's variables are the ones to believe. Slurm comes
-# last, as mpirun, horovodrun and torchrun all run inside its jobs and inherit its variables.
+# In order of precedence. If one launcher starts another, the inner launcher's variables count. Slurm comes last, since
+# mpirun, horovodrun and torchrun all run inside its jobs and inherit its variables.
 LAUNCHERS = (
     Launcher(
         name="horovodrun",
@@ -210,7 +226,7 @@ LAUNCHERS = (
         num_hosts=("HOROVOD_CROSS_SIZE",),
     ),
     _TORCHRUN,
-    replace(_OPEN_MPI, name="horovodrun --mpi", engine="horovod", when=_by_horovodrun),
+    replace(_OPEN_MPI, name="horovodrun --mpi", engine="horovod", when=_is_horovodrun_mpi),
     _OPEN_MPI,
     Launcher(
         name="mpiexec (MPICH)",
@@ -219,17 +235,16 @@ LAUNCHERS = (
         world_size=("PMI_SIZE",),
         local_rank="MPI_LOCALRANKID",
         local_size="MPI_LOCALNRANKS",
-        # `srun --mpi=pmi2` sets PMI_RANK as well; Hydra alone sets MPI_LOCALRANKID, also where it starts through srun.
+        # `srun --mpi=pmi2` sets PMI_RANK too. Only Hydra sets MPI_LOCALRANKID, even if it starts workers through srun.
         when=lambda environ: "MPI_LOCALRANKID" in environ or not _in_srun_step(environ),
     ),
-    _srun_row("srun --mpi=pmix", "mpi", "PMIX_RANK"),
-    _srun_row("srun --mpi=pmi2", "mpi", "PMI_RANK"),
-    _srun_row("srun", "torch", "SLURM_PROCID"),
+    _srun("srun --mpi=pmix", "mpi", "PMIX_RANK"),
+    _srun("srun --mpi=pmi2", "mpi", "PMI_RANK"),
+    _srun("srun", "torch", "SLURM_PROCID"),
 )
 
 
-def _local(environ: Mapping[str, str], launcher: Launcher, rank: int, world_size: int) -> tuple[int, int]:
-    """(local_rank, local_size)."""
+def _local_rank_and_size(environ: Mapping[str, str], launcher: Launcher, rank: int, world_size: int) -> tuple[int, int]:
     if callable(launcher.local_size):
         return _number(environ, launcher.local_rank), launcher.local_size(environ)
     names = (launcher.local_rank, launcher.local_size)
@@ -237,17 +252,18 @@ def _local(environ: Mapping[str, str], launcher: Launcher, rank: int, world_size
     if not missing:
         return _number(environ, names[0]), _number(environ, names[1], minimum=1)
     if len(missing) == 1:
-        raise UserError(f"{missing[0]} is not set though {launcher.rank} is: set {' and '.join(names)}, or neither")
-    # Ranks exported by hand: all on this host if they meet on it, else one a host.
+        (present,) = set(names) - set(missing)
+        raise UserError(f"{missing[0]} is not set, but {present} is: set both or neither")
+    # Ranks that a user exported: if they meet on localhost, all are on this host, else assume one rank per host.
     return (rank, world_size) if environ.get("MASTER_ADDR") in _LOCALHOST else (0, 1)
 
 
 def _master(environ: Mapping[str, str], launcher: Launcher, num_hosts: int | None) -> tuple[str | None, int | None]:
     port = DEFAULT_PORT
     node_list = None
-    if launcher.rank == "SLURM_PROCID":
+    if launcher.is_srun:
         node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-        # Two jobs, or two steps of one, may share a node: each gets a port of its own, below the ephemeral range.
+        # Jobs and steps may share a node, so give each its own port, below the ephemeral range.
         job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
         port = 15000 + (job * 31 + step) % 15000
     if "MASTER_PORT" in environ:
@@ -256,9 +272,7 @@ def _master(environ: Mapping[str, str], launcher: Launcher, num_hosts: int | Non
             raise UserError(f"MASTER_PORT={port} must be at most 65535")
     address = environ.get("MASTER_ADDR")
     if launcher is not _TORCHRUN and (num_hosts == 1 or address in _LOCALHOST):
-        address = (
-            None  # perhaps left over: one host's ranks need none, and several hosts do not meet on their loopbacks
-        )
+        address = None  # left over: ranks on one host need no address, and ranks on several cannot meet on a loopback
     if address is None and num_hosts == 1:
         address = "127.0.0.1"
     elif address is None and node_list:
@@ -266,20 +280,29 @@ def _master(environ: Mapping[str, str], launcher: Launcher, num_hosts: int | Non
     return (None, None) if address is None else (address, port)
 
 
-def _first_set(environ: Mapping[str, str], names: tuple[str, ...], needed_by: Launcher | None = None) -> str:
-    for name in names:
-        if name in environ:
-            return name
-    known = f"{needed_by.rank} is set ({needed_by.name})" if needed_by else "this is a Slurm step"
-    raise UserError(f"{names[0]} is not set though {known}: start all workers with the same launcher")
+def _world_size(environ: Mapping[str, str], launcher: Launcher) -> tuple[str, int]:
+    """Return the name of the variable that has the world size, and its value."""
+    name = _first_set(environ, launcher.world_size)
+    if name is None:
+        raise UserError(
+            f"{launcher.world_size[0]} is not set, but {launcher.rank} is ({launcher.name}): start all workers with "
+            "the same launcher"
+        )
+    return name, _number(environ, name, minimum=1)
+
+
+def _first_set(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in environ), None)
 
 
 def _number(environ: Mapping[str, str], name: str, minimum: int = 0) -> int:
-    text = environ.get(name)
-    if text is None:
-        raise UserError(f"{name} is not set, though the launcher's other variables are")
-    if not re.fullmatch(r"\s*\d+\s*", text):
-        raise UserError(f"{name}={text!r} must be a whole number, {minimum} or more")
-    if int(text) < minimum:
-        raise UserError(f"{name}={text.strip()} must be {minimum} or more")
+    text = _text(environ, name).strip()
+    if not re.fullmatch(r"\d+", text) or int(text) < minimum:
+        raise UserError(f"{name}={text!r} must be an integer, {minimum} or more")
     return int(text)
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if name not in environ:
+        raise UserError(f"{name} is not set, but other variables of the launcher are: start all workers with it")
+    return environ[name]

@@ -1,8 +1,9 @@
-"""Horovod elastic: a worker that has lost another one, or learns of new hosts, begins anew in the same process.
+"""Elastic Horovod: a worker restarts in the same process when another worker is lost or the set of hosts changes.
 
-Horovod's driver keeps the surviving workers and expects them to ask for their new ranks. A process whose engine has
-failed is best rebuilt from nothing, so it replaces itself by its own program (``exec``: the driver sees the same
-process), and asks before it joins. What it goes on from is the run's newest checkpoint.
+Horovod's driver keeps the surviving workers, and expects them to ask for their new ranks. The state of a process whose
+engine has failed cannot be trusted, so the worker replaces itself with a new run of its program. As this is done by
+``exec``, the driver sees the same process. The new run asks the driver for its rank before it joins the others, and
+resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _VARIABLES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_S
 
 
 def can_restart_process(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a worker of Horovod elastic."""
+    """Whether this is a worker of elastic Horovod."""
     return environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def leave(code: int) -> NoReturn:
-    """End at once with this code; under Horovod elastic, begin anew instead.
+    """Exit immediately with this code. Under elastic Horovod, restart the process instead.
 
-    No orderly exit: an engine's own would wait for ranks that are gone, or gone elsewhere.
+    Skips the engine's orderly shutdown, which would wait for ranks that are gone.
     """
     if can_restart_process():
         restart_process()
@@ -37,11 +38,11 @@ def leave(code: int) -> NoReturn:
 
 
 def restart_process() -> NoReturn:
-    """Replace this process by the program that it runs."""
+    """Replace this process with a new run of its program."""
     if threading.current_thread() is threading.main_thread():
-        for number in INTERRUPTING_SIGNALS:  # ignored ones would stay so
+        for number in INTERRUPTING_SIGNALS:  # exec keeps ignored signals ignored
             signal.signal(number, signal.SIG_DFL)
-    for name in os.listdir("/proc/self/fd"):  # the engine's connections among them
+    for name in os.listdir("/proc/self/fd"):  # includes the engine's connections
         with contextlib.suppress(OSError):
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
@@ -49,18 +50,18 @@ def restart_process() -> NoReturn:
 
 
 def request_rank() -> None:
-    """In a process that began anew: wait until the driver knows who is left, and take the rank that it gives.
+    """In a restarted process, ask Horovod's driver for the new rank, and wait until it knows which workers are left.
 
-    A worker that is given none, as its host has been taken away, ends.
+    Updates the variables ``HOROVOD_RANK`` and the like. Exits if the driver assigns no rank, as the host was removed.
     """
     if os.environ.pop(_REJOINS, None) is None:
         return
-    from urllib.request import urlopen  # here: it takes a while, and most programs never come here
+    from urllib.request import urlopen  # slow to import, and rarely needed
 
     address, port = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]
-    place = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
+    slot = f"{os.environ['HOROVOD_HOSTNAME']}:{os.environ['HOROVOD_LOCAL_RANK']}"
     timeout = float(os.environ.get("HOROVOD_ELASTIC_TIMEOUT", "600"))
-    with urlopen(f"http://{address}:{port}/rank_and_size/{place}", timeout=timeout) as answer:
+    with urlopen(f"http://{address}:{port}/rank_and_size/{slot}", timeout=timeout) as answer:
         values = answer.read().decode().split(",")
     if values[0] == "-1":
         sys.exit(0)

@@ -217,7 +217,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 # What shows only when training starts.
 LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
-    "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
+    "engine not installed": (
+        ["engine=mpi"],
+        "engine 'mpi' needs the package mpi4py, which is not installed: run pip ins",
+    ),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no complete checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "metric that is not there": (
@@ -295,7 +298,7 @@ def test_a_mistake_is_one_clear_line(
 def test_a_mistake_that_shows_late_is_one_line_too(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    monkeypatch.setattr("disttrain.comm._installed", lambda engine: engine != "mpi")
+    monkeypatch.setattr("disttrain.comm._is_installed", lambda engine: engine != "mpi")
     arguments, message = LATE_MISTAKES[mistake]
     check_one_line(capsys, call("train", config, *arguments), message)
 

@@ -15,7 +15,7 @@ from disttrain.errors import UserError
         (OSError("disk"), r"^disk \(on rank 2, host .+\)$"),
     ],
 )
-def test_all_ranks_fail_alike(error: Exception, message: str) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(error: Exception, message: str) -> None:
     def block(comm: Communicator) -> None:
         with collective_errors(comm):
             if comm.rank == 2:
@@ -29,7 +29,7 @@ def test_all_ranks_fail_alike(error: Exception, message: str) -> None:
     assert len(set(simulate(3, run))) == 1
 
 
-def test_what_all_find_is_said_without_a_rank() -> None:
+def test_an_error_on_all_ranks_names_no_rank() -> None:
     def run(comm: Communicator) -> None:
         with collective_errors(comm):
             raise UserError("wrong")
@@ -38,7 +38,7 @@ def test_what_all_find_is_said_without_a_rank() -> None:
         simulate(2, run)
 
 
-def test_defects_are_not_taken_for_mistakes() -> None:
+def test_other_exceptions_pass_through() -> None:
     def run(comm: Communicator) -> None:
         with collective_errors(comm):
             raise ZeroDivisionError
@@ -47,7 +47,7 @@ def test_defects_are_not_taken_for_mistakes() -> None:
         simulate(2, run)
 
 
-def test_nothing_wrong_is_a_barrier() -> None:
+def test_without_errors_the_block_completes() -> None:
     def run(comm: Communicator) -> int:
         with collective_errors(comm):
             pass

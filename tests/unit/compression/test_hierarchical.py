@@ -320,7 +320,7 @@ def test_a_skipped_step_leaves_no_trace(case: dict[str, Any]) -> None:
 
 def test_uneven_nodes_are_an_error() -> None:
     def run(comm: Communicator) -> None:
-        with pytest.raises(UserError, match="as many ranks on every node"):
+        with pytest.raises(UserError, match="the same number of ranks on every node"):
             train(comm, {"name": "topk", "hierarchical": True}, range(1))
 
     simulate(3, run, local_size=2)

@@ -1,4 +1,4 @@
-"""What Horovod would crash of is found before it starts."""
+"""Conditions under which Horovod would crash are errors before it starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from disttrain.comm.launch.environment import detect
 from disttrain.errors import UserError
 
 
-def test_a_host_name_without_an_address_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_name_without_an_address_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("horovod")
 
     def unknown(name: str) -> str:
@@ -21,6 +21,6 @@ def test_a_host_name_without_an_address_is_an_error_and_no_crash(monkeypatch: py
     monkeypatch.setattr(socket, "gethostname", lambda: "pod-17")
     monkeypatch.setattr(socket, "gethostbyname", unknown)
     monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")  # so that it is put back
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")  # so that monkeypatch restores it
     with pytest.raises(UserError, match=r"'pod-17', has no address.*'127\.0\.1\.1 pod-17' to /etc/hosts"):
         HorovodCommunicator(detect({}), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Virtual ranks that compute one at a time."""
+"""Virtual ranks that compute one at a time (``in_turns``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from disttrain.comm import Communicator, simulate
 
 
-def test_in_turns_no_two_ranks_compute_at_once() -> None:
+def test_in_turns_only_one_rank_computes_at_a_time() -> None:
     computing: list[int] = []
 
     def run(comm: Communicator) -> list[float]:
@@ -37,7 +37,7 @@ def test_in_turns_a_failure_ends_all_ranks() -> None:
         simulate(3, run, in_turns=True, timeout=20)
 
 
-def test_in_turns_a_deadlock_is_told() -> None:
+def test_in_turns_a_deadlock_is_reported() -> None:
     def run(comm: Communicator) -> None:
         if comm.rank > 0:
             comm.all_reduce(torch.ones(1), "sum")

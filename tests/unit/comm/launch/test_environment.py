@@ -1,4 +1,4 @@
-"""The launchers' variables below were recorded from the real launchers, and cut down to what concerns ranks."""
+"""The environment variables below were recorded from real launchers, and reduced to those that concern ranks."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "3",
     "SLURM_STEP_TASKS_PER_NODE": "2,1",
 }
-# One task that srun starts inside a job of four: the job's numbers must not be taken for the step's.
+# A single task that srun starts in a job of four: detection must read the step's numbers, not the job's.
 SRUN_ONE_TASK = {
     **SBATCH_BODY,
     "SLURM_NNODES": "1",
@@ -103,7 +103,7 @@ RECORDED = {
     "srun-1": (SRUN_ONE_TASK, Environment("srun", "single", 0, 1, 0, 1, 1, "127.0.0.1", SLURM_PORT - 1)),
     "srun-pmi2": (SRUN_PMI2, Environment("srun --mpi=pmi2", "mpi", 2, 3, 0, 1, 2, "n1", SLURM_PORT)),
     "srun-pmix": (SRUN_PMIX, Environment("srun --mpi=pmix", "mpi", 2, 3, 0, 1, 2, "n1", SLURM_PORT)),
-    # A launcher inside a Slurm job: its daemons come by srun, so the workers inherit a step's variables.
+    # A launcher inside a Slurm job starts its daemons by srun, so its workers inherit a step's variables.
     "openmpi-in-slurm": (SRUN | OPEN_MPI, Environment("mpirun (Open MPI)", "mpi", 1, 2, 1, 2, 1, *LOCAL)),
     "mpich-in-slurm": (SRUN | MPICH, Environment("mpiexec (MPICH)", "mpi", 1, 2, 1, 2, 1, *LOCAL)),
     "horovodrun-in-slurm": (SBATCH_BODY | HOROVODRUN, Environment("horovodrun", "horovod", 3, 4, 1, 2, 2)),
@@ -116,10 +116,10 @@ def test_recorded_environment(environ, expected):
     assert detect(environ) == expected
 
 
-def test_ranks_exported_by_hand():
-    by_hand = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    assert detect(by_hand) == Environment("torchrun", "torch", 1, 3, 0, 1, None, "10.0.0.1", 1234)
-    here = detect({**by_hand, "MASTER_ADDR": "localhost"})
+def test_manually_exported_ranks():
+    manual = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert detect(manual) == Environment("torchrun", "torch", 1, 3, 0, 1, None, "10.0.0.1", 1234)
+    here = detect({**manual, "MASTER_ADDR": "localhost"})
     assert (here.local_rank, here.local_size, here.num_hosts) == (1, 3, 1)
 
 
@@ -127,7 +127,7 @@ def test_empty_variable_counts_as_unset():
     assert detect({"RANK": "", "WORLD_SIZE": " "}).launcher == "none"
 
 
-def test_interactive_step_is_no_srun_step():
+def test_an_interactive_step_is_not_a_launcher():
     assert detect({**SRUN, "SLURM_STEP_ID": "4294967290"}).launcher == "none"
 
 
@@ -136,12 +136,12 @@ def test_tasks_per_node_of_each_node():
     assert [detect({**nodes, "SLURM_NODEID": str(node)}).local_size for node in range(4)] == [2, 2, 2, 1]
 
 
-def test_master_variables_win_over_the_node_list():
+def test_master_variables_take_precedence_over_the_node_list():
     environment = detect({**SRUN, "MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "2000"})
     assert environment.rendezvous() == ("10.1.1.1", 2000)
 
 
-def test_steps_of_one_job_meet_on_ports_of_their_own():
+def test_steps_of_a_job_use_different_ports():
     assert detect(SRUN).master_port != detect({**SRUN, "SLURM_STEP_ID": "2"}).master_port
 
 
@@ -152,7 +152,7 @@ def test_rendezvous_over_hosts_needs_an_address():
     assert detect({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a"}).rendezvous() == ("a", 29500)
 
 
-# What Kubernetes gives a pod of one worker, and an image or a profile may.
+# Variables that Kubernetes sets in a pod with one worker; an image or a profile may set them too.
 POD = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 STARTED = {name: recorded for name, recorded in RECORDED.items() if recorded[1].world_size > 1}
 
@@ -161,44 +161,44 @@ STARTED = {name: recorded for name, recorded in RECORDED.items() if recorded[1].
     "left_over", [POD, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0"}], ids=["pod", "two", "rank"]
 )
 @pytest.mark.parametrize("launcher", STARTED)
-def test_a_launcher_wins_over_variables_left_over_from_one_process(launcher, left_over):
+def test_a_launcher_takes_precedence_over_leftover_variables_of_one_process(launcher, left_over):
     environ, expected = STARTED[launcher]
     found = detect({**left_over, **environ})
-    # A port that was asked for is used; an address only where it can be of use.
+    # A given port is always used, a given address only if it can be right.
     assert dataclasses.replace(found, master_port=expected.master_port) == expected
 
 
-def test_ranks_of_one_host_meet_on_it_whatever_address_is_left_over():
+def test_ranks_on_one_host_ignore_a_leftover_address():
     assert detect({**OPEN_MPI, "MASTER_ADDR": "another-pod"}).rendezvous() == LOCAL
 
 
 @pytest.mark.parametrize("launcher", ["openmpi", "horovodrun-mpi", "mpich", "srun", "srun-pmi2", "srun-pmix"])
-def test_ranks_by_hand_that_contradict_the_launchers_are_an_error(launcher):
+def test_manual_ranks_that_contradict_the_launcher_are_an_error(launcher):
     environ, expected = RECORDED[launcher]
     for rank, world_size in ((expected.rank - 1, expected.world_size), (0, expected.world_size - 1)):
-        by_hand = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        manual = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         if world_size > 1:
             with pytest.raises(UserError, match=f"RANK={rank} and WORLD_SIZE={world_size} contradict .*unset RANK"):
-                detect({**environ, **by_hand})
+                detect({**environ, **manual})
 
 
 @pytest.mark.parametrize(
-    ("outer", "by_hand"),
+    ("outer", "manual"),
     [
-        (SRUN, {"RANK": "2", "WORLD_SIZE": "3"}),  # a script under srun has named them for torch
+        (SRUN, {"RANK": "2", "WORLD_SIZE": "3"}),  # a script under srun repeats the ranks for torch
         (OPEN_MPI, {"RANK": "1", "WORLD_SIZE": "2"}),
-        (SRUN, {"RANK": "5", "WORLD_SIZE": "12"}),  # one process a node has started four workers
+        (SRUN, {"RANK": "5", "WORLD_SIZE": "12"}),  # one process per node started four workers
         (OPEN_MPI, {"RANK": "0", "WORLD_SIZE": "8"}),
-        (SRUN_ONE_TASK, {"RANK": "1", "WORLD_SIZE": "2"}),  # by hand, in a shell that srun has opened
+        (SRUN_ONE_TASK, {"RANK": "1", "WORLD_SIZE": "2"}),  # set manually in a shell that srun opened
     ],
 )
-def test_ranks_by_hand_inside_another_launcher(outer, by_hand):
-    found = detect({**outer, **by_hand, "MASTER_ADDR": "node-a"})
-    assert (found.engine, found.rank, found.world_size) == ("torch", int(by_hand["RANK"]), int(by_hand["WORLD_SIZE"]))
+def test_manual_ranks_inside_another_launcher(outer, manual):
+    found = detect({**outer, **manual, "MASTER_ADDR": "node-a"})
+    assert (found.engine, found.rank, found.world_size) == ("torch", int(manual["RANK"]), int(manual["WORLD_SIZE"]))
     assert found.master_addr == "node-a"
 
 
-def test_torchrun_of_one_worker_is_alone_though_srun_started_several():
+def test_torchrun_with_one_worker_inside_srun_is_a_world_of_one():
     alone = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
     assert detect({**SRUN, **alone}).world_size == 1
 
@@ -206,18 +206,18 @@ def test_torchrun_of_one_worker_is_alone_though_srun_started_several():
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({**TORCHRUN, "RANK": "two"}, "RANK='two' must be a whole number"),
-        ({**TORCHRUN, "RANK": "-1"}, "RANK='-1' must be a whole number"),
+        ({**TORCHRUN, "RANK": "two"}, "RANK='two' must be an integer, 0 or more"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK='-1' must be an integer, 0 or more"),
         ({**TORCHRUN, "RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
-        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be 1 or more"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE='0' must be an integer, 1 or more"),
         ({**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be below"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "8 workers on this host cannot be: WORLD_SIZE=4"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set though RANK is"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "8 workers on this host are more than WORLD_SIZE=4"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set, but LOCAL_RANK is"),
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
-        ({"RANK": "0"}, "WORLD_SIZE is not set though RANK is set"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set, but RANK is"),
         ({**HOROVODRUN, "HOROVOD_SIZE": "x"}, "HOROVOD_SIZE='x'"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(y3)"}, "SLURM_STEP_TASKS_PER_NODE="),
-        ({**SRUN, "SLURM_NODEID": "2"}, "SLURM_NODEID=2 is beyond the 2 nodes"),
+        ({**SRUN, "SLURM_NODEID": "2"}, "SLURM_NODEID=2 must be below 2, the nodes in SLURM_STEP_TASKS_PER_NODE"),
         ({**SRUN, "SLURM_LOCALID": ""}, "SLURM_LOCALID is not set"),
     ],
 )
