@@ -55,7 +55,7 @@ class Report(NamedTuple):
     def location(self) -> str:
         """Step and phase, such as ``step 3's data loading``; "" if the rank has done nothing yet."""
         if self.step == 0:
-            return self.phase or ("set-up" if self.num_started else "")
+            return self.phase or ("setup" if self.num_started else "")
         return f"step {self.step}'s {self.phase}" if self.phase else f"step {self.step}"
 
     @property

@@ -30,7 +30,7 @@ class Watch(Section):
 
     @property
     def patience(self) -> float:
-        """Seconds by which the guard has ended any stalled run; inf if it never does. Engine timeouts must be longer."""
+        """Seconds by which the guard has ended any stalled run; inf if it never does. No engine may time out earlier."""
         if self.stall_seconds is None or self.on_stall == "warn":
             return math.inf
         return self.stall_seconds + self.silence_seconds + self.grace_seconds
