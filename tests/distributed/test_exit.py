@@ -62,6 +62,6 @@ def test_a_rank_with_fewer_steps_that_has_just_ended_is_named(launcher: str, scr
     lines = re.findall(r"error: (rank 0 \(.*)", done.stderr)
     assert len(lines) == 1, done.stderr
     assert re.match(
-        r"rank 0 \(.*\) has ended; rank 1 waits in all_reduce \d \(.*\) of step 4: give all ranks", lines[0]
+        r"rank 0 \(.*\) has finished; rank 1 is waiting in all_reduce \d \(.*\) of step 4: give all ranks", lines[0]
     )
-    assert "Connection closed" not in done.stderr.partition("has ended")[0]
+    assert "Connection closed" not in done.stderr.partition("has finished")[0]

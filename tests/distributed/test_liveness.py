@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.comm.liveness import connections as star
+from disttrain.comm.liveness import connections
 from disttrain.comm.liveness.guard import Guard
 from tests.lab.directory_group import DirectoryGroup
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 ENDED = "was lost: its process ended or its connection broke"
-SILENT = "was lost: no sign of life for 1.5 s"
+SILENT = "was lost: no heartbeat for 1.5 s"
 
 
 WORKER = """
@@ -102,7 +102,7 @@ def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim,
     [
         (GUARDED + "raise KeyError('no such thing')", "failed: KeyError: 'no such thing'"),
         ("guard = Guard(comm, silence=1.5)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
-        (GUARDED + "sys.exit(3)", "failed: it left with exit status 3 before the others were done"),
+        (GUARDED + "sys.exit(3)", "failed: it exited with status 3 before the other ranks had finished"),
         (GUARDED + "raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
         (GUARDED + "raise ValueError('\\U0001f4a5' * 100_000)", "failed: ValueError: " + "\U0001f4a5" * 488),
         (GUARDED + "raise ValueError('caf\\udce9')", "failed: ValueError: caf\\udce9"),
@@ -202,11 +202,11 @@ def test_rank_that_others_wait_for_is_named_with_where_it_is_and_all_end(tmp_pat
         _, errors = results[0]
         assert results == [(13, errors)] * 3, "the late one too"
         assert errors.startswith(f"error: {name(workers, 2)} has been in step 4's data loading for ")
-        assert f" s; the others wait in {CALL}: if that is right, raise watch.stall_seconds" in errors
+        assert f" s; other ranks are waiting in {CALL}: if this is expected, raise watch.stall_seconds" in errors
 
 
 def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
-    options = "stall=1.0, ends_stalled=False"
+    options = "stall=1.0, end_on_stall=False"
     body = "while not (comm.path / 'enough').exists(): time.sleep(0.01)"
     waits = WAITING.replace("stuck()", body)
     with ExitStack() as stack:
@@ -214,7 +214,7 @@ def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
         first = workers[0].stderr.readline()
         (tmp_path / "enough").touch()
         assert first.startswith(f"warning: {name(workers, 1)} has been in step 4's data loading for ")
-        assert f" s; rank 0 waits in {CALL}: if that is right, raise watch.stall_seconds" in first
+        assert f" s; rank 0 is waiting in {CALL}: if this is expected, raise watch.stall_seconds" in first
         assert [ends(worker) for worker in workers] == [(0, "")] * 2
 
 
@@ -239,7 +239,7 @@ def test_loss_is_told_with_what_the_rank_did(tmp_path, body, how):
         doing = "step 4's data loading" if "loading" in body else doing
         assert (code, errors) == (
             13,
-            f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 waits in {CALL}\n",
+            f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 is waiting in {CALL}\n",
         )
 
 
@@ -263,9 +263,9 @@ def test_a_rank_that_has_ended_is_named_by_those_that_wait_for_it(tmp_path, vict
         assert code != 0
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, errors
-        assert lines[0].startswith(f"error: {name(workers, victim)} has ended; ")
+        assert lines[0].startswith(f"error: {name(workers, victim)} has finished; ")
         assert lines[0].endswith(
-            f"in {CALL}: give all ranks equally many steps, or let them finish uneven data with optimizer.join()"
+            f"in {CALL}: give all ranks the same number of steps, or use optimizer.join() for uneven data"
         )
 
 
@@ -286,7 +286,7 @@ def run_ranks(tmp_path, target, world_size=2, local_size=None):
 def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
     """Callers that know the port, but not the token, neither get in nor keep the others out."""
     strangers = []
-    listen = star._listen
+    listen = connections._listen
 
     def listen_and_be_called(group):
         listener = listen(group)
@@ -296,8 +296,8 @@ def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
             strangers.append(stranger)
         return listener
 
-    monkeypatch.setattr(star, "_listen", listen_and_be_called)
-    (to_others, no_error), (to_first, _) = run_ranks(tmp_path, star.connect)
+    monkeypatch.setattr(connections, "_listen", listen_and_be_called)
+    (to_others, no_error), (to_first, _) = run_ranks(tmp_path, connections.connect_star)
     assert (list(to_others), list(to_first), no_error) == ([1], [0], None)
     to_first[0].send({"kind": "alive"})
     deadline = time.monotonic() + 20
@@ -312,12 +312,12 @@ def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
 
 
 def test_network_that_stops_the_star_is_warned_about_on_all_ranks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(star, "_ADMIT_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "_ACCEPT_SECONDS", 0.5)
 
     def refuse(*_):
         raise ConnectionRefusedError(111, "Connection refused")
 
-    monkeypatch.setattr(star, "_join", refuse)
+    monkeypatch.setattr(connections, "_connect_to_rank_0", refuse)
     guards = run_ranks(tmp_path, Guard)
     assert guards[0].warning == guards[1].warning
     assert "rank 1" in guards[0].warning
@@ -330,7 +330,7 @@ def test_network_that_stops_the_star_is_warned_about_on_all_ranks(tmp_path, monk
 def test_address_of_the_interface_asked_for_comes_first(monkeypatch):
     several_hosts = DirectoryGroup(Path(), 0, 4, local_size=2)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert star.addresses(several_hosts)[0] == "127.0.0.1"
+    assert connections.candidate_addresses(several_hosts)[0] == "127.0.0.1"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    assert star.addresses(several_hosts)[-1] == "127.0.0.1"  # another host could not call it
-    assert star.addresses(DirectoryGroup(Path(), 0, 4)) == ["127.0.0.1"]
+    assert connections.candidate_addresses(several_hosts)[-1] == "127.0.0.1"  # another host could not call it
+    assert connections.candidate_addresses(DirectoryGroup(Path(), 0, 4)) == ["127.0.0.1"]

@@ -139,7 +139,7 @@ def connect_star(comm: ObjectCommunicator) -> tuple[dict[int, Connection], str |
         return connections, None
     for connection in connections.values():
         connection.close()
-    return {}, str(errors[-1])  # rank 0's error comes first; that of a rank that cannot reach it is more specific
+    return {}, str(errors[-1])  # rank 0's error comes first and is the least specific
 
 
 def candidate_addresses(comm: ObjectCommunicator) -> list[str]:
@@ -190,7 +190,7 @@ def _connect_to_rank_0(address: str, port: int, token: str, rank: int) -> Connec
 
 
 def _accept_ranks(listener: socket.socket, token: str, world_size: int) -> dict[int, Connection]:
-    """Accept connections until every other rank has authenticated or time is up. Close connections with a wrong token."""
+    """Accept connections until every other rank has authenticated or time is up. Close all that fail to."""
     accepted: dict[int, Connection] = {}
     deadline = time.monotonic() + _ACCEPT_SECONDS
     listener.setblocking(False)

@@ -29,7 +29,7 @@ class Watchdog:
 
     Args:
         names: names of the ranks in messages.
-        stall: seconds that a rank may wait in a collective that another rank has not completed; None for no limit.
+        stall: seconds that a rank may wait in a collective; None for no limit.
         late: seconds after which such a wait is reported as late; None for never.
         straggler_factor: a rank is slow if its steps take more than this many times the median of the other ranks;
             None for never.
