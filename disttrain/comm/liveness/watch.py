@@ -25,7 +25,7 @@ class Watch(Section):
     late_seconds: float | None = Field(
         default=240.0,
         ge=1,
-        description="seconds of waiting after which a warning names the late rank; null: no warning",
+        description="seconds of waiting after which a warning names the late rank; null: never",
     )
     on_stall: Literal["end", "warn"] = Field(default="end", description="end all ranks, or warn and continue")
     straggler_factor: float | None = Field(

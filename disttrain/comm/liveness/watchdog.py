@@ -104,17 +104,17 @@ class Watchdog:
         waiting = {rank: report for rank, report in waiting.items() if report.waiting_for == number}
         first, wait = next(iter(waiting.items()))
         call = f"{wait.call} of {wait.location}"
-        missing = [rank for rank, report in self._reports.items() if report.num_started < number]
-        if not missing:
+        behind = [rank for rank, report in self._reports.items() if report.num_started < number]
+        if not behind:
             return (
                 f"{call} has not completed in {wait.seconds:.0f} s although all ranks have started it: the network or "
                 "the engine is stuck"
             )
         who = f"rank {first} is waiting" if len(waiting) == 1 else "other ranks are waiting"
-        rank = min(missing, key=lambda rank: self._reports[rank].num_started)
+        rank = min(behind, key=lambda rank: self._reports[rank].num_started)
         report, more = self._reports[rank], ""
-        if len(missing) > 1:
-            more = f" ({len(missing) - 1} more {'ranks are' if len(missing) > 2 else 'rank is'} missing)"
+        if len(behind) > 1:
+            more = f" ({len(behind) - 1} more {'ranks are' if len(behind) > 2 else 'rank is'} behind)"
         if rank in self._finished:
             return f"{self._names[rank]} has finished{more}; {who} in {call}: {_UNEVEN_ADVICE}"
         activity = report.activity or "setup"

@@ -1,4 +1,4 @@
-"""What ranks note of themselves, and who is named for what they tell."""
+"""What ranks record of their activity, and which rank the watchdog names."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def judge(reports: list[Report], beats: int = _CONFIRMING_BEATS, **options: Any)
 
 
 @pytest.mark.parametrize("late", range(4))
-def test_the_rank_that_has_not_come_is_named(late: int) -> None:
+def test_the_rank_that_is_late_is_named(late: int) -> None:
     reports = [waiting(107)] * 4
     reports[late] = loading(106)
     assert judge(reports) == [
-        f"{NAMES[late]} has been in step 5's data loading for 61 s; other ranks are waiting in all_reduce 7 (bucket 2: topk) "
-        f"of step 5's optimizer step: {_STALL_ADVICE}"
+        f"{NAMES[late]} has been in step 5's data loading for 61 s; other ranks are waiting in all_reduce 7 "
+        f"(bucket 2: topk) of step 5's optimizer step: {_STALL_ADVICE}"
     ]
-    assert judge(reports, beats=_CONFIRMING_BEATS - 1) == [], "a report may be older than the other"
-    assert len(judge(reports, beats=20)) == 1, "told once"
+    assert judge(reports, beats=_CONFIRMING_BEATS - 1) == [], "one report may be older than the other"
+    assert len(judge(reports, beats=20)) == 1, "reported once"
     assert judge(reports, stall=None) == []
     assert judge(reports, stall=71.0) == []
 
 
-def test_the_one_farthest_behind_is_named_first_and_the_others_counted() -> None:
+def test_the_rank_farthest_behind_is_named_and_the_others_are_counted() -> None:
     reports = [waiting(107), loading(106), waiting(102, 65.0), loading(101)]
     (message,) = judge(reports)
     assert message.startswith(
@@ -60,10 +60,10 @@ def test_the_one_farthest_behind_is_named_first_and_the_others_counted() -> None
     )
     reports = [waiting(107), waiting(107), loading(105), loading(101)]
     (message,) = judge(reports)
-    assert message.startswith("rank 3 (d) has been in step 5's data loading for 61 s (1 more rank is missing); ")
+    assert message.startswith("rank 3 (d) has been in step 5's data loading for 61 s (1 more rank is behind); ")
 
 
-def test_a_collective_that_all_have_started_is_the_networks_fault() -> None:
+def test_a_stall_in_a_collective_that_all_ranks_started_is_blamed_on_the_network() -> None:
     (message,) = judge([waiting(107)] * 3)
     assert message == (
         "all_reduce 7 (bucket 2: topk) of step 5's optimizer step has not completed in 70 s although all ranks "
@@ -71,7 +71,7 @@ def test_a_collective_that_all_have_started_is_the_networks_fault() -> None:
     )
 
 
-def test_progress_is_no_stall() -> None:
+def test_progress_is_not_a_stall() -> None:
     watchdog = Watchdog(NAMES[:2], stall=60.0)
     for number in range(101, 120):  # each wait is long, but ends
         watchdog.update(0, waiting(number))
@@ -79,45 +79,45 @@ def test_progress_is_no_stall() -> None:
         assert watchdog.check_stalled() is None
 
 
-def test_lateness_is_told_before_it_is_a_stall() -> None:
+def test_lateness_is_reported_before_a_stall() -> None:
     watchdog = Watchdog(NAMES[:2], stall=60.0, late=10.0)
     found = []
     for seconds in range(0, 90, 5):
         watchdog.update(0, waiting(107, seconds))
         watchdog.update(1, loading(106, seconds))
-        found += [
-            (seconds, kind)
-            for kind, message in (("late", watchdog.check_late()), ("stalled", watchdog.check_stalled()))
-            if message
-        ]
+        messages = {"late": watchdog.check_late(), "stalled": watchdog.check_stalled()}
+        found += [(seconds, kind) for kind, message in messages.items() if message]
     beats = 5 * (_CONFIRMING_BEATS - 1)
     assert found == [(10 + beats, "late"), (60 + beats, "stalled")]
 
 
-def test_a_rank_that_has_ended_is_named_within_some_beats_if_the_others_wait_for_it() -> None:
+def test_a_finished_rank_is_named_within_a_few_beats_if_others_wait_for_it() -> None:
     watchdog = Watchdog(NAMES[:3], stall=None)
     for beat in range(6):
         watchdog.update(0, waiting(107, beat))
         watchdog.update(1, loading(106, beat))
         watchdog.update(2, waiting(107, beat))
-        assert watchdog.check_finished() is None, "it has not ended"
+        assert watchdog.check_finished() is None, "it has not finished"
     watchdog.mark_finished(1)
     messages = [watchdog.check_finished() for _ in range(2 * _CONFIRMING_BEATS)]
-    told = f"rank 1 (b) has finished; other ranks are waiting in all_reduce 7 (bucket 2: topk) of step 5's optimizer step: {_UNEVEN_ADVICE}"
-    assert messages == [None] * (_CONFIRMING_BEATS - 1) + [told] + [None] * _CONFIRMING_BEATS
+    expected = (
+        "rank 1 (b) has finished; other ranks are waiting in all_reduce 7 (bucket 2: topk) of step 5's optimizer step: "
+        f"{_UNEVEN_ADVICE}"
+    )
+    assert messages == [None] * (_CONFIRMING_BEATS - 1) + [expected] + [None] * _CONFIRMING_BEATS
 
 
-def test_a_rank_whose_engine_has_failed_is_told_at_once_who_has_ended() -> None:
+def test_an_engine_failure_reports_a_finished_rank_at_once() -> None:
     watchdog = Watchdog(NAMES[:2])
     watchdog.update(0, waiting(107, 0.0))
     watchdog.update(1, loading(106))
     watchdog.mark_engine_failed(0)
-    assert watchdog.check_finished() is None, "nobody has ended: it is something else"
+    assert watchdog.check_finished() is None, "no rank has finished: the failure has another cause"
     watchdog.mark_finished(1)
     assert "rank 1 (b) has finished; rank 0 is waiting in all_reduce 7" in str(watchdog.check_finished())
 
 
-def test_a_rank_that_has_ended_with_all_its_collectives_started_holds_up_nobody() -> None:
+def test_a_finished_rank_that_started_all_collectives_is_not_blamed() -> None:
     watchdog = Watchdog(NAMES[:2])
     watchdog.update(0, waiting(107))
     watchdog.update(1, loading(107))
@@ -126,7 +126,7 @@ def test_a_rank_that_has_ended_with_all_its_collectives_started_holds_up_nobody(
     assert [watchdog.check_finished() for _ in range(2 * _CONFIRMING_BEATS)] == [None] * 2 * _CONFIRMING_BEATS
 
 
-def test_what_is_no_report_changes_nothing() -> None:
+def test_invalid_reports_are_ignored() -> None:
     watchdog = Watchdog(NAMES)
     for strange in (None, [], [1, 2], "a report", {"step": 1}):
         watchdog.update(1, strange)
@@ -135,7 +135,7 @@ def test_what_is_no_report_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("slow", range(3))
-def test_a_straggler_is_named_after_a_while_once_and_again_when_it_has_been_well(slow: int) -> None:
+def test_a_straggler_is_reported_once_and_again_after_a_recovery(slow: int) -> None:
     watchdog = Watchdog(NAMES[:3], straggler_factor=2.0)
 
     def beat(seconds: float) -> str | None:
@@ -153,8 +153,8 @@ def test_a_straggler_is_named_after_a_while_once_and_again_when_it_has_been_well
     assert [bool(beat(0.5)) for _ in range(_SLOW_BEATS)] == [False] * (_SLOW_BEATS - 1) + [True]
 
 
-def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
-    """Also those of groups of ranks, which are started through the same door."""
+def test_ranks_agree_on_the_numbers_of_collectives_and_their_buckets() -> None:
+    """This includes collectives among groups of ranks, which are started by the same method."""
 
     def run(comm: Communicator) -> tuple[list[str], Report]:
         model = nn.Linear(40, 40)
@@ -179,7 +179,7 @@ def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
 
     results = simulate(4, run, local_size=2)
     for calls, report in results:
-        # One that owns nothing of a bucket fills up with empty ones of another kind.
+        # A rank that owns no part of a bucket starts empty collectives of another kind in its place.
         assert [call.partition(" ")[2] for call in calls] == [call.partition(" ")[2] for call in results[0][0]]
         assert calls[: len(calls) // 2] == calls[len(calls) // 2 :], "numbered within the step"
         assert calls[0] == "all_to_all 1 (bucket 0: dense)", "the bias"
@@ -189,7 +189,7 @@ def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
         assert report.compute_seconds > 0
 
 
-def test_waiting_is_no_computing() -> None:
+def test_waiting_does_not_count_as_compute_time() -> None:
     def run(comm: Communicator) -> Report:
         activity = comm.activity
         activity.begin_step(1)
@@ -209,7 +209,7 @@ def test_waiting_is_no_computing() -> None:
     assert watchdog.slowest()[0] == 1  # type: ignore[index]
 
 
-def test_an_error_leaves_word_of_where_it_came() -> None:
+def test_the_activity_shows_where_an_error_occurred() -> None:
     places = {}
 
     def run(comm: Communicator) -> None:
@@ -255,7 +255,7 @@ def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall:
     }
 
 
-def test_where_a_rank_is_before_it_does_anything_is_nowhere() -> None:
+def test_activity_before_the_first_step() -> None:
     activity = Activity()
     assert activity.report().activity == ""
     activity.start_call("Broadcast", None)
