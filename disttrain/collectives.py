@@ -14,7 +14,7 @@ import torch
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
 Group = Literal["world", "node", "across"]
-"""``world``: all ranks; ``node``: the ranks of this node; ``across``: one rank of each node, at this rank's position."""
+"""``world``: all ranks; ``node``: the ranks of this node; ``across``: every node's rank at this rank's position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def size_bytes(collective: Collective, world_size: int) -> int:
 
 
 def num_messages(collective: Collective, world_size: int, rank: int) -> int:
-    """Return the number of messages that ``rank`` sends: in a ring, or to every other rank in an all-to-all."""
+    """Return the messages that ``rank`` sends with bandwidth-optimal algorithms: rings, or pairs in an all-to-all."""
     rounds = 1 + _exchanges_sizes(collective)
     match collective:
         case AllReduce(tensor):

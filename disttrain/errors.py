@@ -11,14 +11,14 @@ class UserError(ValueError):
 
 
 class PeerLostError(RuntimeError):
-    """Another rank died, stalled or can no longer be reached. The message names it.
+    """Another rank died, stalled, left early or can no longer be reached. The message names it.
 
     The command line prints it in one line and exits with code 13 (``PEER_LOST_EXIT_CODE``).
     """
 
 
 class UnhealthyError(RuntimeError):
-    """The training state is beyond repair: replicas differ, or gradients stay non-finite.
+    """Training cannot usefully continue: replicas differ, or gradients stay non-finite.
 
     All ranks raise it together. The command line prints it in one line and exits with code 14
     (``UNHEALTHY_EXIT_CODE``). Restarting the run unchanged would fail again.

@@ -56,7 +56,7 @@ def test_the_end_of_a_program_leaves_the_engine(launcher: str, guard: str, scrip
 
 
 @pytest.mark.parametrize("launcher", ["torch", "horovod-gloo", "mpi"])
-def test_a_rank_with_fewer_steps_that_has_just_ended_is_named(launcher: str, script: Path) -> None:
+def test_a_rank_that_finishes_after_fewer_steps_is_named(launcher: str, script: Path) -> None:
     done = run_workers(launcher, 2, [script, "guarded", "uneven"])
     assert done.returncode != 0
     lines = re.findall(r"error: (rank 0 \(.*)", done.stderr)
