@@ -58,9 +58,9 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Send a message. Drop it if the peer is gone or its buffer is full: the receiving side detects both."""
-        # UTF-8, since JSON in ASCII takes up to twelve bytes a character. backslashreplace turns lone surrogates into
-        # JSON escapes.
+        """Send a message. Drop it if the peer is gone or its buffer is full; ``receive`` and silence reveal both."""
+        # UTF-8: in ASCII, JSON takes up to twelve bytes per character. backslashreplace turns lone surrogates into JSON
+        # escapes.
         line = json.dumps(message, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         assert len(line) <= MAX_LINE_BYTES, "message too long"
         with contextlib.suppress(OSError):

@@ -91,7 +91,7 @@ class Guard:
         self._activity, self._end_on_stall = activity or Activity(), end_on_stall
         self._loss_reported, self._loss_handled = threading.Event(), threading.Event()
         self._leave_deadline = math.inf
-        self._engine_failed = False
+        self._has_raised = False
         self._peers: dict[int, Connection] = {}
         if comm.world_size == 1:
             return
@@ -142,7 +142,7 @@ class Guard:
             self.close()
             return
         if isinstance(error, Exception) and not isinstance(error, UserError | PeerLostError):
-            self._engine_failed = True
+            self._has_raised = True
             self._wake_sender.send(b"x")
             self._loss_reported.wait(_LOSS_MESSAGE_SECONDS)
         if self.lost is not None and not isinstance(error, UserError):
@@ -201,7 +201,7 @@ class Guard:
         # `watched` is a clock that stops while this process is stopped (a suspended job, a debugger), so that the time
         # does not count as silence of the others.
         watched, previous, next_beat = 0.0, time.monotonic(), 0.0
-        heard = dict.fromkeys(self._peers, 0.0)
+        last_heard = dict.fromkeys(self._peers, 0.0)
         peers = dict(self._peers)
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_receiver, selectors.EVENT_READ)
@@ -209,7 +209,7 @@ class Guard:
                 selector.register(peer, selectors.EVENT_READ, rank)
             while self.lost is None and previous < self._leave_deadline:
                 leaving = self._leave_deadline < math.inf
-                if leaving and not heard:
+                if leaving and not last_heard:
                     break
                 events = selector.select(_FAREWELL_SECONDS if leaving else self._beat_interval)
                 now = time.monotonic()
@@ -219,26 +219,26 @@ class Guard:
                     if rank is None:
                         self._wake_receiver.recv(1)
                         continue
-                    heard[rank] = watched
+                    last_heard[rank] = watched
                     if self._has_disconnected(rank, peers[rank]):
                         selector.unregister(peers[rank])
                         peers[rank].close()
-                        del heard[rank]
-                if self._engine_failed and not leaving:
-                    self._engine_failed = False
+                        del last_heard[rank]
+                if self._has_raised and not leaving:
+                    self._has_raised = False
                     report = self._activity.report()
                     self._watchdog.update(self.rank, report)
-                    self._watchdog.mark_engine_failed(self.rank)
-                    for rank in heard:
+                    self._watchdog.mark_raised(self.rank)
+                    for rank in last_heard:
                         peers[rank].send({"kind": "trouble", "report": report})
                     self._check_finished()
                 if watched >= next_beat:
                     next_beat = watched + 0.9 * self._beat_interval
                     report = self._activity.report()
                     self._watchdog.update(self.rank, report)
-                    for rank in heard:
+                    for rank in last_heard:
                         peers[rank].send({"kind": "alive", "report": report})
-                    silent = [rank for rank, moment in heard.items() if watched - moment > self._silence]
+                    silent = [rank for rank, heard in last_heard.items() if watched - heard > self._silence]
                     if silent:
                         self._report_lost_rank(silent[0], f"was lost: no heartbeat for {self._silence:g} s")
                     else:
@@ -261,7 +261,7 @@ class Guard:
                     self._watchdog.mark_finished(rank)
                     return True
                 case "trouble":
-                    self._watchdog.mark_engine_failed(rank)
+                    self._watchdog.mark_raised(rank)
                     self._check_finished()
                 case "failed":
                     self._report_lost_rank(rank, f"failed: {message.get('reason')}")

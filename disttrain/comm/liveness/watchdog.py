@@ -48,7 +48,7 @@ class Watchdog:
         self._straggler_factor = math.inf if straggler_factor is None else straggler_factor
         self._reports: dict[int, Report] = {}
         self._finished: set[int] = set()
-        self._failed_engines: set[int] = set()
+        self._raised: set[int] = set()
         self._stalled_calls, self._late_calls, self._abandoned_calls = _Debounce(), _Debounce(), _Debounce()
         self._slow_beats: dict[int, int] = {}
 
@@ -61,16 +61,16 @@ class Watchdog:
         """Record that a rank has said goodbye. Its last report remains valid."""
         self._finished.add(rank)
 
-    def mark_engine_failed(self, rank: int) -> None:
-        """Record that a rank's engine has failed in the collective that the rank is waiting for."""
-        self._failed_engines.add(rank)
+    def mark_raised(self, rank: int) -> None:
+        """Record that a rank has raised an error. If its report shows a wait, the engine failed in that collective."""
+        self._raised.add(rank)
 
     def last_activity(self, rank: int) -> str:
         """The activity in a rank's last report; "" if there is none."""
         return self._reports.get(rank, Report()).activity
 
     def check_finished(self) -> str | None:
-        """Report a rank that has finished although others wait for it. Call on every beat and on engine failures.
+        """Report a rank that has finished although others wait for it. Call on every beat and when a rank raises.
 
         The rank will never start the collective, so this does not wait ``stall`` seconds.
         """
@@ -78,7 +78,7 @@ class Watchdog:
             (self._reports[rank].num_started for rank in self._finished if rank in self._reports), default=math.inf
         )
         waiting = {rank: report for rank, report in self._waiting(0).items() if report.waiting_for > fewest}
-        number = self._abandoned_calls.update(waiting, at_once=not self._failed_engines.isdisjoint(waiting))
+        number = self._abandoned_calls.update(waiting, at_once=not self._raised.isdisjoint(waiting))
         return self._explain(number, waiting) if number else None
 
     def check_late(self) -> str | None:

@@ -111,7 +111,7 @@ def test_an_engine_failure_reports_a_finished_rank_at_once() -> None:
     watchdog = Watchdog(NAMES[:2])
     watchdog.update(0, waiting(107, 0.0))
     watchdog.update(1, loading(106))
-    watchdog.mark_engine_failed(0)
+    watchdog.mark_raised(0)
     assert watchdog.check_finished() is None, "no rank has finished: the failure has another cause"
     watchdog.mark_finished(1)
     assert "rank 1 (b) has finished; rank 0 is waiting in all_reduce 7" in str(watchdog.check_finished())
@@ -122,7 +122,7 @@ def test_a_finished_rank_that_started_all_collectives_is_not_blamed() -> None:
     watchdog.update(0, waiting(107))
     watchdog.update(1, loading(107))
     watchdog.mark_finished(1)
-    watchdog.mark_engine_failed(0)
+    watchdog.mark_raised(0)
     assert [watchdog.check_finished() for _ in range(2 * _CONFIRMING_BEATS)] == [None] * 2 * _CONFIRMING_BEATS
 
 
