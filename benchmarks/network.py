@@ -3,13 +3,13 @@
     with ShapedNetwork(num_hosts=4, rate_mbit=1000) as network:
         workers = [network.run(host, ["python", "train.py"], env) for host in network.hosts]
 
-Every host is a network namespace with its own host name, hosts file and one interface, ``e0``; a further namespace
-holds the switch (a bridge). The machine's own network sees none of it, so two networks, or two processes that each make
-one, cannot collide, and deleting the namespaces leaves nothing behind. Linux, root, `ip` and `tc` are needed: ask
+Every host is a network namespace with its own host name, hosts file and one interface, ``e0``. Another namespace holds
+the switch, a bridge. The machine's own network is not affected, so several networks can exist at the same time, and
+deleting the namespaces leaves nothing behind. This needs Linux, root, `ip` and `tc`: check
 ``ShapedNetwork.unavailable()`` first.
 
-A rate is enforced with a token bucket at both ends of every link, since a queue shapes only what leaves it. The rate is
-all that is shaped: latency stays that of the local machine, some tens of microseconds.
+A token bucket at both ends of every link enforces the rate, since a queue shapes only outgoing traffic. Latency is not
+shaped; it stays that of the local machine, some tens of microseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import IO, Any
 
 PREFIX = "disttrain"
 NAMESPACE_FILES = Path("/run/netns")
-HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts what lies in /etc/netns/NAME over /etc
+HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` mounts the files of /etc/netns/NAME over /etc
 INTERFACE = "e0"
 _counter = itertools.count()
 
@@ -40,11 +40,12 @@ class ShapedNetwork:
     """`num_hosts` hosts named w0, w1, ... on one switch.
 
     Args:
-        num_hosts: how many hosts.
-        rate_mbit: the rate of every link in each direction, in 10^6 bits a second; None leaves the links unshaped.
-        time_limit: seconds after which a command started by ``run`` is ended, whatever becomes of this process.
+        num_hosts: number of hosts, 1 to 200.
+        rate_mbit: rate of every link in each direction, in 10^6 bits per second; None leaves the links unshaped.
+        time_limit: seconds after which a command started by ``run`` is killed, even if this process has ended.
 
-    Raises ``RuntimeError`` on entry if the machine cannot make namespaces.
+    Raises:
+        RuntimeError: on entry, if the machine cannot create namespaces.
     """
 
     def __init__(self, num_hosts: int, rate_mbit: float | None = 1000, time_limit: float = 600) -> None:
@@ -62,7 +63,7 @@ class ShapedNetwork:
     @staticmethod
     @functools.cache
     def unavailable() -> str | None:
-        """Why this machine cannot make a shaped network, or None if it can (found out by making a tiny one)."""
+        """Create a small network and return the reason if this machine cannot, else None."""
         if sys.platform != "linux":
             return "network namespaces need Linux"
         if os.geteuid() != 0:
@@ -83,7 +84,7 @@ class ShapedNetwork:
     def __enter__(self) -> ShapedNetwork:
         remove_leftovers()
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # By default SIGTERM ends a process without unwinding, and the namespaces would stay.
+            # By default SIGTERM ends a process without unwinding the stack, which would leave the namespaces behind.
             self._previous_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
         try:
             self._build()
@@ -109,10 +110,10 @@ class ShapedNetwork:
         stderr: int | IO[Any] | None = None,
         text: bool = True,
     ) -> subprocess.Popen[Any]:
-        """Starts `command` on `host`, with `env` added to this process's environment.
+        """Start `command` on `host`, with `env` added to this process's environment.
 
-        On the host, ``ssh HOST COMMAND`` reaches the other hosts (a stand-in, no daemon needed), so `mpirun` and
-        `horovodrun` work with ``-H w0:1,w1:1`` as they do on a cluster.
+        On the host, ``ssh HOST COMMAND`` reaches the other hosts through a script that needs no daemon, so `mpirun` and
+        `horovodrun` work with ``-H w0:1,w1:1`` as on a cluster.
         """
         assert self._directory is not None, "use the network as a context manager"
         environment = {**os.environ, **(env or {})}
@@ -129,11 +130,11 @@ class ShapedNetwork:
         )
 
     def cut(self, host: str) -> None:
-        """Take the link of `host` down, as if its cable were pulled."""
+        """Take the link of `host` down, like pulling its cable."""
         _ip("-n", self.namespace("hub"), "link", "set", f"to-{host}", "down")
 
     def mend(self, host: str) -> None:
-        """Undo ``cut``."""
+        """Bring the link of `host` up again after ``cut``."""
         _ip("-n", self.namespace("hub"), "link", "set", f"to-{host}", "up")
 
     def _build(self) -> None:
@@ -162,17 +163,17 @@ class ShapedNetwork:
     def _shape(self, namespace: str, device: str) -> None:
         assert self.rate_mbit is not None
         rate = int(self.rate_mbit * 1e6)
-        burst = max(64 * 1024, int(rate / 8 * 0.002))  # 2 ms of line, and never less than one offloaded TCP segment
+        burst = max(64 * 1024, int(rate / 8 * 0.002))  # 2 ms at the rate, at least one offloaded TCP segment
         arguments = ["root", "tbf", "rate", f"{rate}bit", "burst", str(burst), "latency", "100ms"]
         _call("tc", "-n", namespace, "qdisc", "add", "dev", device, *arguments)
 
     def _write_scripts(self) -> None:
-        """`on-host HOST COMMAND...` enters a host, and `ssh` does so with ssh's command line."""
+        """Write `on-host HOST COMMAND...`, which runs a command on a host, and `ssh`, which accepts ssh's options."""
         self._directory = Path(tempfile.mkdtemp(prefix=f"{self._name}-"))
         enter = f'exec ip netns exec {self._name}-"$host" unshare --uts -- sh -c \'hostname "$0" && exec "$@"\' "$host"'
         scripts = {
             "on-host": f'#!/bin/sh\nhost=$1\nshift\n{enter} "$@"\n',
-            # Like ssh it takes options before and after the host, joins the other words and gives them to a shell.
+            # Like ssh it takes options before and after the host, and passes the remaining words to a shell.
             "ssh": "#!/bin/sh\n"
             "host=\n"
             "while [ $# -gt 0 ]; do\n"
@@ -202,7 +203,7 @@ class ShapedNetwork:
 def rank_environment(
     rank: int, world_size: int, *, master: str, port: int, interface: str, slots: int = 1
 ) -> dict[str, str]:
-    """What torch.distributed finds its place by, with ``slots`` ranks on each host."""
+    """Return the environment variables of a rank for torch.distributed, with ``slots`` ranks on each host."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -215,7 +216,7 @@ def rank_environment(
 
 
 def remove_leftovers() -> None:
-    """Removes the networks of processes that died without cleaning up (SIGKILL)."""
+    """Remove the networks of processes that ended without cleaning up (SIGKILL)."""
     names = {"-".join(path.name.split("-")[:3]) for path in NAMESPACE_FILES.glob(f"{PREFIX}-*-*-*")}
     for name in names:
         owner = name.split("-")[1]
@@ -225,7 +226,7 @@ def remove_leftovers() -> None:
 
 def _remove_namespaces(name: str) -> None:
     for path in sorted(NAMESPACE_FILES.glob(f"{name}-*")):
-        # A namespace lives as long as a process is in it, so those end first.
+        # A namespace exists as long as it has processes, so they are killed first.
         pids = subprocess.run(["ip", "netns", "pids", path.name], capture_output=True, text=True, check=False).stdout
         for pid in pids.split():
             with contextlib.suppress(ProcessLookupError):

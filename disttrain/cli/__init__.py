@@ -1,6 +1,6 @@
-"""The ``disttrain`` command: training, and commands that show what a config, a machine or a run holds.
+"""The ``disttrain`` command: training, and showing configs, machines and runs.
 
-One file per command that prints a table; ``app.py`` declares all of them and is quick to import.
+Each command that prints a table has a file of its own. ``app.py`` declares all commands and is quick to import.
 """
 
 from __future__ import annotations

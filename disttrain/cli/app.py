@@ -1,4 +1,4 @@
-"""The command line. torch is imported by the commands that need it, so that --help is quick."""
+"""The command line. Commands import torch only when they need it, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 @app.command()
 def train(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
-    """Train what CONFIG says, with all workers that the launcher started."""
+    """Train as CONFIG says, with all workers that the launcher has started."""
     from rich.console import Console
 
     console = Console()
@@ -49,7 +49,7 @@ def config(
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="check that N workers can train it")] = None,
     debug: _Debug = False,
 ) -> None:
-    """Check CONFIG and print it with all its values."""
+    """Check CONFIG, and print it with all values."""
     loaded = _load(config, overrides)
     if workers is not None:
         loaded.check_world_size(workers)
@@ -60,11 +60,11 @@ def config(
 def schedule(
     config: _ConfigPath,
     overrides: _Overrides = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="with so many workers")] = 1,
-    output: Annotated[str | None, typer.Option("--output", help="write every step's rate to this .tsv file")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="number of workers")] = 1,
+    output: Annotated[str | None, typer.Option("--output", help="write all steps' rates to this .tsv file")] = None,
     debug: _Debug = False,
 ) -> None:
-    """Show the learning rate of a run before it is run: a table of notable steps, and a plot."""
+    """Preview the learning rate of a run: a table of notable steps, and a plot."""
     from disttrain.cli.schedule_preview import show
 
     show(_load(config, overrides), workers, output, _wide_console())
@@ -72,7 +72,7 @@ def schedule(
 
 @app.command()
 def layers(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = False) -> None:
-    """Show what each parameter gets: group, learning rate, weight decay, compressor, or that it is frozen."""
+    """Show the group, learning rate, weight decay and compressor of each parameter, or that it is frozen."""
     from disttrain.cli.layer_table import show
 
     show(_load(config, overrides), _wide_console())
@@ -80,15 +80,15 @@ def layers(config: _ConfigPath, overrides: _Overrides = None, debug: _Debug = Fa
 
 @app.command()
 def checkpoints(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, such as runs/digits, or one checkpoint's")],
-    verify: Annotated[bool, typer.Option("--verify", help="compare every byte, in place of sizes alone")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run (runs/digits) or of a checkpoint")],
+    verify: Annotated[bool, typer.Option("--verify", help="compare every byte, not only sizes")] = False,
     prune: Annotated[
-        int | None, typer.Option("--prune", min=1, help="delete all but the newest N that are whole, and the best")
+        int | None, typer.Option("--prune", min=1, help="delete all but the newest N complete ones, and the best")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: _Debug = False,
 ) -> None:
-    """Show what a run has saved, and whether it is whole."""
+    """Show the checkpoints of a run, and whether they are complete."""
     from pathlib import Path
 
     from disttrain.cli.checkpoint_table import show
@@ -100,11 +100,11 @@ def checkpoints(
 @app.command()
 def doctor(
     probe: Annotated[
-        bool, typer.Option("--probe", help="under a launcher: measure latency and bandwidth of the engines")
+        bool, typer.Option("--probe", help="under a launcher: measure the engine's latency and bandwidth")
     ] = False,
     debug: _Debug = False,
 ) -> None:
-    """Show the engines, devices and the launcher that are found, and what to do for those that are not."""
+    """Show which engines, devices and launchers are available, and how to install those that are missing."""
     from disttrain.cli.doctor import run
 
     raise typer.Exit(run(probe))
@@ -124,23 +124,27 @@ def _options(
 
 
 def main() -> NoReturn:
-    """The console script: exit code 2 for a mistake, 13: a lost worker, 14: bad numbers, 75: a signal, 1: all else."""
+    """Run the console script.
+
+    Exit codes: 2 for a mistake of the user, 13 for a lost worker, 14 for an unhealthy run, 75 after a signal, and 1 for
+    other errors.
+    """
     debug = "--debug" in sys.argv
     try:
         _run_app()
     except UserError as error:
         if debug:
             traceback.print_exc()
-        if _reports(error):
+        if _should_print(error):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        _leave(USER_ERROR_EXIT_CODE)
+        _exit_now(USER_ERROR_EXIT_CODE)
     except UnhealthyError as error:
-        if _is_first():
+        if _is_rank_zero():
             print(f"error: {error}", file=sys.stderr)
-        _leave(UNHEALTHY_EXIT_CODE)
+        _exit_now(UNHEALTHY_EXIT_CODE)
     except typer.Abort:  # Ctrl-C
-        _leave(130)
-    except PeerLostError:  # the guard has printed it
+        _exit_now(130)
+    except PeerLostError:  # the guard has printed it already
         from disttrain.comm.launch import horovod_elastic
 
         if debug:
@@ -150,12 +154,12 @@ def main() -> NoReturn:
         horovod_elastic.leave(PEER_LOST_EXIT_CODE)
     except Exception:
         traceback.print_exc()
-        _leave(1)
+        _exit_now(1)
     sys.exit(0)
 
 
 def _run_app() -> None:
-    """Run the command; what typer does not understand is a UserError, one line like all others."""
+    """Run the command. Turn typer's usage errors into UserErrors, which are printed in one line."""
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -169,7 +173,7 @@ def _run_app() -> None:
 
 
 def _load(path: str, overrides: list[str] | None, console: Console | None = None) -> Config:
-    """The config; whose code it runs, if a task's, goes to the console (stderr unless given) beforehand."""
+    """Return the config. If it runs the code of a task, say so on the console first (stderr unless given)."""
     from rich.console import Console
 
     from disttrain.comm.launch.environment import detect
@@ -185,7 +189,7 @@ def _train(config: Config, console: Console) -> None:
     from disttrain.comm.launch import horovod_elastic
     from disttrain.training.trainer import Trainer
 
-    agreed: CollectiveError | UnhealthyError | None = None
+    collective_error: CollectiveError | UnhealthyError | None = None
     with comm.init(config.engine, config.device, config.timeout, watch=config.watch) as communicator:
         try:
             trainer = Trainer(config, communicator, console)
@@ -193,10 +197,10 @@ def _train(config: Config, console: Console) -> None:
                 summary = trainer.run()
             finally:
                 trainer.close()
-        except (CollectiveError, UnhealthyError) as error:  # all ranks have it, so they part in good order
-            agreed = error
-    if agreed is not None:
-        raise agreed
+        except (CollectiveError, UnhealthyError) as error:  # raised on all ranks, so they can shut down in order
+            collective_error = error
+    if collective_error is not None:
+        raise collective_error
     if trainer.interruption.restarts_process:
         horovod_elastic.restart_process()
     if summary["ended_by"] == "interrupted":
@@ -204,14 +208,14 @@ def _train(config: Config, console: Console) -> None:
 
 
 def _wide_console() -> Console:
-    """The terminal, or a page on which no table is cut."""
+    """Return a console for the terminal, or one that is wide enough for any table."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _set_up_logging(console: Console, rank: int) -> None:
-    """Messages of disttrain's own through the console, above its progress bar, on rank 0; elsewhere errors only."""
+    """Print disttrain's messages on the console, above the progress bar; on ranks other than 0, only errors."""
     from rich.logging import RichHandler
 
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
@@ -221,8 +225,8 @@ def _set_up_logging(console: Console, rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
-def _reports(error: UserError) -> bool:
-    """Whether this process prints the error: one a launch if all ranks have it, else one a host might have it alone."""
+def _should_print(error: UserError) -> bool:
+    """Whether this process prints the error: one process per launch if all ranks raise it, otherwise one per host."""
     from disttrain.comm.collective_errors import CollectiveError
     from disttrain.comm.launch.environment import detect
 
@@ -233,14 +237,14 @@ def _reports(error: UserError) -> bool:
     return environment.rank == 0 or (environment.local_rank == 0 and not isinstance(error, CollectiveError))
 
 
-def _is_first() -> bool:
+def _is_rank_zero() -> bool:
     from disttrain.comm.launch.environment import detect
 
     return detect().rank == 0
 
 
-def _leave(code: int) -> NoReturn:
-    """End at once: an engine's own orderly exit would wait for ranks that are gone, or gone elsewhere."""
+def _exit_now(code: int) -> NoReturn:
+    """Exit without the engine's shutdown, which would wait for ranks that have exited or are doing something else."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

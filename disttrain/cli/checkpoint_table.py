@@ -1,4 +1,4 @@
-"""``disttrain checkpoints``: what a run has saved, whether it is whole, and deleting what is not needed."""
+"""``disttrain checkpoints``: listing, verifying and deleting the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -19,57 +19,62 @@ from disttrain.validation import validate
 
 
 def show(path: Path, console: Console, *, verify: bool = False, keep: int | None = None, as_json: bool = False) -> None:
-    """Print a table, or JSON, of the checkpoints of a run, of a folder of them, or of one.
+    """Print a table, or JSON, of the checkpoints of a run.
 
     Args:
-        verify: compare every byte with the manifest; otherwise the files' names and sizes alone.
-        keep: delete all but the newest ``keep`` whose every byte is right, and the best. The last good one stays.
+        path: the folder of a run, of its checkpoints, or of one checkpoint.
+        console: where to print.
+        verify: compare every byte with the manifest, not only names and sizes.
+        keep: if given, delete all but the newest ``keep`` whose every byte is right, and the best.
+        as_json: print JSON.
 
     Raises:
-        UserError: there is none, or none of them is whole.
+        UserError: there is no checkpoint, or none is complete.
     """
     paths = _paths(path)
     if keep is not None:
         if paths == [path]:
-            raise UserError(f"--prune wants a run's folder: {str(path)!r} is one checkpoint")
-        prune(paths[0].parent, keep, _best(_looked_at(paths, verify=False)), thoroughly=True)
+            raise UserError(f"--prune needs the folder of a run, and {str(path)!r} is a checkpoint")
+        prune(paths[0].parent, keep, _best(_read_all(paths, verify=False)), thoroughly=True)
         paths = [path for path in paths if path.exists()]
-    looked_at = _looked_at(paths, verify)
-    best = _best(looked_at)
-    chosen = best and best.of([one for one in looked_at.values() if isinstance(one, Manifest)])
-    rows = [_row(path, found, found is chosen, verify) for path, found in looked_at.items()]
+    checkpoints = _read_all(paths, verify)
+    best = _best(checkpoints)
+    chosen = best and best.select([found for found in checkpoints.values() if isinstance(found, Manifest)])
+    rows = [_row(path, found, found is chosen, verify) for path, found in checkpoints.items()]
     if as_json:
         print(strict_json.dumps(rows, indent=1))
     else:
         console.print(_table(rows, path))
-    if all(isinstance(found, UserError) for found in looked_at.values()):
-        raise UserError(str(list(looked_at.values())[-1]) if len(rows) == 1 else f"no checkpoint in {path} is whole")
+    if all(isinstance(found, UserError) for found in checkpoints.values()):
+        only = next(iter(checkpoints.values()))
+        raise UserError(str(only) if len(rows) == 1 else f"no checkpoint in {path} is complete")
 
 
 def _paths(path: Path) -> list[Path]:
-    if (path / checkpoint_manifest.NAME).exists() or checkpoint_folder.is_name(path.name):
+    if (path / checkpoint_manifest.NAME).exists() or checkpoint_folder.is_checkpoint_name(path.name):
         if not path.is_dir():
             raise UserError(f"{str(path)!r} does not exist")
         return [path]
     for folder in (path / "checkpoints", path):
         if found := checkpoints_in(folder):
             return found
-    raise UserError(f"{str(path)!r} holds no checkpoint: give a run's folder, or one of its checkpoints")
+    raise UserError(f"{str(path)!r} holds no checkpoint: give the folder of a run or of a checkpoint")
 
 
-def _looked_at(paths: list[Path], verify: bool) -> dict[Path, Manifest | UserError]:
-    looked_at: dict[Path, Manifest | UserError] = {}
+def _read_all(paths: list[Path], verify: bool) -> dict[Path, Manifest | UserError]:
+    """Return the manifest of each checkpoint, or what is wrong with it."""
+    checkpoints: dict[Path, Manifest | UserError] = {}
     for path in paths:
         try:
-            looked_at[path] = verified(path).manifest if verify else checkpoint_manifest.read(path)
-        except UserError as error:  # noqa: PERF203 - a handful of them
-            looked_at[path] = error
-    return looked_at
+            checkpoints[path] = verified(path).manifest if verify else checkpoint_manifest.read(path)
+        except UserError as error:  # noqa: PERF203 - a handful of iterations
+            checkpoints[path] = error
+    return checkpoints
 
 
-def _best(looked_at: dict[Path, Manifest | UserError]) -> Best | None:
-    """What the newest whole one's config says is best."""
-    manifests = [found for found in looked_at.values() if isinstance(found, Manifest)]
+def _best(checkpoints: dict[Path, Manifest | UserError]) -> Best | None:
+    """Return ``checkpoint.keep_best`` in the config of the newest complete checkpoint."""
+    manifests = [found for found in checkpoints.values() if isinstance(found, Manifest)]
     section = manifests[-1].config.get("checkpoint") if manifests else None
     wanted = section.get("keep_best") if isinstance(section, dict) else None
     return validate(Best, wanted, "checkpoint.keep_best") if isinstance(wanted, dict) else None
@@ -96,7 +101,7 @@ def _row(path: Path, found: Manifest | UserError, is_best: bool, verify: bool) -
 
 
 def _epochs(progress: dict[str, Any]) -> float | None:
-    """With the part of the present one."""
+    """Return the epochs done, including the fraction of the current one."""
     epoch, offset, num_samples = (progress.get(key) for key in ("epoch", "offset", "num_samples"))
     if not isinstance(epoch, int) or not isinstance(offset, int) or not isinstance(num_samples, int) or num_samples < 1:
         return None
@@ -115,7 +120,7 @@ def _table(rows: list[dict[str, Any]], path: Path) -> Table:
             continue
         metrics = escape("  ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()))
         date = escape(row["date"][:19].replace("T", " "))
-        state = "whole, every byte" if row["is_verified"] else "whole, by size"
+        state = "complete, every byte" if row["is_verified"] else "complete, by size"
         best = "best" if row["is_best"] else ""
         mib = f"{row['bytes'] / 2**20:.1f}"
         table.add_row(

@@ -1,4 +1,4 @@
-"""What this machine offers for training: engines, launchers, GPUs, interfaces; and with a probe, how fast they are."""
+"""``disttrain doctor``: which engines, launchers, GPUs and interfaces a machine has, and how fast they are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _IMPORT_SECONDS = 120.0
 _SMALL, _LARGE = 1, 4 * 2**20  # float32 elements: 4 B and 16 MiB
 _REPEATS = {_SMALL: 50, _LARGE: 7}
 
-# Run in a process of its own: a library built for another torch or MPI may end the process that imports it.
+# Run in separate processes: a library built for another torch or MPI may crash the process that imports it.
 _HOROVOD = """
 import json, horovod, horovod.torch as hvd
 built = {"Gloo": hvd.gloo_built(), "MPI": hvd.mpi_built(), "NCCL": hvd.nccl_built()}
@@ -51,7 +51,7 @@ print(json.dumps([numba.__version__, report()]))
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: ``state`` is ready, missing or broken; ``note`` says what it was built with, or what to do."""
+    """A row of a table. ``state`` is ready, missing or broken; ``note`` says what it was built with, or what to do."""
 
     name: str
     state: str
@@ -60,10 +60,10 @@ class Finding:
 
 
 def run(probe: bool) -> int:
-    """Print what was found (rank 0 only) and, with ``probe``, what was measured. Returns the exit code.
+    """Print what was found and, with ``probe``, what was measured; on rank 0. Return the exit code.
 
     Raises:
-        UserError: the launcher's variables contradict each other, or its engine cannot start.
+        UserError: the launcher's environment variables are contradictory, or its engine cannot start.
     """
     environment = detect()
     console = Console(quiet=environment.rank != 0)
@@ -74,7 +74,7 @@ def run(probe: bool) -> int:
         return 0
     if environment.world_size == 1:
         console.print(
-            "Nothing to measure with one process: start the probe under a launcher, "
+            "There is nothing to measure with one process: start the probe under a launcher, "
             "for example [bold]torchrun --standalone --nproc-per-node 2 -m disttrain doctor --probe[/]"
         )
         return 0
@@ -84,7 +84,7 @@ def run(probe: bool) -> int:
 
 
 def examine_engines() -> list[Finding]:
-    """Each engine, imported for real where its package is there."""
+    """Return a finding for each engine, after importing its package if it is installed."""
     gloo, nccl = torch.distributed.is_gloo_available(), torch.distributed.is_nccl_available()
     parts = [name for name, there in (("gloo", gloo), ("nccl", nccl)) if there]
     pending = [_import("horovod", _HOROVOD, HOROVOD_COMMAND), _import("mpi", _MPI, MPI_COMMAND)]
@@ -96,12 +96,12 @@ def examine_engines() -> list[Finding]:
 
 
 def examine_kernels() -> list[Finding]:
-    """What compiles the loops over gradients, and whether it can keep them on disk."""
+    """Return a finding for the compiler of the CPU kernels, and whether it can cache them on disk."""
     return [_import("numba", _NUMBA, NUMBA_COMMAND)()]
 
 
 def examine_launchers() -> list[Finding]:
-    """Each launcher's program on PATH."""
+    """Return a finding for each launcher's program on PATH."""
     commands = {
         "torchrun": "comes with torch",
         "horovodrun": HOROVOD_COMMAND,
@@ -113,7 +113,7 @@ def examine_launchers() -> list[Finding]:
 
 
 def seconds(comm: Communicator, collective: Callable[[torch.Tensor], Collective], numel: int) -> float:
-    """The median time of a collective of ``numel`` float32, of the slowest rank. All ranks call it together."""
+    """Return the median time of a collective over ``numel`` float32, on the slowest rank. A collective."""
     tensor = torch.ones(numel, device=comm.device)
     times = []
     for _ in range(_REPEATS.get(numel, 5) + 1):
@@ -123,7 +123,7 @@ def seconds(comm: Communicator, collective: Callable[[torch.Tensor], Collective]
         if comm.device.type == "cuda":
             torch.cuda.synchronize(comm.device)
         times.append(time.perf_counter() - started)
-    median = statistics.median(times[1:])  # the first one opens connections
+    median = statistics.median(times[1:])  # the first call opens connections
     return float(comm.all_reduce(torch.tensor(median, dtype=torch.float64), op="max"))
 
 
@@ -132,12 +132,12 @@ def _measurements(comm: Communicator) -> Table:
         f"Probe: {comm.world_size} workers on {comm.engine}, {comm.device.type}",
         "collective",
         "latency (4 B)",
-        "16 MiB a rank",
-        "wire rate a rank",
+        "16 MiB per rank",
+        "wire rate per rank",
     )
     share = (comm.world_size - 1) / comm.world_size
     size = _LARGE * 4
-    # Bytes that a ring moves through each rank's link: the figure to hold against the link's rate.
+    # Bytes that a ring sends over each rank's link, to compare with the link's bandwidth.
     probes: dict[str, tuple[Callable[[torch.Tensor], Collective], float]] = {
         "all-reduce": (lambda tensor: AllReduce(tensor, op="sum"), 2 * share * size),
         "all-gather": (lambda tensor: AllGather(tensor, same_size=True), (comm.world_size - 1) * size),
@@ -150,7 +150,7 @@ def _measurements(comm: Communicator) -> Table:
 
 
 def _import(name: str, code: str, command: str) -> Callable[[], Finding]:
-    """Start importing; the function returned waits for it."""
+    """Start importing a package, and return a function that waits for the finding."""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish() -> Finding:
@@ -174,7 +174,7 @@ def _import(name: str, code: str, command: str) -> Callable[[], Finding]:
 def _examine_launcher(name: str, path: str | None, command: str) -> Finding:
     if path is None:
         return Finding(name, "missing", "", command)
-    if name in ("torchrun", "horovodrun"):  # they would import torch, and have their engine's version
+    if name in ("torchrun", "horovodrun"):  # --version would import torch, and the engine's version is known
         return Finding(name, "ready", "", path)
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
@@ -215,11 +215,11 @@ def _launchers() -> Table:
 
 
 def _findings(title: str, findings: list[Finding]) -> Table:
-    table = _table(title, "name", "state", "version", "notes; how to install what is missing")
-    colours = {"ready": "green", "missing": "yellow", "broken": "red"}
+    table = _table(title, "name", "state", "version", "notes, or how to install it")
+    colors = {"ready": "green", "missing": "yellow", "broken": "red"}
     for finding in findings:
-        colour = colours[finding.state]
-        table.add_row(finding.name, f"[{colour}]{finding.state}[/]", finding.version, finding.note.replace("[", r"\["))
+        color = colors[finding.state]
+        table.add_row(finding.name, f"[{color}]{finding.state}[/]", finding.version, finding.note.replace("[", r"\["))
     return table
 
 
@@ -237,7 +237,7 @@ def _interfaces() -> Table:
 def _environment(environment: Environment) -> Table:
     table = _table("This process", "", "", show_header=False)
     table.add_row("started by", environment.launcher if environment.launcher != "none" else "no launcher")
-    table.add_row("engine that fits", environment.engine)
+    table.add_row("default engine", environment.engine)
     table.add_row("rank", f"{environment.rank} of {environment.world_size}")
     table.add_row("on this host", f"{environment.local_rank} of {environment.local_size}")
     if environment.num_hosts is not None:

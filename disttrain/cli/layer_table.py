@@ -1,4 +1,4 @@
-"""What each parameter gets from a config: group, rate, weight decay, compressor, or that it is frozen."""
+"""``disttrain layers``: the group, learning rate, weight decay and compressor of each parameter."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from rich.table import Table
 
 from disttrain.errors import UserError
 from disttrain.training.config import Config
-from disttrain.training.run.setup import build_model
+from disttrain.training.setup import build_model
 
 
 def layer_table(config: Config) -> Table:
-    """A row for each parameter of the config's model, in the model's order.
+    """Return a table with a row for each parameter of the config's model, in the model's order.
 
     Raises:
-        UserError: rules of layers or of the compressor do not fit the model.
+        UserError: rules for layers or compressors do not fit the model.
     """
     model = build_model(config.task)
     config.layers.freeze(model)
@@ -23,7 +23,7 @@ def layer_table(config: Config) -> Table:
     scale = config.optimizer.scale(config.batch_size)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p in groups}
     if not trained:
-        raise UserError("the model has no parameter that requires a gradient: nothing to train")
+        raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
     unfrozen_at = {p: step for step, parameters in config.layers.unfreezing(model).items() for p in parameters}
     compressors = dict(zip(trained, config.compressor.assign(trained), strict=True))
     columns = ["parameter", "shape", "group", "learning rate", "weight decay", "compressor"]
@@ -44,7 +44,7 @@ def layer_table(config: Config) -> Table:
     numbers = [parameter.numel() for parameter in groups]
     table.caption = (
         f"{sum(numbers):,} of {sum(p.numel() for p in model.parameters()):,} elements are trained, in "
-        f"{len(optimizer.param_groups)} groups; rates are those before the schedule's factor"
+        f"{len(optimizer.param_groups)} groups; learning rates are without the schedule's factor"
     )
     return table
 

@@ -1,4 +1,4 @@
-"""The learning rate of a run before it is run: a table, a plot in plain characters, a file."""
+"""``disttrain schedule``: previewing the learning rate of a run as a table, a text plot and a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ _EVENLY, _MOST_ROWS = 6, 24
 
 @dataclass(frozen=True)
 class Preview:
-    """The rate of every step, from 0, of parameters without a factor of their own."""
+    """The learning rate of every step, of parameters that have no factor of their own.
+
+    Attributes:
+        rates: by step, from 0.
+        steps_per_epoch: steps in an epoch.
+        notable: steps to show in the table.
+        remarks: lines to print above it.
+    """
 
     rates: list[float]
     steps_per_epoch: int
@@ -29,7 +36,7 @@ class Preview:
     remarks: list[str]
 
     def table(self) -> Table:
-        """The notable steps."""
+        """Return a table of the notable steps."""
         table = Table("step", "epoch", "learning rate", "")
         highest, lowest = max(self.rates), min(self.rates)
         for step in self.notable:
@@ -40,7 +47,7 @@ class Preview:
         return table
 
     def plot(self) -> str:
-        """The rate over the steps, in plain characters."""
+        """Return a plot of the rate in plain characters."""
         count, top = len(self.rates), max(self.rates)
         width = min(_WIDTH, count)
         rows = [[" "] * width for _ in range(_HEIGHT)]
@@ -49,7 +56,7 @@ class Preview:
             part = self.rates[column * count // width : (column + 1) * count // width]
             levels = [round((_HEIGHT - 1) * rate / top) for rate in part]
             low, high = min(levels), max(levels)
-            if before is not None:  # a line without gaps
+            if before is not None:  # leave no gaps in the line
                 low, high = min(low, before + 1) if low > before else low, max(high, before - 1)
             for level in range(low, high + 1):
                 rows[_HEIGHT - 1 - level][column] = "*"
@@ -62,10 +69,10 @@ class Preview:
         return "\n".join(lines)
 
     def write(self, path: str) -> None:
-        """A line for every step, tab-separated: step, epoch, lr.
+        """Write a line for every step, tab-separated: step, epoch, lr.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         lines = [f"{step}\t{step / self.steps_per_epoch:.6g}\t{rate!r}\n" for step, rate in enumerate(self.rates)]
         try:
@@ -76,13 +83,13 @@ class Preview:
 
 
 def preview(config: Config, num_workers: int) -> Preview:
-    """What ``config`` will do with so many workers.
+    """Return the learning rate that the config sets with ``num_workers`` workers.
 
     Raises:
         UserError: the config does not fit the workers or the data.
     """
     config.check_world_size(num_workers)
-    run_length = RunLength.of(config, num_samples_of(config.task.train_data()))
+    run_length = RunLength.from_config(config, num_samples_of(config.task.train_data()))
     num_steps, steps_per_epoch = run_length.num_steps, run_length.steps_per_epoch
     scale = config.optimizer.scale(config.batch_size)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.optimizer.lr)
@@ -99,19 +106,19 @@ def preview(config: Config, num_workers: int) -> Preview:
     if scale != 1:
         optimizer_section = config.optimizer
         remarks.append(
-            f"all rates are multiplied by {scale:g}, {optimizer_section.lr_scaling} in "
+            f"all rates are multiplied by {scale:g}: {optimizer_section.lr_scaling} scaling with batch size "
             f"{config.batch_size} / {optimizer_section.base_batch_size}"
         )
     if run_length.may_take_fewer_steps:
-        remarks.append("steps of the initial batch: the batch policy takes others, and its gain is not in the rates")
+        remarks.append("steps are of the initial batch; the batch policy's own steps and gain are not shown")
     if rate.tracker is not None:
-        remarks.append(f"if {rate.tracker.metric} never stops getting better; the rate falls each time it does")
+        remarks.append(f"as long as {rate.tracker.metric} keeps improving; the rate falls when it does not")
     return Preview(rates, steps_per_epoch, _notable(config, num_steps, steps_per_epoch), remarks)
 
 
 def _notable(config: Config, num_steps: int, steps_per_epoch: int) -> list[int]:
     of_schedule = sorted(step for step in config.schedule.notable_steps(num_steps, steps_per_epoch) if step < num_steps)
-    if len(of_schedule) > _MOST_ROWS:  # the first, the last, and some between
+    if len(of_schedule) > _MOST_ROWS:  # the first, the last, and some in between
         last = len(of_schedule) - 1
         of_schedule = [of_schedule[index * last // (_MOST_ROWS - 1)] for index in range(_MOST_ROWS)]
     evenly = {(num_steps - 1) * index // _EVENLY for index in range(_EVENLY + 1)}
@@ -119,7 +126,7 @@ def _notable(config: Config, num_steps: int, steps_per_epoch: int) -> list[int]:
 
 
 def show(config: Config, num_workers: int, output: str | None, console: Console) -> None:
-    """Print the preview, and write it if ``output`` names a file."""
+    """Print the preview, and write it to ``output`` if given."""
     found = preview(config, num_workers)
     if output is not None:
         found.write(expand_home(output))

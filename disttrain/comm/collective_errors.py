@@ -1,4 +1,4 @@
-"""What one rank finds wrong, all ranks report: otherwise the others would wait for it, and report only its absence."""
+"""Raising an error of one rank on all ranks, which would otherwise wait for that rank."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from disttrain.errors import UserError
 
 
 class CollectiveError(UserError):
-    """A user's mistake that every rank knows of, so one of them is enough to report it."""
+    """A UserError that is raised on all ranks, so that only one of them needs to report it."""
 
 
 @contextlib.contextmanager
 def collective_errors(comm: Communicator) -> Iterator[None]:
-    """Run a block that may fail on some ranks, then make all ranks fail if any did. A barrier.
+    """Make all ranks fail if the block raises UserError or OSError on any rank. A barrier.
 
-    The block must hold no collective, unless it raises on all ranks or on none.
+    The block must not contain collectives, unless whatever it raises before them is raised on all ranks.
 
     Raises:
-        AgreedError: some rank raised UserError or OSError in the block; on every rank, with the first such message.
+        CollectiveError: the block raised on some rank; on all ranks, with the message of the lowest one.
     """
-    mistake: str | None = None
+    message: str | None = None
     cause: Exception | None = None
     try:
         yield
     except UserError as error:
-        mistake, cause = str(error), error
+        message, cause = str(error), error
     except OSError as error:
-        mistake, cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error), error
-    reports = comm.all_gather_object(None if mistake is None else [socket.gethostname(), mistake])
+        message, cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error), error
+    reports = comm.all_gather_object(None if message is None else [socket.gethostname(), message])
     failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
     if failed:
         rank, host, message = failed[0]

@@ -1,4 +1,4 @@
-"""The numbers that forward and backward compute in, by autocast; parameters and gradients keep the run's dtype."""
+"""The precision of forward and backward, by autocast. Parameters and gradients keep the run's dtype."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LossScaling(Section):
-    """How the loss scale of ``precision: fp16`` moves. Factors are powers of two, so that scaling rounds nothing."""
+    """How the loss scale of ``precision: fp16`` changes. Factors are powers of two, so scaling does not round."""
 
-    initial: float = Field(default=2.0**16, gt=0, description="what the loss is multiplied by at first")
-    growth_factor: float = Field(default=2.0, ge=1)
+    initial: float = Field(default=2.0**16, gt=0, description="initial factor of the loss")
+    growth_factor: float = Field(default=2.0, ge=1, description="factor of the scale after growth_interval")
     backoff_factor: float = Field(
-        default=0.5, gt=0, le=1, description="after a step with an overflow, which is skipped"
+        default=0.5, gt=0, le=1, description="factor of the scale after an overflow; that step is skipped"
     )
-    growth_interval: int = Field(default=2000, ge=1, description="sound steps in a row after which the scale grows")
-    minimum: float = Field(default=1.0, ge=1)
+    growth_interval: int = Field(default=2000, ge=1, description="consecutive finite steps after which the scale grows")
+    minimum: float = Field(default=1.0, ge=1, description="smallest scale")
 
     def build(self) -> LossScale:
-        """The scale at its beginning.
+        """Return the initial loss scale.
 
         Raises:
-            UserError: a number is no power of two, or the minimum is above the initial scale.
+            UserError: a number is not a power of two, or the minimum is above the initial scale.
         """
         return LossScale(
             self.initial,
@@ -44,12 +44,12 @@ class LossScaling(Section):
 
 
 def check_precision(precision: Precision, dtype: str) -> None:
-    """Raise UserError if the run's dtype is one that autocast leaves alone."""
+    """Raise UserError if autocast would not change the run's dtype."""
     if precision != "fp32" and dtype != "float32":
-        raise UserError(f"precision={precision!r} computes float32 models in half precision: set dtype=float32")
+        raise UserError(f"precision={precision!r} is for models in float32, and dtype={dtype}: set dtype=float32")
 
 
 def autocast(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Within it, forward passes compute in ``precision``. Nothing for fp32."""
+    """Return a context manager in which forward passes compute in ``precision``."""
     half = _HALVES.get(precision)
     return contextlib.nullcontext() if half is None else torch.autocast(device.type, half)

@@ -1,6 +1,6 @@
-"""Begin with the weights of another model: read them from local files, match them by name, say what did not match.
+"""Starting from the weights of another model: reading local files, and matching their tensors by name.
 
-Nothing is unpickled: safetensors, or torch files read with ``weights_only=True``.
+Files are safetensors, or torch files that are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from disttrain.validation import Section
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Under these keys programs keep a state dict among other things."""
+"""Keys under which programs save a state dict."""
 _SHOWN = 4
 
 
 class StartFrom(Section):
-    """The config's ``start_from:`` section. A run that is resumed goes on from its own checkpoint instead."""
+    """The config's ``start_from:`` section. A resumed run uses its own checkpoint instead."""
 
     weights: str = Field(
         description="a .safetensors file, a torch state dict, or a folder: of a run, a checkpoint, model.safetensors"
     )
     reset: tuple[str, ...] = Field(
-        default=(), description="shell patterns of names not to be loaded: a new head, say 'head.*', stays fresh"
+        default=(), description="shell patterns of names not to load, such as 'head.*' for a new head"
     )
     rename: dict[str, str] = Field(
-        default={}, description="beginnings of names in the file, and what they are in the model: {'module.': ''}"
+        default={}, description="prefixes of names in the file, and their replacements in the model: {'module.': ''}"
     )
-    strict: bool = Field(default=True, description="refuse what does not match and is not reset; else only report it")
+    strict: bool = Field(default=True, description="reject names that do not match and are not reset, or only warn")
 
     def load(self, model: nn.Module, comm: Communicator) -> None:
-        """Load on rank 0, give to all ranks. The file has to be on rank 0's host alone.
+        """Load the weights on rank 0, whose host alone needs the file, and broadcast them. A collective.
 
         Raises:
-            AgreedError: as ``load_weights``, on all ranks.
+            CollectiveError: as ``load_weights``, on all ranks.
         """
         with collective_errors(comm):
             if comm.rank == 0:
@@ -64,14 +64,14 @@ class StartFrom(Section):
 
 @dataclass
 class Match:
-    """How the tensors of a file and of a model fit together, by the model's names.
+    """How the tensors of a file match those of a model, by the model's names.
 
     Attributes:
-        loaded: taken from the file.
-        reset: left fresh because a pattern says so.
-        missing: of the model, and not in the file.
-        unexpected: in the file, and not of the model.
-        misshaped: in both, with what each is: ``"float32 [10, 4] in the file, float32 [3, 4] in the model"``.
+        loaded: loaded from the file.
+        reset: not loaded, because a pattern of ``reset`` matches.
+        missing: in the model only.
+        unexpected: in the file only.
+        misshaped: in both, with the shapes: ``"float32 [10, 4] in the file, float32 [3, 4] in the model"``.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -82,9 +82,9 @@ class Match:
 
     @property
     def problems(self) -> str:
-        """What does not match, on one line; empty if all does."""
+        """All mismatches in one line; empty if there are none."""
         shaped = [f"{name} ({shapes})" for name, shapes in self.misshaped.items()]
-        parts = {"not in the file": self.missing, "not in the model": self.unexpected, "of another shape": shaped}
+        parts = {"not in the file": self.missing, "not in the model": self.unexpected, "with another shape": shaped}
         return "; ".join(f"{what}: {_some(names)}" for what, names in parts.items() if names)
 
 
@@ -97,28 +97,27 @@ def load_weights(
     rename: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> Match:
-    """Copy weights from local files into a model, by name. What does not match is logged, or an error.
+    """Copy weights from local files into a model, by name. Log mismatches, or raise.
 
-    In a script of your own call it before ``DistributedOptimizer``, which gives rank 0's weights to all ranks.
+    In your own script, call this before making a ``DistributedOptimizer``, which broadcasts rank 0's weights.
 
     Args:
         model: its parameters and buffers are overwritten, keeping their dtype and device.
-        path: a ``.safetensors`` file; a torch file with a state dict; the folder of a run or of a checkpoint (the
-            weights that the run's result is of: the best, the averaged, or the last); a folder with
-            ``model.safetensors`` or ``pytorch_model.bin``, in one piece or several. ``package:name/folder`` lies in an
-            installed package.
-        reset: shell patterns of names that keep what they are in ``model``, whatever the file has; or are only in the
-            file, and are left there.
-        rename: how names in the file begin, and what stands there in the model. The longest beginning counts.
-        strict: what is missing, unexpected or of another shape, and not reset, is an error.
+        path: a ``.safetensors`` file; a torch file with a state dict; the folder of a run or a checkpoint (its best
+            weights if there are any, otherwise the averaged ones, otherwise the last); a folder with
+            ``model.safetensors`` or ``pytorch_model.bin``, possibly sharded. ``package:name/folder`` is in an installed
+            package.
+        reset: shell patterns of names that are not loaded, in the model or in the file.
+        rename: prefixes of names in the file, and their replacements in the model. The longest matching prefix counts.
+        strict: raise if a tensor that is not reset is missing, unexpected or of another shape.
 
     Returns:
         What was loaded and what was not.
 
     Raises:
-        UserError: the file cannot be read, or matches nothing; a pattern of ``reset`` or ``rename`` matches nothing;
+        UserError: the file cannot be read or matches nothing; a pattern of ``reset`` or ``rename`` matches nothing;
             names or shapes do not match and ``strict`` is set; the model has parameters without values yet. The model
-            is as it was then.
+            is unchanged.
     """
     check_has_values(model)
     found = _rename(read_weights(Path(path)), rename or {}, path)
@@ -133,29 +132,29 @@ def load_weights(
     if not match.loaded:
         advice = _advice(found, own)
         raise UserError(
-            f"weights {str(path)!r} have nothing of the model: the file has {_some(found)}, the model "
+            f"weights {str(path)!r} match nothing in the model: the file has {_some(found)}, the model has "
             f"{_some(own)}{advice and f'; {advice}'}"
         )
     if match.problems and strict:
         raise UserError(
-            f"weights {str(path)!r} do not fit the model; {match.problems}: name what should stay fresh under reset, "
-            "change the beginnings of names with rename, or set strict to false"
+            f"weights {str(path)!r} do not match the model; {match.problems}: list what not to load under reset, "
+            "change prefixes with rename, or set strict to false"
         )
     for name in match.loaded:
         own[name].copy_(found[name])
-    logger.info("%d of the model's %d tensors are from %r", len(match.loaded), len(own), str(path))
+    logger.info("loaded %d of the model's %d tensors from %r", len(match.loaded), len(own), str(path))
     if match.reset:
-        logger.info("left fresh: %s", _some(match.reset))
+        logger.info("not loaded: %s", _some(match.reset))
     if match.problems:
-        logger.warning("weights %r do not fit all of the model; %s", str(path), match.problems)
+        logger.warning("weights %r match only a part of the model; %s", str(path), match.problems)
     return match
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file or folder as ``load_weights`` takes them, on the CPU.
+    """Return all tensors in a file or folder that ``load_weights`` accepts, on the CPU.
 
     Raises:
-        UserError: there is none, or it is damaged, or holds other things than tensors.
+        UserError: it does not exist, is damaged, or does not hold only tensors.
     """
     path = Path(resolve(str(path), "weights"))
     if not path.exists():
@@ -168,7 +167,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if checkpoint is not None:
         weights = _read_file(checkpoint.path / "model.safetensors")
         better = next((n for n in ("best", "average") if f"{n}.safetensors" in checkpoint.manifest.files), None)
-        logger.info("taking the %s weights of %s", better or "last", checkpoint.path)
+        logger.info("using the %s weights in %s", better or "last", checkpoint.path)
         chosen = _read_file(checkpoint.path / f"{better}.safetensors") if better else {}
         return {name: tensor for name, tensor in weights.items() if name not in chosen} | chosen
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -181,7 +180,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 raise UserError(f"weights {str(index)!r} cannot be read: no weight_map of names to files") from error
             return {key: tensor for file in files for key, tensor in _read_file(path / file).items()}
     raise UserError(
-        f"weights {str(path)!r}: the folder has no whole checkpoint, model.safetensors or pytorch_model.bin"
+        f"weights {str(path)!r}: the folder has no complete checkpoint, model.safetensors or pytorch_model.bin"
     )
 
 
@@ -195,7 +194,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"weights {str(path)!r} hold more than tensors, or are no torch file: save model.state_dict() alone"
+            f"weights {str(path)!r} hold more than tensors, or are not a torch file: save only model.state_dict()"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"weights {str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
@@ -217,7 +216,7 @@ def _rename(found: dict[str, torch.Tensor], rename: Mapping[str, str], path: str
         used.add(old)
         renamed[name if old is None else rename[old] + name.removeprefix(old)] = tensor
     if idle := [old for old in rename if old not in used]:
-        raise UserError(f"rename {idle[0]!r}: no name in weights {str(path)!r} begins so; they are {_some(found)}")
+        raise UserError(f"rename {idle[0]!r}: no name in weights {str(path)!r} has this prefix: {_some(found)}")
     if len(renamed) < len(found):
         raise UserError(f"rename {dict(rename)} gives two tensors of weights {str(path)!r} the same name")
     return renamed
@@ -225,7 +224,7 @@ def _rename(found: dict[str, torch.Tensor], rename: Mapping[str, str], path: str
 
 def _match(found: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], reset: Sequence[str]) -> Match:
     match = Match()
-    shared = {id(own[name]) for name in own if name in found}  # modules that share a tensor need it once
+    shared = {id(own[name]) for name in own if name in found}  # a tensor that modules share needs only one name
     for name, tensor in own.items():
         if _any_matches(name, reset):
             match.reset.append(name)
@@ -236,7 +235,7 @@ def _match(found: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], r
             match.misshaped[name] = f"{_describe(found[name])} in the file, {_describe(tensor)} in the model"
         else:
             match.loaded.append(name)
-    match.loaded.sort(key=list(found).index)  # of a tensor with several names the last counts
+    match.loaded.sort(key=list(found).index)  # for a tensor with several names, the last one counts
     match.unexpected = [name for name in found if name not in own and not _any_matches(name, reset)]
     return match
 
@@ -260,7 +259,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _advice(found: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """The renaming that would match most names, if one does."""
+    """Return advice on the renaming that would match most names, if there is any."""
     choices: Counter[tuple[str, str]] = Counter()
     for theirs, mine in ((theirs, mine) for theirs in found for mine in own):
         for longer, shorter, rename in ((theirs, mine, True), (mine, theirs, False)):

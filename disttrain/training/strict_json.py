@@ -1,4 +1,4 @@
-"""JSON that every parser reads: it has no NaN or infinity, which Python's own would write."""
+"""JSON that every parser reads: without NaN and infinities, which Python's ``json`` would write."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """JSON for people and their tools: null stands for NaN and infinities."""
+    """Return JSON for other programs, with null for NaN and infinities."""
     return json.dumps(_replace(value, lambda number: None), indent=indent, allow_nan=False)
 
 
 def encode(value: Any) -> Any:
-    """``value`` with the strings "NaN", "Infinity" and "-Infinity" for such numbers, which ``decode`` restores."""
+    """Return ``value`` with the strings "NaN", "Infinity" and "-Infinity" for such numbers."""
     names = {str(number): name for name, number in _NON_FINITE.items()}
     return _replace(value, lambda number: names[str(number)])
 
 
 def decode(value: Any) -> Any:
-    """``encode``'s inverse."""
+    """Return the value that ``encode`` was given."""
     if isinstance(value, dict):
         return {key: decode(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -31,7 +31,7 @@ def decode(value: Any) -> Any:
 
 
 def _replace(value: Any, replacement: Callable[[float], Any]) -> Any:
-    """A copy in which other values stand for numbers that are not finite."""
+    """Return a copy in which non-finite numbers are replaced."""
     if isinstance(value, Mapping):
         return {key: _replace(inner, replacement) for key, inner in value.items()}
     if isinstance(value, list | tuple):

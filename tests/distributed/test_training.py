@@ -40,7 +40,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     assert train(tmp_path, "torch", 3, "max_steps=6").returncode == 0
     done = train(tmp_path, "torch", 2, "resume=auto")
     assert done.returncode == 0, done.stderr
-    assert "2 workers in place of 3: a batch of 12 is now 6 samples a worker, was 4;" in " ".join(done.stdout.split())
+    assert "2 workers instead of 3: a batch of 12 is now 6 samples per worker, was 4;" in " ".join(done.stdout.split())
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (12, 2)
 

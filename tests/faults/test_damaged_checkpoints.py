@@ -99,16 +99,16 @@ def test_truncated_missing_or_replaced_files_are_noticed(folder: Path, name: str
     content = (step / name).read_bytes()
     for length in (0, 1, len(content) // 2, len(content) - 1):
         (step / name).write_bytes(content[:length])
-        check(folder, message="damaged|not whole")
+        check(folder, message="damaged|incomplete")
     (step / name).unlink()
     check(folder, message=f"{name} is missing")
     outside = folder / "outside"
     outside.write_bytes(content)
     (step / name).symlink_to(outside)
-    check(folder, message="no regular file")
+    check(folder, message="not a regular file")
     (step / name).unlink()
     (step / name).mkdir()
-    check(folder, message="no regular file")
+    check(folder, message="not a regular file")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -166,7 +166,7 @@ def test_drawn_mutations_never_load_wrongly(saved: Path, tmp_path_factory: pytes
 def test_manifests_and_files_of_others_are_noticed(folder: Path, tmp_path: Path) -> None:
     good, bad = folder / "step-00000001", folder / "step-00000002"
     shutil.copy(good / NAME, bad / NAME)
-    check(folder, message="manifest.json is that of step 1")
+    check(folder, message="manifest.json belongs to step 1")
 
     shutil.rmtree(bad)
     other = tmp_path / "other"
@@ -174,7 +174,7 @@ def test_manifests_and_files_of_others_are_noticed(folder: Path, tmp_path: Path)
     shutil.copytree(other / bad.name, bad)
     theirs = (good / "rank-00001.safetensors").read_bytes()
     forged(bad, "rank-00001.safetensors", theirs)  # with the size and the hash that it should have
-    check(folder, message=f"rank-00001.safetensors is of run {checkpoints.RUN}, step 1")
+    check(folder, message=f"rank-00001.safetensors belongs to run {checkpoints.RUN}, step 1")
 
 
 HEADERS: dict[str, Any] = {
@@ -297,7 +297,7 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     path = checkpoints.save(SingleProcess(), tmp_path, *made, 1)
     model = torch.nn.Linear(3, 4)
     optimizer = DistributedOptimizer(torch.optim.AdamW(model.parameters()), model, comm=SingleProcess())
-    with pytest.raises(UserError, match="is of another model: it has another shape of bias, weight"):
+    with pytest.raises(UserError, match="was saved with another model: it has other shapes for bias, weight"):
         checkpoint.load(*checkpoint_folder.find(path), SingleProcess(), model, optimizer)
 
 
@@ -313,8 +313,8 @@ def test_a_run_says_what_it_passes_over_and_goes_on_with_the_older_one(
     (folder / "step-00000004" / NAME).unlink()
     _, model = train(config.model_copy(update={"resume": "auto"}), SingleProcess())
     assert "step-00000006' is damaged: optimizer.safetensors has 0 bytes" in caplog.text
-    assert "step-00000004' is not whole: manifest.json is missing" in caplog.text
-    assert "going on from" in caplog.text
+    assert "step-00000004' is incomplete: manifest.json is missing" in caplog.text
+    assert "resuming from" in caplog.text
     assert all(torch.equal(model[name], expected[name]) for name in expected)
 
 
@@ -358,10 +358,10 @@ def test_a_full_disk_costs_no_older_checkpoint(
             folder.mkdir()
             mount(folder, "-t", "tmpfs", "-o", "size=256k", "disttrain-test")
         elif trainer.progress.step == 2:
-            trainer.checkpointer.settle()
+            trainer.checkpointer.wait()
             fill_disk(folder / "filled")
         elif trainer.progress.step == 7 and on_error == "continue":
-            trainer.checkpointer.settle()
+            trainer.checkpointer.wait()
             (folder / "filled").unlink()
 
     if on_error == "stop":
@@ -369,7 +369,7 @@ def test_a_full_disk_costs_no_older_checkpoint(
             train(config, SingleProcess(), fill)
     else:
         assert train(config, SingleProcess(), fill)[0]["steps"] == 8
-        assert caplog.text.count("the run goes on without a checkpoint: ") == 2
+        assert caplog.text.count("the run continues without a checkpoint: ") == 2
         assert caplog.text.count("No space left on device") == 2
     found = checkpoint_folder.newest(folder)
     assert found is not None
@@ -383,7 +383,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, mount: M
 
     def protect(trainer: Any) -> None:
         if trainer.progress.step == 2:
-            trainer.checkpointer.settle()
+            trainer.checkpointer.wait()
             mount(folder, "--bind", str(folder))
             subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 

@@ -81,7 +81,7 @@ def test_horovod_goes_on_with_the_workers_that_are_left(tmp_path: Path) -> None:
     command += ["--host-discovery-script", str(discover), sys.executable, *TRAIN, "engine=horovod"]
     done, summary = launch(tmp_path / "elastic", command, {"rank": 1, "where": "step", "count": 20, "delay": 0.002})
     assert "rank 1 (host " in done.stdout + done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert (summary["world_size"], summary["steps"], summary["ended_by"]) == (1, STEPS, "last_step")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints without a run around them."""
+"""Checkpoints without a run."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def take(
     run: str = RUN,
     flush: bool = False,
 ) -> Path:
-    """Let a writer save it as ``folder/step-<step>``."""
-    contents = Contents.of(comm, model, optimizer, parts or {}, flush=flush)
+    """Let a writer start to write ``folder/step-<step>``."""
+    contents = Contents.collect(comm, model, optimizer, parts or {}, flush=flush)
     facts = {"run": run, "step": step, "progress": progress or {}, "config": config or {}, "metrics": metrics or {}}
-    return writer.take(folder, "test", contents, facts, keep=lambda: prune(folder, keep, best))
+    return writer.start(folder, "test", contents, facts, on_complete=lambda: prune(folder, keep, best))
 
 
 def save(
     comm: Communicator, folder: Path, model: nn.Module, optimizer: DistributedOptimizer, step: int, **options: Any
 ) -> Path:
-    """Write ``folder/step-<step>`` together with the other ranks, at once."""
+    """Write ``folder/step-<step>`` with the other ranks, and wait for it."""
     writer = Writer(comm, 1)
     try:
         path = take(writer, comm, folder, model, optimizer, step, **options)
-        writer.settle()
+        writer.wait_for_oldest()
     finally:
         writer.close()
     return path

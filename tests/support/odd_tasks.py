@@ -1,4 +1,4 @@
-"""Tasks that make something that cannot be trained or evaluated."""
+"""Tasks whose model cannot be trained, or whose data cannot be evaluated."""
 
 from __future__ import annotations
 

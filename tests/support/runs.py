@@ -1,4 +1,4 @@
-"""Whole runs of the tiny task on virtual ranks."""
+"""Runs of the tiny task on simulated ranks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def records(config: Config) -> list[dict[str, Any]]:
 
 
 def untimed_records(config: Config) -> list[dict[str, Any]]:
-    """All of them, without what no two runs have alike."""
+    """Return the records without timings, which differ between runs."""
     return [
         {k: v for k, v in record.items() if k != "samples_per_second" and not k.endswith("_seconds")}
         for record in records(config)
@@ -63,7 +63,7 @@ def untimed_records(config: Config) -> list[dict[str, Any]]:
 
 
 def stop_run(config: Config, world_size: int, step: int) -> None:
-    """Train up to that step, as if the ranks were killed before the next one."""
+    """Train up to a step, as if the ranks were killed before the next one."""
 
     def stop(trainer: Trainer) -> None:
         if trainer.progress.step == step:

@@ -1,4 +1,4 @@
-"""A task that trains in milliseconds, for tests of all that is around it."""
+"""A task that trains in milliseconds, for tests of everything around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from disttrain.tasks import Task, TensorData
 
 
 class Tiny(Task):
-    """A regression by two layers. Initialised from a private generator, as virtual ranks share the global one."""
+    """Regression with two layers, initialized from a private generator, since simulated ranks share the global one."""
 
     num_samples: int = 50
     num_held_out: int = 13

@@ -1,13 +1,15 @@
-"""What a checkpoint holds, and taking it over. No pickle: tensors in safetensors, all else in JSON. One folder each::
+"""The contents of a checkpoint: collecting and loading them.
 
-step-00000100/
-    manifest.json               progress, config, versions, sizes and sha256 of all other files, its own hash
-    model.safetensors           parameters and buffers
-    optimizer.safetensors       its tensors, as "parameter/key"
-    compression.safetensors     the compressor's state that is equal on all ranks
-    average.safetensors         the moving average of the weights, if there is one
-    best.safetensors            the weights that early stopping would put back, if any
-    rank-00000.safetensors      one a rank: its residuals, buffers and random generators
+A checkpoint is a folder of safetensors and JSON files; nothing is pickled::
+
+    step-00000100/
+        manifest.json               progress, config, versions, sizes and sha256 of the other files, its own hash
+        model.safetensors           parameters and buffers
+        optimizer.safetensors       the optimizer's tensors, as "parameter/key"
+        compression.safetensors     the compressor's state that is the same on all ranks
+        average.safetensors         the moving average of the weights, if there is one
+        best.safetensors            the best weights, if early stopping is to restore them
+        rank-00000.safetensors      one per rank: its residuals, buffers and random generators
 """
 
 from __future__ import annotations
@@ -27,39 +29,49 @@ from disttrain.comm import Communicator
 from disttrain.comm.collective_errors import collective_errors
 from disttrain.errors import PeerLostError, UserError
 from disttrain.optim.distributed import DistributedOptimizer
-from disttrain.reduction.state import resharding as pending
+from disttrain.reduction.state import resharding
 from disttrain.reduction.state.state_dict import state_dict
 from disttrain.training.checkpoints.manifest import Manifest, rank_file
 from disttrain.training.run import random_state
 
 _RESIDUAL, _BUFFER, _RNG, _PENDING = "residual:", "buffer:", "rng:", "pending:"
-_BREAKS = (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+_LOAD_ERRORS = (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
 
 
 @dataclass
 class Contents:
-    """What a rank writes of this moment: live tensors by file and name, and what the manifest says of them."""
+    """What one rank writes.
+
+    Attributes:
+        files: live tensors, by file and by name.
+        generators: the state of the random generators, as far as it is not tensors; JSON.
+        facts: what the manifest says about the files.
+    """
 
     files: dict[str, dict[str, torch.Tensor]]
     generators: str
     facts: dict[str, Any]
 
     @classmethod
-    def of(
+    def collect(
         cls,
         comm: Communicator,
         model: nn.Module,
         optimizer: DistributedOptimizer,
-        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
         *,
         buffers: Mapping[str, torch.Tensor] | None = None,
         flush: bool = False,
     ) -> Contents:
-        """``parts`` are further tensors, equal on all ranks, each for a file of its own; ``buffers`` this rank's own.
+        """Collect the current state. A collective.
 
-        ``flush``: every rank's residuals become the mean of all of them, which is then saved once. A collective.
+        Args:
+            comm, model, optimizer: of the run.
+            tensors: further tensors by name, the same on all ranks, for the files ``<key>.safetensors``.
+            buffers: this rank's own buffers.
+            flush: replace every rank's residuals by their mean, which is then saved once.
         """
-        flushed = pending.average(optimizer.reducer.buckets, comm) if flush else {}
+        flushed = resharding.average(optimizer.reducer.buckets, comm) if flush else {}
         compression = state_dict(optimizer.reducer.buckets, comm, copy=False)
         generators, rest = random_state.get_state(comm.device)
         own = {_RNG + name: tensor for name, tensor in generators.items()}
@@ -67,68 +79,67 @@ class Contents:
         if not flush:
             own |= {_RESIDUAL + name: tensor for name, tensor in compression["per_rank"].items()}
         files = {rank_file(comm.rank): own}
-        tensors, values = _optimizer_state(optimizer, model)
+        optimizer_tensors, optimizer_values = _optimizer_state(optimizer, model)
         if comm.rank == 0:
             files["model.safetensors"] = _model_state(model)
-            files["optimizer.safetensors"] = tensors
+            files["optimizer.safetensors"] = optimizer_tensors
             replicated = compression["replicated"]
             files["compression.safetensors"] = replicated | {_PENDING + name: one for name, one in flushed.items()}
-            files |= {f"{part}.safetensors": dict(content) for part, content in parts.items() if content}
+            files |= {f"{part}.safetensors": dict(content) for part, content in tensors.items() if content}
         facts = {
             "world_size": comm.world_size,
-            "optimizer": values,
+            "optimizer": optimizer_values,
             "compression_step": compression["step"],
             "loss_scale": None if optimizer.loss_scale is None else optimizer.loss_scale.state_dict(),
         }
         return cls(files, rest, facts)
 
     def metadata(self, identity: dict[str, str]) -> dict[str, dict[str, str]]:
-        """What goes into the header of each file."""
+        """Return the header metadata of each file."""
         return {name: identity | ({"rng": self.generators} if name.startswith("rank-") else {}) for name in self.files}
 
 
 def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, optimizer: DistributedOptimizer) -> bool:
-    """Take over model, optimizer and compressor state, and, on as many ranks as before, the random generators'.
+    """Load the state of model, optimizer and compressor, and, on the same number of ranks, of the random generators.
 
-    On another number of ranks, or where other ranks own the parameters, every rank gets the mean of the saved
-    residuals, so that their mean over ranks, which is what the model has still to receive, stays what it was. All ranks
-    must call this.
+    On another number of ranks, or where parameters have other owners, every rank gets the mean of the saved residuals.
+    This preserves the mean over ranks, which is what the model has yet to receive. A collective.
 
-    Hyper-parameters (learning rate, momentum, ...) are not taken from the checkpoint: the config's count.
+    Hyperparameters (learning rate, momentum, ...) are not loaded: those of the config apply.
 
     Returns:
-        Whether the random generators were restored; if not, the caller seeds them.
+        Whether the random generators were restored. If not, the caller has to seed them.
 
     Raises:
-        UserError: the checkpoint is of another model, optimizer or compressor.
+        UserError: the checkpoint was saved with another model, optimizer or compressor.
     """
-    as_many = manifest.world_size == comm.world_size
-    with collective_errors(comm), damage(path):
+    same_world_size = manifest.world_size == comm.world_size
+    with collective_errors(comm), load_errors(path):
         _load_model(path, model)
         replicated = load_file(path / "compression.safetensors")
         flushed = {name: replicated.pop(name) for name in list(replicated) if name.startswith(_PENDING)}
-        own = _read(path / rank_file(comm.rank), _RESIDUAL) if as_many and not flushed else {}
-    present = state_dict(optimizer.reducer.buckets, comm, copy=False)
-    like = present["per_rank"]
+        own = _read(path / rank_file(comm.rank), _RESIDUAL) if same_world_size and not flushed else {}
+    current = state_dict(optimizer.reducer.buckets, comm, copy=False)
+    like = current["per_rank"]
     if flushed:
-        whole = {name.removeprefix(_PENDING): tensor for name, tensor in flushed.items()}
-        per_rank = pending.distribute(whole, like)
-    elif all(comm.all_gather_object(as_many and _sizes(own) == _sizes(like))):
+        mean = {name.removeprefix(_PENDING): tensor for name, tensor in flushed.items()}
+        per_rank = resharding.distribute(mean, like)
+    elif all(comm.all_gather_object(same_world_size and _sizes(own) == _sizes(like))):
         per_rank = own
     else:
-        with collective_errors(comm), damage(path):
+        with collective_errors(comm), load_errors(path):
             ranks = range(comm.rank, manifest.world_size, comm.world_size)
             shards = {rank: _read(path / rank_file(rank), _RESIDUAL) for rank in ranks}
-        per_rank = pending.distribute(pending.merge(shards, comm), like)
+        per_rank = resharding.distribute(resharding.merge(shards, comm), like)
     if any(bucket.compressor.hierarchical for bucket in optimizer.reducer.buckets):
-        if not per_rank and not replicated:  # it was one node, which exchanges dense and owes nothing
-            per_rank, replicated = like, present["replicated"]
+        if not per_rank and not replicated:  # saved on one node, which exchanges dense and has no residuals
+            per_rank, replicated = like, current["replicated"]
         elif per_rank and not like:
             raise UserError(
                 f"checkpoint {str(path)!r} has residuals of several nodes, and a hierarchical exchange on one node "
                 "keeps none: resume on more nodes, or with compressor.hierarchical=false"
             )
-    with collective_errors(comm), damage(path):
+    with collective_errors(comm), load_errors(path):
         optimizer.load_state_dict(
             {
                 "state": _restore_optimizer_state(path, manifest.optimizer, optimizer, model),
@@ -143,44 +154,44 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
                 },
             }
         )
-        if as_many:
+        if same_world_size:
             own_file = path / rank_file(comm.rank)
             with safe_open(own_file, framework="pt") as file:
                 rest = file.metadata()["rng"]
             random_state.set_state(_read(own_file, _RNG), rest, comm.device)
-    return as_many
+    return same_world_size
 
 
 def load_buffers(path: Path, rank: int) -> dict[str, torch.Tensor]:
-    """A rank's own buffers, as saved."""
+    """Return the buffers that a rank has saved as its own."""
     return _read(path / rank_file(rank), _BUFFER)
 
 
-def load_part(path: Path, manifest: Manifest, part: str) -> dict[str, torch.Tensor]:
-    """The tensors that were saved as ``parts[part]``; none if there were none."""
+def load_tensors(path: Path, manifest: Manifest, part: str) -> dict[str, torch.Tensor]:
+    """Return the tensors in ``<part>.safetensors``; an empty dict if the checkpoint has no such file."""
     name = f"{part}.safetensors"
     return load_file(path / name) if name in manifest.files else {}
 
 
 @contextlib.contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """What breaks while a checkpoint is taken over is the checkpoint's fault: one line in place of a traceback.
+def load_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the block raises while it loads a checkpoint into a one-line UserError about that checkpoint.
 
-    Its files may be what was written, and yet what was written may come from anybody.
+    Even files that match the manifest may have been written by anybody.
     """
     try:
         yield
     except (UserError, PeerLostError, OSError):
         raise
-    except _BREAKS as error:
+    except _LOAD_ERRORS as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"checkpoint {str(path)!r} does not hold what this run needs: {what}") from error
+        raise UserError(f"checkpoint {str(path)!r} cannot be loaded into this run: {what}") from error
 
 
 def _read(path: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with ``prefix``, without it."""
+    """Return the tensors whose names start with ``prefix``, under the rest of their names."""
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - it is no mapping
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
@@ -189,11 +200,13 @@ def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers, each once: of one that modules share, the first name."""
+    """Return parameters and buffers. A tensor that modules share is included once, under its first name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"a checkpoint holds tensors only, and the model's {name!r} is a {type(value).__name__}")
+            raise UserError(
+                f"checkpoints hold only tensors, but {name!r} in the model's state dict is a {type(value).__name__}"
+            )
         found.setdefault(id(value), (name, value.detach()))
     return dict(found.values())
 
@@ -205,15 +218,17 @@ def _load_model(path: Path, model: nn.Module) -> None:
     missing = [name for name, value in own.items() if name not in found and id(value) not in shared]
     unexpected = [name for name in found if name not in own]
     wrong = [name for name in found if name in own and own[name].shape != found[name].shape]
-    for problem, names in (("lacks", missing), ("also has", unexpected), ("has another shape of", wrong)):
+    for problem, names in (("lacks", missing), ("also has", unexpected), ("has other shapes for", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"checkpoint {str(path)!r} is of another model: it {problem} {', '.join(names[:3])}{more}")
+            raise UserError(
+                f"checkpoint {str(path)!r} was saved with another model: it {problem} {', '.join(names[:3])}{more}"
+            )
     model.load_state_dict(found, strict=False)
 
 
 def _parameter_names(optimizer: DistributedOptimizer, model: nn.Module) -> list[str]:
-    """The parameters' names in the order in which a torch optimizer numbers them."""
+    """Return the parameters' names in the order in which a torch optimizer numbers them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -221,7 +236,7 @@ def _parameter_names(optimizer: DistributedOptimizer, model: nn.Module) -> list[
 def _optimizer_state(
     optimizer: DistributedOptimizer, model: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors, and what JSON holds, both as "parameter/key"."""
+    """Return the state's tensors and its other values, both under "parameter/key"."""
     names = _parameter_names(optimizer, model)
     state = optimizer.inner.state_dict()["state"]
     flat = {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
@@ -238,9 +253,12 @@ def _restore_optimizer_state(
     for name, value in {**load_file(path / "optimizer.safetensors"), **values}.items():
         parameter, _, key = name.rpartition("/")
         if parameter not in numbers:
-            raise UserError(f"checkpoint {str(path)!r} has optimizer state of {parameter!r}, which is not trained now")
+            raise UserError(
+                f"checkpoint {str(path)!r} has optimizer state for {parameter!r}, which this run does not train"
+            )
         if isinstance(value, torch.Tensor) and value.shape not in ((), (1,), parameters[parameter].shape):
-            shape = list(value.shape)
-            raise UserError(f"checkpoint {str(path)!r} has {name!r} in shape {shape}: the model has changed")
+            raise UserError(
+                f"checkpoint {str(path)!r} has {name!r} with shape {list(value.shape)}: the model has changed"
+            )
         state.setdefault(numbers[parameter], {})[key] = value
     return state

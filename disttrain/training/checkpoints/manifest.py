@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what it says, and whether the files are what it says.
+"""The manifest of a checkpoint, and comparing the files with it.
 
-A checkpoint may come from anywhere, so nothing in it is believed: the manifest is bounded in size and depth and holds
-its own hash; files are named by it but only known names are taken, none of which can leave the folder; links are not
-followed; sizes are compared before anything is read; safetensors' own parser bounds headers, offsets and shapes.
+A checkpoint may come from anywhere, so nothing in it is trusted. The manifest is limited in size and depth and holds
+its own hash. It lists the other files, but only known names are accepted, none of which can leave the folder. Links are
+not followed. Sizes are compared before anything is read. safetensors' parser checks headers, offsets and shapes.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ NAME = "manifest.json"
 _FORMAT = 2
 _MAX_BYTES = 32 * 2**20
 _MAX_DEPTH = 32
-_NUMBERS = ("progress", "optimizer", "loss_scale", "metrics")  # may be NaN or infinite, which JSON has as strings
-_FILES = re.compile(r"(model|optimizer|compression|average|best|rank-\d{5,9})\.safetensors", re.ASCII)
+TENSOR_PARTS = ("average", "best")
+"""Parts of a run that have a file of tensors of their own, besides model, optimizer and compression."""
+_NUMBERS = ("progress", "optimizer", "loss_scale", "metrics")  # may hold NaN and infinities, encoded as strings
+_FILES = re.compile(rf"(model|optimizer|compression|{'|'.join(TENSOR_PARTS)}|rank-\d{{5,9}})\.safetensors", re.ASCII)
 
 
 def rank_file(rank: int) -> str:
-    """What a rank's own file is called."""
+    """Return the name of a rank's own file."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def identity(run: str, step: int) -> dict[str, str]:
-    """What every file of a checkpoint has in its header."""
+    """Return what the header of every file of a checkpoint holds."""
     return {"run": run, "step": str(step)}
 
 
 class FileEntry(BaseModel):
-    """One file's size, and its hash in hex."""
+    """The size of a file in bytes, and its hash in hex."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -53,7 +55,7 @@ class FileEntry(BaseModel):
 
 
 def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
+    """Return the versions of the software that writes a checkpoint."""
     return {"disttrain": metadata.version("disttrain"), "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -62,13 +64,13 @@ def now() -> str:
 
 
 class Manifest(BaseModel):
-    """What ``manifest.json`` holds. Keys that a later version adds to this format are passed over.
+    """The content of ``manifest.json``. Keys that a later version adds to this format are ignored.
 
     Attributes:
-        run: the run's identity, which every file carries too.
-        progress, optimizer, loss_scale, compression_step: what goes on from it restores.
-        metrics: of the evaluation at this very step; empty if there was none.
-        files: by name, all the others in the folder.
+        run: identity of the run, which the header of every file holds too.
+        progress, optimizer, loss_scale, compression_step: state to resume from.
+        metrics: of the evaluation at this step; empty if there was none.
+        files: all other files of the checkpoint, by name.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -92,28 +94,28 @@ class Manifest(BaseModel):
         return sum(entry.bytes for entry in self.files.values())
 
     def dump(self) -> bytes:
-        """The file's content: JSON, with the hash of all the rest under ``checksum``."""
+        """Return the content of the file: JSON, with the hash of everything else under ``checksum``."""
         body = {key: strict_json.encode(value) for key, value in self.model_dump().items()}
         return json.dumps({"checksum": _checksum(body), **body}, indent=1, allow_nan=False).encode()
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest, and the files' names and sizes, but not their contents, compared with it.
+    """Read the manifest, and compare the names and sizes of the files with it, but not their contents.
 
     Raises:
-        UserError: the checkpoint is not whole, damaged, or of a format that this version does not know.
+        UserError: the checkpoint is incomplete, damaged, or of a format that this version does not know.
     """
     where = f"checkpoint {str(folder)!r}"
     try:
         manifest = _parse(_content(folder / NAME))
         if (match := re.fullmatch(r"step-(\d+)", folder.name)) and int(match[1]) != manifest.step:
-            raise UserError(f"is damaged: {NAME} is that of step {manifest.step}")
+            raise UserError(f"is damaged: {NAME} belongs to step {manifest.step}")
         _check_names(manifest)
         for name, entry in manifest.files.items():
             if (size := _regular(folder / name).st_size) != entry.bytes:
                 raise UserError(f"is damaged: {name} has {size} bytes, {entry.bytes} were written")
     except FileNotFoundError as error:
-        raise UserError(f"{where} is not whole: {Path(error.filename).name} is missing") from error
+        raise UserError(f"{where} is incomplete: {Path(error.filename).name} is missing") from error
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}: {error.filename}") from error
     except UserError as error:
@@ -122,10 +124,10 @@ def read(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Read every file and compare it with the manifest, which ``read`` gave.
+    """Compare the contents of every file with the manifest, which ``read`` has returned.
 
     Raises:
-        UserError: some file is not what was written.
+        UserError: a file is not what was written.
     """
     expected = identity(manifest.run, manifest.step)
     for name, entry in manifest.files.items():
@@ -133,7 +135,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 found = {key: value for key, value in (file.metadata() or {}).items() if key in expected}
-            problem = "" if found == expected else f"is of run {found.get('run')}, step {found.get('step')}"
+            problem = "" if found == expected else f"belongs to run {found.get('run')}, step {found.get('step')}"
             if not problem and sha256(path) != entry.sha256:
                 problem = "is not what was written"
         except (OSError, SafetensorError) as error:
@@ -143,7 +145,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """What a manifest says of a file."""
+    """Return the manifest's entry for a file."""
     return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 
 
@@ -156,15 +158,15 @@ def sha256(path: Path) -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON of bounded depth.
+    """Parse JSON of limited depth.
 
     Raises:
-        UserError: it is none, or nested too deeply.
+        UserError: the content is not JSON, or is nested too deeply.
     """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"no JSON ({str(error)[:80]})") from error
+        raise UserError(f"not JSON ({str(error)[:80]})") from error
     level, depth = [value], 0
     while level:
         depth += 1
@@ -181,9 +183,9 @@ def _parse(content: bytes) -> Manifest:
     except UserError as error:
         raise UserError(f"is damaged: {NAME} is {error}") from error
     if not isinstance(body, dict) or "format" not in body:
-        raise UserError(f"is damaged: {NAME} is no manifest")
+        raise UserError(f"is damaged: {NAME} is not a manifest")
     if body["format"] != _FORMAT:
-        raise UserError(f"has format {str(body['format'])[:20]}, this version reads {_FORMAT}")
+        raise UserError(f"has format {str(body['format'])[:20]}, and this version reads format {_FORMAT}")
     if body.pop("checksum", None) != _checksum(body):
         raise UserError(f"is damaged: {NAME} is not what was written")
     try:
@@ -191,7 +193,7 @@ def _parse(content: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"is damaged: {NAME} has a bad {key!r}: {first['msg']}") from error
+        raise UserError(f"is damaged: {NAME} has an invalid {key!r}: {first['msg']}") from error
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -205,18 +207,18 @@ def _check_names(manifest: Manifest) -> None:
         raise UserError(f"is damaged: {NAME} does not list {missing[0]}")
     for name in manifest.files:
         if not _FILES.fullmatch(name) or (name.startswith("rank-") and name not in ranks):
-            raise UserError(f"is damaged: {NAME} lists {name[:80]!r}, which no checkpoint has")
+            raise UserError(f"is damaged: {NAME} lists {name[:80]!r}, which is not a file of a checkpoint")
 
 
 def _regular(path: Path) -> os.stat_result:
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"is damaged: {path.name} is no regular file")
+        raise UserError(f"is damaged: {path.name} is not a regular file")
     return found
 
 
 def _content(path: Path) -> bytes:
     if (size := _regular(path).st_size) > _MAX_BYTES:
-        raise UserError(f"is damaged: {path.name} has {size} bytes, more than any manifest")
+        raise UserError(f"is damaged: {path.name} has {size} bytes, more than any manifest has")
     with path.open("rb") as file:
         return file.read(_MAX_BYTES)

@@ -1,10 +1,11 @@
-"""The config of a run: its sections, and how it is read from YAML and overrides.
+"""The config of a run: its sections, and loading it from YAML and overrides.
 
-Sections of exchangeable parts (tasks, compressors, schedules) are defined beside these parts.
+The sections of exchangeable parts (tasks, compressors, schedules) are defined next to those parts.
 """
 
 from __future__ import annotations
 
-from disttrain.training.config.schema import Checkpoint, Config, Evaluation, from_dict, load
+from disttrain.training.config.loading import from_dict, load
+from disttrain.training.config.schema import Checkpoint, Config, Evaluation
 
 __all__ = ["Checkpoint", "Config", "Evaluation", "from_dict", "load"]

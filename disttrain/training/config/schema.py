@@ -1,43 +1,35 @@
-"""The config: YAML, then ``key=value`` overrides, then types, bounds and cross-field checks.
-
-Whatever is wrong becomes one ``UserError`` line with the key, the value and the nearest valid one.
-"""
+"""The schema of a config: types, bounds and cross-field checks."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml  # type: ignore[import-untyped]
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from disttrain import batching, compression, tasks
 from disttrain.batching import AdaScale, BatchPolicy
 from disttrain.comm import Watch
-from disttrain.compression.policy import POLICY_KEYS, Policy
+from disttrain.compression.policy import Policy
 from disttrain.errors import UserError
 from disttrain.optim.averaging import Average
 from disttrain.optim.layers.groups import Layers
 from disttrain.optim.optimizers.sections import OptimizerSection, optimizers
 from disttrain.optim.schedules import ReduceOnPlateau, Schedule, schedules
 from disttrain.tasks import Task
-from disttrain.tasks.paths import LocalPath, expand_home
+from disttrain.tasks.paths import LocalPath
 from disttrain.training.checkpoints.folder import Best
 from disttrain.training.config import yaml_values
 from disttrain.training.monitoring.early_stopping import EarlyStopping
 from disttrain.training.monitoring.health import Health
 from disttrain.training.precision import LossScaling, Precision, check_precision
+from disttrain.training.run.progress import Progress
 from disttrain.training.start_from import StartFrom
-from disttrain.validation import Registry, Section, hint, keys_of, unknown_key, validate
+from disttrain.validation import Registry, Section
 
-# Sections that a name chooses the fields of.
-_NAMED: dict[str, Registry[Any]] = {
+# Sections whose fields depend on their "name".
+NAMED_SECTIONS: dict[str, Registry[Any]] = {
     "task": tasks.registry,
     "optimizer": optimizers,
     "schedule": schedules,
@@ -46,37 +38,49 @@ _NAMED: dict[str, Registry[Any]] = {
 }
 
 
-class Evaluation(Section):
-    """When and how the held-out data is evaluated; always at the end as well."""
+class _Periodic(Section):
+    """What happens every so many epochs, every so many steps, or both."""
 
-    every_epochs: int | None = Field(default=1, ge=1)
-    every_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=256, ge=1, description="samples a forward pass; batches go round the ranks in turn")
-
-
-class Checkpoint(Section):
-    """When the run is saved. Without ``every_epochs`` and ``every_steps`` it never is, else also at the end."""
-
-    every_epochs: int | None = Field(default=1, ge=1)
-    every_steps: int | None = Field(default=None, ge=1)
-    keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay on disk")
-    keep_best: Best | None = Field(default=None, description="keep the best checkpoint too; null: the newest alone")
-    background: bool = Field(default=True, description="write while training goes on, from a copy in main memory")
-    in_flight: int = Field(default=1, ge=1, le=8, description="how many are copied or being written at a time")
-    residuals: Literal["keep", "flush"] = Field(
-        default="keep", description="a file a rank with its own; flush: every rank takes their mean, saved once"
-    )
-    on_error: Literal["stop", "continue"] = Field(
-        default="stop", description="when one cannot be written: end the run, or warn and go on to the next"
-    )
+    every_epochs: int | None = Field(default=1, ge=1, description="null: not by epochs")
+    every_steps: int | None = Field(default=None, ge=1, description="null: not by steps")
 
     @property
     def enabled(self) -> bool:
         return self.every_epochs is not None or self.every_steps is not None
 
+    def is_due(self, progress: Progress) -> bool:
+        """Whether it happens after the last step."""
+        by_step = self.every_steps is not None and progress.step % self.every_steps == 0
+        by_epoch = self.every_epochs is not None and progress.epoch % self.every_epochs == 0
+        return by_step or (by_epoch and progress.offset == 0)
+
+
+class Evaluation(_Periodic):
+    """When and how the held-out data is evaluated; always at the end too."""
+
+    batch_size: int = Field(
+        default=256, ge=1, description="samples per forward pass; batches are assigned to ranks in turn"
+    )
+
+
+class Checkpoint(_Periodic):
+    """When and how the run is saved. Without ``every_epochs`` and ``every_steps`` never, otherwise at the end too."""
+
+    keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints to keep")
+    keep_best: Best | None = Field(default=None, description="keep the best checkpoint too; null: only the newest")
+    background: bool = Field(default=True, description="write while training continues, from a copy in main memory")
+    in_flight: int = Field(default=1, ge=1, le=8, description="how many checkpoints are written at a time")
+    residuals: Literal["keep", "flush"] = Field(
+        default="keep",
+        description="keep: each rank saves its own; flush: replace all ranks' by their mean, which is saved once",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop", description="when a checkpoint cannot be written: end the run, or warn and continue"
+    )
+
 
 class Config(Section):
-    """One run. ``task``, ``optimizer``, ``schedule`` and ``compressor`` have a ``name`` and that one's own fields."""
+    """One run. The ``name`` of ``task``, ``optimizer``, ``schedule``, ``compressor`` or ``batch`` sets the fields."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -88,13 +92,14 @@ class Config(Section):
     timeout: float = Field(
         default=300.0,
         gt=0,
-        description="seconds that torch.distributed waits for the others, to start and later, and a worker for a batch "
-        "of its loader_workers",
+        description="seconds that torch.distributed waits for other workers, and a worker for a batch from its "
+        "loader_workers",
     )
     watch: Watch = Watch()
-    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and floating-point inputs")
+    dtype: Literal["float32", "float64"] = Field("float32", description="dtype of parameters and floating-point inputs")
     precision: Precision = Field(
-        default="fp32", description="of forward and backward, by autocast; fp16 scales the loss: see loss_scale"
+        default="fp32",
+        description="of forward and backward, by autocast; fp16 scales the loss: see loss_scale",
     )
     loss_scale: LossScaling = LossScaling()
     deterministic: bool = Field(default=True, description="prefer algorithms that give the same bits in every run")
@@ -102,20 +107,20 @@ class Config(Section):
         description="a registered task (digits, text) or an import path 'package.module:Class'"
     )
     batch_size: int = Field(
-        default=64, ge=1, description="samples an optimizer step, over all workers and accumulation steps together"
+        default=64, ge=1, description="samples per optimizer step, over all workers and backward passes"
     )
     drop_last: bool = Field(
         default=False,
-        description="leave out the last step of an epoch if it has fewer samples (batch normalisation fails on one)",
+        description="leave out the last step of an epoch if it has fewer samples (batch normalization fails on one)",
     )
-    accumulation: int = Field(default=1, ge=1, description="backward passes an optimizer step")
+    accumulation: int = Field(default=1, ge=1, description="backward passes per optimizer step")
     batch: Annotated[BatchPolicy, BeforeValidator(batching.registry.build)] = Field(
         default="fixed",  # type: ignore[assignment]
         description="how the batch grows: fixed, schedule, plateau, noise_scale, norm_test, adascale",
     )
     epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(
-        default=None, ge=1, description="of epochs and max_steps, whichever comes first ends the run"
+        default=None, ge=1, description="epochs or max_steps ends the run, whichever comes first"
     )
     optimizer: Annotated[OptimizerSection, BeforeValidator(optimizers.build)] = Field(
         description="sgd, adagrad, adadelta, rmsprop, adam, adamw, lars or lamb"
@@ -124,33 +129,33 @@ class Config(Section):
     schedule: Annotated[Schedule, BeforeValidator(schedules.build)] = Field(default="constant")  # type: ignore[assignment]
     compressor: Annotated[Policy, BeforeValidator(Policy.build)] = Field(default="dense")  # type: ignore[assignment]
     bucket_mb: float | None = Field(
-        default=None, gt=0, description="MiB of gradient sent together; null: the compressor's choice"
+        default=None, gt=0, description="MiB of gradients per bucket; null: the compressor's default"
     )
-    clip_norm: float | None = Field(default=None, gt=0, description="largest global norm of the mean gradient")
+    clip_norm: float | None = Field(default=None, gt=0, description="maximum global norm of the mean gradient")
     clip_value: float | None = Field(
-        default=None, gt=0, description="largest magnitude of an entry of the mean gradient; before clip_norm"
+        default=None, gt=0, description="maximum magnitude of an element of the mean gradient; applied before clip_norm"
     )
     start_from: StartFrom | None = Field(
-        default=None, description="weights to begin with, to fine-tune; null: what the task builds"
+        default=None, description="weights to start from, to fine-tune; null: those of the task's new model"
     )
     average: Average | None = Field(
-        default=None, description="moving average of the weights, which is then what is evaluated; null: none"
+        default=None, description="moving average of the weights, which replaces them in evaluation; null: none"
     )
     early_stopping: EarlyStopping | None = Field(
-        default=None, description="end when a held-out metric gets no better; null: go on to the last step"
+        default=None, description="end when a held-out metric no longer improves; null: run to the last step"
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
     resume: LocalPath = Field(
-        default="never", description="never, auto (the newest whole checkpoint, if any), or a checkpoint's path"
+        default="never", description="never, auto (from the newest complete checkpoint, if any), or a checkpoint's path"
     )
-    log_every: int = Field(default=10, ge=1, description="steps between two records in metrics.jsonl")
+    log_every: int = Field(default=10, ge=1, description="steps between records in metrics.jsonl")
     num_threads: int | None = Field(
-        default=None, ge=1, description="torch's threads a worker; null: cores / workers of the host"
+        default=None, ge=1, description="torch's threads per worker; null: cores / workers of the host"
     )
     loader_workers: int = Field(
-        default=0, ge=0, description="processes that load data for each worker; 0: the worker itself"
+        default=0, ge=0, description="processes per worker that load data; 0: the worker itself does"
     )
 
     @field_validator("name")
@@ -158,14 +163,14 @@ class Config(Section):
     def _check_name(cls, name: str) -> str:
         if not re.fullmatch(r"\w[\w.+=-]*", name):
             raise UserError(
-                "should be a folder's name, of letters, digits and . _ - + = ('output' is the folder above it)"
+                "should be the name of a folder, of letters, digits and . _ - + = ('output' is the folder above it)"
             )
         return name
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.epochs is None and self.max_steps is None:
-            raise UserError("missing key 'epochs': set epochs, max_steps or both, to say when the run ends")
+            raise UserError("missing key 'epochs': set epochs, max_steps or both, which end the run")
         if self.batch_size % self.accumulation:
             raise UserError(_does_not_divide(self.batch_size, 1, self.accumulation))
         check_precision(self.precision, self.dtype)
@@ -174,151 +179,48 @@ class Config(Section):
         if isinstance(self.batch, AdaScale) and self.optimizer.base_batch_size is not None:
             raise UserError(
                 "optimizer.base_batch_size and batch.name=adascale both scale the learning rate: "
-                "remove the former, batch.base_batch_size says what optimizer.lr is meant for"
+                "remove the former; batch.base_batch_size is the batch that optimizer.lr is meant for"
             )
-        if self.early_stopping and self.evaluation.every_epochs is None and self.evaluation.every_steps is None:
-            raise UserError(
-                "early_stopping looks at evaluations: set evaluation.every_epochs or evaluation.every_steps"
-            )
-        if self.checkpoint.keep_best and self.evaluation.every_epochs is None and self.evaluation.every_steps is None:
-            raise UserError("checkpoint.keep_best looks at evaluations: set evaluation.every_epochs or every_steps")
         if self.max_steps is not None:
             self.schedule.check(self.max_steps)
         self._check_recipe()
         return self
 
     def _check_recipe(self) -> None:
-        """Optimizer, layers and schedule against each other and the rest."""
+        """Check optimizer, layers, schedule and evaluation against each other."""
         if not self.optimizer.layerwise and (odd := [rule for rule in self.layers.rules if rule.adapt is not None]):
             raise UserError(
-                f"layers.rules ({odd[0].match!r}) has adapt, which is for trust ratios: set optimizer.name to lars or "
-                "lamb, or leave it out"
+                f"layers.rules ({odd[0].match!r}) sets adapt, which is for trust ratios: set optimizer.name to lars or "
+                "lamb, or remove adapt"
             )
-        never = self.evaluation.every_epochs is None and self.evaluation.every_steps is None
-        if isinstance(self.schedule, ReduceOnPlateau) and self.schedule.metric != "loss" and never:
-            raise UserError(
-                f"schedule.metric={self.schedule.metric!r} looks at evaluations: set evaluation.every_epochs or "
-                "evaluation.every_steps"
-            )
+        plateau = self.schedule if isinstance(self.schedule, ReduceOnPlateau) else None
+        needs_evaluation = {
+            "early_stopping": self.early_stopping is not None,
+            "checkpoint.keep_best": self.checkpoint.keep_best is not None,
+            f"schedule.metric={plateau and plateau.metric!r}": plateau is not None and plateau.metric != "loss",
+        }
+        if not self.evaluation.enabled and (keys := [key for key, needs in needs_evaluation.items() if needs]):
+            raise UserError(f"{keys[0]} needs evaluations: set evaluation.every_epochs or evaluation.every_steps")
 
     @property
     def directory(self) -> Path:
         return Path(self.output) / self.name
 
     def check_world_size(self, world_size: int) -> None:
-        """Raise UserError if a full batch cannot be split evenly over the workers."""
+        """Raise UserError if a batch cannot be split evenly over the workers."""
         if self.batch_size % (world_size * self.accumulation):
             raise UserError(_does_not_divide(self.batch_size, world_size, self.accumulation))
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain data: ``load``'s inverse."""
+        """Return all values as plain data, from which ``from_dict`` makes the config again."""
         values = self.model_dump(mode="json", serialize_as_any=True)
-        for key in _NAMED:
+        for key in NAMED_SECTIONS:
             section = getattr(self, key)
-            values[key] = section.to_dict() if isinstance(section, Policy) else _NAMED[key].dump(section)
+            values[key] = section.to_dict() if isinstance(section, Policy) else NAMED_SECTIONS[key].dump(section)
         return values
 
     def to_yaml(self) -> str:
         return yaml_values.dump(self.to_dict())
-
-
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply overrides such as ``optimizer.lr=0.1``.
-
-    An override that changes a section's ``name`` starts that section anew: the file's other keys in it belong to the
-    old name.
-
-    Raises:
-        UserError: the file is missing or no YAML, an override is malformed, or a key or value is wrong.
-    """
-    config = _read(Path(expand_home(os.fspath(path))))
-    changes = _parse_overrides(overrides)
-    for key in _NAMED:
-        if _section_name(changes.get(key)) not in (None, _section_name(config.get(key))):
-            config.pop(key, None)
-    try:
-        merged = OmegaConf.merge(config, changes)
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(values, dict)
-    return from_dict({str(key): value for key, value in values.items()})
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """A config from plain data.
-
-    Raises:
-        UserError: a key or value is wrong.
-    """
-    odd = [key for key in values if key not in Config.model_fields]
-    if odd:  # looked at first, so that the hint can also offer the keys of the sections that the names have chosen
-        raise UserError("; ".join(_explain_unknown(key, values) for key in odd))
-    return validate(Config, values)
-
-
-def _explain_unknown(key: str, values: Mapping[str, Any]) -> str:
-    value, known = values[key], _known_keys(values)
-    if isinstance(value, Mapping) and value:  # optimzer.lr=0.1: name the whole key, so the whole key is offered
-        return "; ".join(unknown_key(f"{key}.{inner}", given, known) for inner, given in value.items())
-    return unknown_key(key, value, known)
-
-
-def _known_keys(values: Mapping[str, Any]) -> list[str]:
-    """All dotted keys, with those of the named sections as far as their names are right."""
-    keys = [key for key in keys_of(Config) if key.partition(".")[0] not in _NAMED]
-    for key, registry in _NAMED.items():
-        keys += [key, f"{key}.name"]
-        with contextlib.suppress(UserError):
-            keys += [f"{key}.{inner}" for inner in keys_of(registry.get(str(_section_name(values.get(key)))))]
-    keys += [f"compressor.{inner}" for inner in POLICY_KEYS]
-    return keys
-
-
-def _section_name(section: Any) -> str | None:
-    return section.get("name") if isinstance(section, Mapping | DictConfig) else section
-
-
-def _read(path: Path) -> DictConfig:
-    if path.is_dir():
-        raise UserError(f"config {str(path)!r} is a folder; {_nearby(path / path.name)}")
-    try:
-        config = OmegaConf.load(path)  # refuses keys that are given twice, and aliases that expand without end
-        if isinstance(config, DictConfig):
-            with path.open(encoding="utf-8") as file:
-                config = OmegaConf.create(yaml_values.read(file) or {})
-    except FileNotFoundError:
-        raise UserError(f"config {str(path)!r} does not exist; {_nearby(path)}") from None
-    except (OSError, ValueError) as error:  # no UTF-8, or no path
-        raise UserError(f"config {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"config {str(path)!r} should be a mapping of keys to values")
-    return config
-
-
-def _nearby(path: Path) -> str:
-    """What lies where the user looked: the nearest name first."""
-    folder = next(folder for folder in (path.parent, *path.parents) if folder.is_dir())
-    found = sorted(str(file) for pattern in ("*.yaml", "*.yml", "*/*.yaml") for file in folder.glob(pattern))[:200]
-    return hint(str(path), found).removeprefix("; ") or f"there is no .yaml file in {str(folder.resolve())!r}"
-
-
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
-            raise UserError(f"override {override!r} should be key=value, such as optimizer.lr=0.1")
-    try:
-        parsed = OmegaConf.from_dotlist(list(overrides))
-        for key, _, value in (override.partition("=") for override in overrides):
-            OmegaConf.update(parsed, key, yaml_values.read(value))
-        changes = OmegaConf.to_container(parsed, resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"overrides {' '.join(overrides)!r}: {' '.join(str(error).split())}") from error
-    assert isinstance(changes, dict)
-    return {str(key): value for key, value in changes.items()}
 
 
 def _does_not_divide(batch_size: int, world_size: int, accumulation: int) -> str:

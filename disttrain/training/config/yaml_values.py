@@ -1,9 +1,9 @@
 """YAML values that mean what they look like.
 
-PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, and a run that is called ``no`` is called False. Here
-only what is plainly a number, ``true``, ``false`` or ``null`` is one, as in the core schema of YAML 1.2. All else stays
-text as it is written, and the type of its field decides: ``010`` and ``1_000`` are ten and a thousand where a number
-belongs, ``on`` and ``no`` are true and false where a truth value does, and a name keeps its spelling.
+PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, and a run that is called ``no`` is called False. Here,
+only plain numbers, ``true``, ``false`` and ``null`` are converted, as in the core schema of YAML 1.2. Everything else
+stays text, and the type of its field decides: ``010`` and ``1_000`` are ten and a thousand in a numeric field, ``on``
+and ``no`` are true and false in a Boolean field, and a name keeps its spelling.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import IO, Any, ClassVar
 
 import yaml  # type: ignore[import-untyped]
 
-# By tag: pattern, and the characters with which what it matches may begin. The first that matches counts.
+# By tag: a pattern, and the characters that its matches may start with. The first match counts.
 _PATTERNS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "merge": (r"<<", ["<"]),
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what either version of YAML would not take for text."""
+    """Quotes what either version of YAML would not read as text."""
 
 
 for _kind, (_pattern, _first) in _PATTERNS.items():
@@ -41,14 +41,14 @@ for _kind, (_pattern, _first) in _PATTERNS.items():
 
 
 def read(text: str | IO[str]) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: it is not YAML.
     """
     return yaml.load(text, Loader=_Loader)
 
 
 def dump(value: Any) -> str:
-    """``read``'s inverse, keys in their order."""
+    """Return YAML from which ``read`` returns the value, with keys in their order."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False))

@@ -1,4 +1,4 @@
-"""What is observed during a run: records and progress, health checks, early stopping, plateaus.
+"""Monitoring a run: records and progress, health checks, early stopping, plateaus.
 
-Every decision made here depends only on numbers that are equal on all ranks.
+Every decision made here depends only on numbers that are the same on all ranks.
 """

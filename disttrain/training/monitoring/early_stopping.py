@@ -1,6 +1,6 @@
-"""Ending a run when a held-out metric no longer gets better, and going back to the weights with which it was best.
+"""Ending a run when a held-out metric no longer improves, and restoring the weights with which it was best.
 
-What is decided on are the metrics of ``evaluate``, which are added up over ranks: so all ranks decide alike.
+Metrics are summed over ranks by ``evaluate``, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from disttrain.errors import UserError
-from disttrain.validation import Section, hint
+from disttrain.validation import Section
 
 
 class EarlyStopping(Section):
@@ -23,21 +22,37 @@ class EarlyStopping(Section):
 
     metric: str = Field(description="the held-out metric, as the task names it: accuracy, bits_per_byte, loss")
     mode: Literal["min", "max"] = Field(description="whether smaller or larger values are better")
-    patience: int = Field(default=5, ge=1, description="evaluations in a row that are no better; then the run ends")
-    min_delta: float = Field(default=0.0, ge=0, description="by how much a value must be better to count")
+    patience: int = Field(default=5, ge=1, description="evaluations in a row without improvement that end the run")
+    min_delta: float = Field(default=0.0, ge=0, description="smallest improvement that counts")
     restore_best: bool = Field(default=False, description="end with the weights of the best evaluation")
 
-    def check(self, metrics: Mapping[str, Any]) -> None:
-        """Raise UserError if there is no such metric."""
-        if self.metric not in metrics:
-            raise UserError(
-                f"early_stopping.metric={self.metric!r} is no metric of the task{hint(self.metric, list(metrics))}"
-            )
+
+class Stopper:
+    """Never stops: the base of ``EarlyStopper``, and what a run without ``early_stopping`` has."""
+
+    should_stop = False
+
+    def observe(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+        """Note the evaluation of ``model`` after ``step``."""
+
+    def restore(self, model: nn.Module) -> bool:
+        """Load the best weights into the model if there are any. Return whether there were."""
+        return False
+
+    def summary(self) -> dict[str, Any]:
+        """Return entries for summary.json."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``values``, which are JSON, and ``tensors``: the best weights."""
+        return {"values": {}, "tensors": {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
 class _State:
-    """JSON; saved with the run. ``seen`` is the step of the last evaluation."""
+    """Saved as JSON. ``seen`` is the step of the last evaluation."""
 
     metric: str
     mode: str
@@ -47,11 +62,11 @@ class _State:
     seen: int = -1
 
 
-class Stopper:
-    """Watches the evaluations of a run. ``NoStopper`` is its twin for runs without a section.
+class EarlyStopper(Stopper):
+    """Stops a run when its evaluations no longer improve.
 
     Attributes:
-        best_weights: a copy of parameters and buffers at the best evaluation, in main memory, if ``restore_best``.
+        best_weights: copies of parameters and buffers at the best evaluation, in main memory, if ``restore_best``.
     """
 
     def __init__(self, section: EarlyStopping) -> None:
@@ -59,18 +74,14 @@ class Stopper:
         self.best_weights: dict[str, torch.Tensor] = {}
         self._state = _State(section.metric, section.mode)
 
-    def check(self, metrics: Mapping[str, Any]) -> None:
-        """Raise UserError if the metric is not among these."""
-        self.section.check(metrics)
-
     @property
-    def is_over(self) -> bool:
-        """Whether the run should end. A later, more patient config may let it go on."""
+    def should_stop(self) -> bool:  # type: ignore[override]
+        """Whether the run should end. With more patience in its config, a resumed run may continue."""
         return self._state.num_worse >= self.section.patience
 
     @torch.no_grad()
-    def see(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
-        """Take in the evaluation of ``model`` after ``step``; the same one again, in a resumed run, changes nothing."""
+    def observe(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+        """Note the evaluation of ``model`` after ``step``. A resumed run may repeat one, which changes nothing."""
         state = self._state
         if step <= state.seen:
             return
@@ -91,48 +102,28 @@ class Stopper:
         best = self._state.best
         if not math.isfinite(value) or best is None:
             return math.isfinite(value)
-        gain = best - value if self.section.mode == "min" else value - best
-        return gain > self.section.min_delta
+        improvement = best - value if self.section.mode == "min" else value - best
+        return improvement > self.section.min_delta
 
     def restore(self, model: nn.Module) -> bool:
-        """Put the best weights back, if there are any; whether it did."""
         if self.best_weights:
             model.load_state_dict(self.best_weights, strict=False)
         return bool(self.best_weights)
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON; ``best_weights`` are to be saved beside it."""
-        return asdict(self._state)
-
-    def load_state_dict(self, state: Mapping[str, Any], best_weights: Mapping[str, torch.Tensor]) -> None:
-        """Take over what a run saved; begin anew where that was of another metric, or lacks the weights to restore."""
-        found = _State(**state) if state else self._state
-        is_of_it = (found.metric, found.mode) == (self.section.metric, self.section.mode)
-        if not is_of_it or (self.section.restore_best and found.best is not None and not best_weights):
-            return
-        self._state = found
-        self.best_weights = dict(best_weights) if self.section.restore_best else {}
-
     def summary(self) -> dict[str, Any]:
-        """For summary.json: the best value, its step, and whether the run ended with its weights."""
+        """Return the best value, its step, and whether the run has ended with its weights."""
         best = {"metric": self.section.metric, "value": self._state.best, "step": self._state.best_step}
         return {"best": {**best, "restored": bool(self.best_weights)}}
 
-
-class NoStopper:
-    """The twin of ``Stopper`` that lets every run go on to its last step."""
-
-    is_over = False
-    best_weights: Mapping[str, torch.Tensor] = {}
-
-    def check(self, metrics: Mapping[str, Any]) -> None: ...
-    def see(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None: ...
-    def restore(self, model: nn.Module) -> bool:
-        return False
-
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"values": asdict(self._state), "tensors": self.best_weights}
 
-    def load_state_dict(self, state: Mapping[str, Any], best_weights: Mapping[str, torch.Tensor]) -> None: ...
-    def summary(self) -> dict[str, Any]:
-        return {}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state, unless it is of another metric or lacks the weights to restore."""
+        values, best_weights = state["values"], state["tensors"]
+        saved = _State(**values) if values else self._state
+        is_same_metric = (saved.metric, saved.mode) == (self.section.metric, self.section.mode)
+        if not is_same_metric or (self.section.restore_best and saved.best is not None and not best_weights):
+            return
+        self._state = saved
+        self.best_weights = dict(best_weights) if self.section.restore_best else {}

@@ -1,4 +1,4 @@
-"""What ``reduce_on_plateau`` looks at in a run: the training loss of a stretch, or what an evaluation gave."""
+"""Feedback from a run to its learning rate: what ``reduce_on_plateau`` measures."""
 
 from __future__ import annotations
 
@@ -8,82 +8,84 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from disttrain.comm import Communicator
-from disttrain.errors import UserError
 from disttrain.optim.schedules import ReduceOnPlateau, Schedule
 from disttrain.optim.schedules.learning_rate import LearningRate
-from disttrain.validation import hint
 
 if TYPE_CHECKING:
     from disttrain.training.run.progress import Progress
 
 
-class PlateauWatch:
-    """Feeds the learning rate's tracker with numbers that are equal on all ranks. ``NoPlateau`` is its twin."""
+class RateFeedback:
+    """Holds the state of the learning rate, and tells it nothing: what most schedules need."""
 
-    def __init__(self, section: ReduceOnPlateau, rate: LearningRate, comm: Communicator) -> None:
-        self._section, self._rate, self._comm = section, rate, comm
-        self._own = torch.zeros((), dtype=torch.float64, device=comm.device)  # this rank's, since the last fold
-        self._sum, self._num_samples, self._skipped = 0.0, 0, 0
+    metric: str | None = None
+    """The held-out metric that the schedule looks at, if any."""
 
-    @property
-    def needs_evaluation(self) -> bool:
-        return self._section.metric != "loss"
+    def __init__(self, rate: LearningRate) -> None:
+        self._rate = rate
 
-    def check(self, metrics: Mapping[str, Any]) -> None:
-        """Raise UserError if evaluation does not give the metric."""
-        if self._section.metric not in metrics:
-            choices = hint(self._section.metric, ["loss", *metrics])
-            raise UserError(f"schedule.metric={self._section.metric!r} is no metric of the task{choices}")
+    def after_step(self, loss: torch.Tensor, num_samples: int, progress: Progress) -> None:
+        """Note a step: this rank's part of its mean loss, its samples over all ranks, and the run's new progress."""
 
-    def step(self, loss: torch.Tensor, num_samples: int, progress: Progress) -> None:
-        """A step is done: this rank's part of its mean loss, and how far the run has come with it."""
-        section = self._section
-        was_skipped, self._skipped = progress.skipped_steps > self._skipped, progress.skipped_steps
-        if section.metric != "loss":
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of an evaluation."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values, the same on all ranks. A collective."""
+        return self._rate.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rate.load_state_dict(state)
+
+
+class PlateauFeedback(RateFeedback):
+    """Tells ``reduce_on_plateau`` the mean training loss of every so many epochs or steps, or a held-out metric."""
+
+    def __init__(self, schedule: ReduceOnPlateau, rate: LearningRate, comm: Communicator) -> None:
+        super().__init__(rate)
+        self._schedule, self._comm = schedule, comm
+        self.metric = schedule.metric if schedule.metric != "loss" else None
+        self._own_sum = torch.zeros((), dtype=torch.float64, device=comm.device)  # on this rank, not yet in _sum
+        self._sum, self._num_samples = 0.0, 0
+        self._skipped_steps = 0  # of the whole run, as of the last step
+
+    def after_step(self, loss: torch.Tensor, num_samples: int, progress: Progress) -> None:
+        is_skipped, self._skipped_steps = progress.skipped_steps > self._skipped_steps, progress.skipped_steps
+        if self.metric is not None:
             return
-        if not was_skipped:  # its loss may be infinite
-            self._own += loss * num_samples
+        if not is_skipped:  # the loss of a skipped step may be infinite
+            self._own_sum += loss * num_samples
             self._num_samples += num_samples
-        by_step, by_epoch = progress.step % section.every == 0, progress.epoch % section.every == 0
-        is_due = by_step if section.by == "step" else progress.offset == 0 and by_epoch
-        if is_due and self._num_samples:
-            self._fold()
+        if self._is_due(progress) and self._num_samples:
+            self._add_up_ranks()
             self._rate.observe({"loss": self._sum / self._num_samples})
             self._sum, self._num_samples = 0.0, 0
 
-    def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation."""
-        if self._section.metric != "loss":
+    def _is_due(self, progress: Progress) -> bool:
+        if self._schedule.by == "step":
+            return progress.step % self._schedule.every == 0
+        return progress.offset == 0 and progress.epoch % self._schedule.every == 0
+
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        if self.metric is not None:
             self._rate.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON, equal on all ranks, all of which must call this."""
-        self._fold()  # so that a run that stops here and one that does not add up alike
-        return {"loss_sum": self._sum, "loss_samples": self._num_samples, "skipped": self._skipped}
+        self._add_up_ranks()
+        own = {"loss_sum": self._sum, "loss_samples": self._num_samples, "skipped": self._skipped_steps}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._sum, self._num_samples = state.get("loss_sum", 0.0), state.get("loss_samples", 0)
-        self._skipped = state.get("skipped", 0)
+        self._skipped_steps = state.get("skipped", 0)
 
-    def _fold(self) -> None:
-        self._sum += self._comm.all_reduce(self._own).item()
-        self._own.zero_()
-
-
-class NoPlateau:
-    """The twin for all other schedules."""
-
-    needs_evaluation = False
-
-    def check(self, metrics: Mapping[str, Any]) -> None: ...
-    def step(self, loss: torch.Tensor, num_samples: int, progress: Progress) -> None: ...
-    def evaluation(self, metrics: Mapping[str, float]) -> None: ...
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def _add_up_ranks(self) -> None:
+        """Move the ranks' sums into the total, in the same order of additions whether or not the run is resumed."""
+        self._sum += self._comm.all_reduce(self._own_sum).item()
+        self._own_sum.zero_()
 
 
-def watch(schedule: Schedule, rate: LearningRate, comm: Communicator) -> PlateauWatch | NoPlateau:
-    """The one that the schedule needs."""
-    return PlateauWatch(schedule, rate, comm) if isinstance(schedule, ReduceOnPlateau) else NoPlateau()
+def build_feedback(schedule: Schedule, rate: LearningRate, comm: Communicator) -> RateFeedback:
+    """Return what the schedule needs."""
+    return PlateauFeedback(schedule, rate, comm) if isinstance(schedule, ReduceOnPlateau) else RateFeedback(rate)

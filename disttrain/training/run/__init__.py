@@ -1,4 +1,4 @@
-"""A run as a whole: its directory, its length and progress, and how it is started again or interrupted.
+"""A run as a whole: its directory, length and progress, and how it is restarted or interrupted.
 
-These files know nothing of models or gradients.
+These files know nothing about models or gradients.
 """

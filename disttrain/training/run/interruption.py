@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: all ranks then stop together, after the step that is under way."""
+"""Signals that end a run: all ranks stop together, after the current step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from disttrain.optim.distributed import DistributedOptimizer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_END, _BEGIN_ANEW = 1, 2  # votes
-# A terminal signals the launcher and its workers, and the launcher then signals the workers: one wish, two signals.
+_STOP, _RESTART = 1, 2  # votes
+# A terminal signals the launcher and its workers, and the launcher signals the workers again: one Ctrl-C, two signals.
 _ECHO_SECONDS = 1.0
 
 
 class Interruption:
     """While entered, SIGTERM, SIGUSR1 or SIGINT to any rank makes all ranks stop after the same step.
 
-    The wish travels with what every step of the optimizer agrees on anyway, so waiting for it costs nothing. A second
+    The request is part of the message that ranks exchange in every optimizer step anyway, so it costs nothing. A second
     signal, at least a second after the first, ends the process at once. ::
 
         with disttrain.Interruption(optimizer) as interruption:
@@ -32,46 +32,46 @@ class Interruption:
                 optimizer.zero_grad()
                 loss_fn(model(x), y).backward()
                 optimizer.step()
-                if interruption.requested:         # alike on all ranks
+                if interruption.requested:         # the same on all ranks
                     save()
                     break
 
-    A signal that is ignored when this is entered stays so (``nohup``). Python handles signals in the main thread alone;
-    entered in another, this reacts to ``request`` only. Once the ranks have agreed to stop, the signals are ignored
-    also after the block: the process is about to end, and launchers often signal what is ending once more.
+    Signals that are ignored when the block is entered stay ignored (``nohup``). Python handles signals only in the main
+    thread; in other threads, only ``request`` works. Once the ranks have agreed to stop, the signals stay ignored after
+    the block: the process is about to end, and launchers often signal it again.
     """
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
         self._optimizer = optimizer
         self._reason: str | None = None
-        self._since = 0.0
+        self._requested_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether the ranks agreed, in the optimizer's last step, to stop: alike on all of them."""
+        """Whether the ranks have agreed, in the optimizer's last step, to stop; the same on all ranks."""
         return self._optimizer.agreed_vote > 0
 
     @property
     def restarts_process(self) -> bool:
-        """Whether they stop because hosts came or went (Horovod elastic), to begin anew with those that there are."""
-        return self._optimizer.agreed_vote == _BEGIN_ANEW
+        """Whether they stop because hosts were added or lost (Horovod elastic), to restart on the current ones."""
+        return self._optimizer.agreed_vote == _RESTART
 
     def request(self, reason: str, *, restart_process: bool = False) -> None:
-        """Ask all ranks to stop after the present step, as a signal does; on one rank or on several."""
+        """Make all ranks stop after the current step, as a signal does. One or more ranks may call this."""
         self._reason = reason
-        self._optimizer.vote = max(self._optimizer.vote, _BEGIN_ANEW if restart_process else _END)
+        self._optimizer.vote = max(self._optimizer.vote, _RESTART if restart_process else _STOP)
 
-    def asked_by(self) -> str:
-        """Who asked first, by rank: ``SIGTERM on rank 1 (host node-b)``. A collective; to be called once requested."""
-        asked = self._optimizer.comm.all_gather_object(self._reason and [self._reason, socket.gethostname()])
-        rank, (reason, host) = next((rank, found) for rank, found in enumerate(asked) if found)
+    def requested_by(self) -> str:
+        """Return the lowest rank's request: ``SIGTERM on rank 1 (host node-b)``. A collective, after ``requested``."""
+        requests = self._optimizer.comm.all_gather_object(self._reason and [self._reason, socket.gethostname()])
+        rank, (reason, host) = next((rank, found) for rank, found in enumerate(requests) if found)
         return f"{reason} on rank {rank} (host {host})"
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            wanted = [number for number in INTERRUPTING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
+            handled = [number for number in INTERRUPTING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._on_signal) for number in handled}
         self._optimizer.comm.on_hosts_changed(lambda: self.request("new or lost hosts", restart_process=True))
         return self
 
@@ -84,14 +84,17 @@ class Interruption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._reason is None:
-            self._since = time.monotonic()
+            self._requested_at = time.monotonic()
             self.request(signal.Signals(number).name)
-        elif time.monotonic() - self._since > _ECHO_SECONDS:
+        elif time.monotonic() - self._requested_at > _ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 def ignore_signals(worker: int) -> None:
-    """To be a DataLoader's ``worker_init_fn``: who signals a process group means the rank, which needs its batches."""
+    """Ignore the signals in a loader process, as a DataLoader's ``worker_init_fn``.
+
+    Launchers signal whole process groups, and the rank still needs its batches.
+    """
     for number in INTERRUPTING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Launchers that start workers again (torchrun, Horovod elastic): those go on with the run that this launch began."""
+"""Launchers that restart workers (torchrun, Horovod elastic): restarted workers continue the run of their launch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from disttrain.comm.launch.horovod_elastic import can_restart_process
 _FILE = ".launch"
 
 
-def launch(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What tells this launch from all others: the launcher's process on this host, which starts lost workers again.
+def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return an identifier of this launch: that of the launcher's process on this host, which restarts lost workers.
 
-    None if the launcher does no such thing. (torchrun does not count it as a restart when a host joins.)
+    None if the launcher does not restart workers. (torchrun's restart count is of no use here: it stays the same when
+    a host joins.)
     """
     if "TORCHELASTIC_RUN_ID" not in environ and not can_restart_process(environ):
         return None
@@ -23,22 +24,22 @@ def launch(environ: Mapping[str, str] = os.environ) -> str | None:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
     return f"{boot} {launcher} {started}"
 
 
-def launches(comm: Communicator) -> list[str]:
-    """Those of all ranks. A collective."""
-    return sorted({found for found in comm.all_gather_object(launch()) if found is not None})
+def gather_launch_ids(comm: Communicator) -> list[str]:
+    """Return the identifiers on all ranks. A collective."""
+    return sorted({found for found in comm.all_gather_object(launch_id()) if found is not None})
 
 
-def began(directory: Path, launches: list[str]) -> bool:
-    """Whether the run in this directory was begun, or taken over, by one of these launches."""
+def is_run_of(directory: Path, launch_ids: list[str]) -> bool:
+    """Whether one of these launches started or resumed the run in the directory."""
     path = directory / _FILE
-    return path.exists() and not set(launches).isdisjoint(path.read_text().splitlines())
+    return path.exists() and not set(launch_ids).isdisjoint(path.read_text().splitlines())
 
 
-def claim(directory: Path, launches: list[str]) -> None:
-    """Note that these launches write to the directory now."""
-    (directory / _FILE).write_text("".join(f"{one}\n" for one in launches))
+def record_launches(directory: Path, launch_ids: list[str]) -> None:
+    """Note in the directory that its run now belongs to these launches."""
+    (directory / _FILE).write_text("".join(f"{launch}\n" for launch in launch_ids))

@@ -1,4 +1,4 @@
-"""The global random generators of torch, numpy and Python, which models and data use: seed, save, restore."""
+"""Seeding, saving and restoring the global random generators of torch, NumPy and Python."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seed all of them from all the numbers of the key."""
-    entropy = (len(key), *key)  # numpy takes a key and the same key with zeros behind it for one
+    """Seed all generators with a key of any number of integers."""
+    entropy = (len(key), *key)  # NumPy ignores trailing zeros in a key
     torch_seed, numpy_seed, python_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)
@@ -20,7 +20,7 @@ def seed_everything(*key: int) -> None:
 
 
 def get_state(device: torch.device) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors, and JSON for the rest. Of GPUs, only the one given."""
+    """Return the state as tensors, and JSON for everything else. Of GPUs, only ``device`` is included."""
     kind, key, position, has_gauss, gauss = np.random.get_state()
     assert kind == "MT19937"
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(key).astype(np.int64))}
@@ -30,7 +30,7 @@ def get_state(device: torch.device) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def set_state(tensors: Mapping[str, torch.Tensor], rest: str, device: torch.device) -> None:
-    """Take over what ``get_state`` gave."""
+    """Restore what ``get_state`` has returned."""
     values = json.loads(rest)
     torch.set_rng_state(tensors["torch"])
     if device.type == "cuda" and "cuda" in tensors:

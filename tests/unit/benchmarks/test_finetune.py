@@ -1,4 +1,4 @@
-"""The arithmetic of the comparison; nothing is trained."""
+"""The summary of fine-tuning runs; nothing is trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.finetune import FLAT, METRIC, SCRATCH, make_table, summarise_runs
+from benchmarks.accuracy.finetune import FLAT, METRIC, SCRATCH, summarize_runs, tabulate
 
 VALUES: dict[tuple[str, float], list[float]] = {
     (SCRATCH, 0.1): [4.0, 4.4],
@@ -24,8 +24,8 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-def test_each_way_is_judged_by_its_best_rate_seed_by_seed() -> None:
-    rows = summarise_runs(RUNS)
+def test_each_method_is_judged_by_its_best_rate_seed_by_seed() -> None:
+    rows = summarize_runs(RUNS)
     best = {row["way"]: row for row in rows if row["is_best"]}
     assert {way: row["lr"] for way, row in best.items()} == {SCRATCH: 0.1, FLAT: 0.2, "decay 0.7": 0.2}
     gains = best["decay 0.7"]["gains"]
@@ -37,7 +37,7 @@ def test_each_way_is_judged_by_its_best_rate_seed_by_seed() -> None:
 
 def test_the_table_says_by_how_much() -> None:
     out = io.StringIO()
-    Console(file=out, width=160).print(make_table(summarise_runs(RUNS), 2, 100, 1500))
+    Console(file=out, width=160).print(tabulate(summarize_runs(RUNS), 2, 100, 1500))
     line = next(line for line in out.getvalue().splitlines() if "decay 0.7, best rate" in line)
     assert "2.9500" in line
     assert "1.2500 (1.1000 to 1.4000)" in line

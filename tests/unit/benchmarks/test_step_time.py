@@ -1,4 +1,4 @@
-"""The bench's arithmetic and what it writes; no worker is started."""
+"""The summary of step times and the files written; no worker is started."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import typer
 
-from benchmarks import step_time
-from benchmarks.machine import show_and_write
-from benchmarks.teams import TeamError
+from benchmarks.common.results import write_result
+from benchmarks.speed import step_time
+from benchmarks.speed.worker_group import WorkerError
 
 ROW: dict[str, Any] = {
     "rate": "1gbit", "model": "mlp", "engine": "gloo", "who": "disttrain", "setting": {"name": "topk", "ratio": 0.01},
@@ -30,65 +28,38 @@ RESULT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1gbit", 1000.0), ("2.5gbit", 2500.0), ("100mbit", 100.0)])
-def test_rates_are_mbit_per_second(text: str, expected: float) -> None:
-    assert step_time.parse_rate(text) == expected
-
-
-def test_none_leaves_links_unshaped() -> None:
-    assert step_time.parse_rate("none") is None
-
-
-@pytest.mark.parametrize("text", ["fast", "gbit", "0mbit", "-1gbit", "10"])
-def test_what_is_no_rate_is_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no rate"):
-        step_time.parse_rate(text)
-
-
-def test_compressors_are_read_as_a_config_would_have_them() -> None:
-    assert step_time.parse_compressor("dense") == {"name": "dense"}
-    assert step_time.parse_compressor("topk:ratio=0.01,mode=x") == {"name": "topk", "ratio": 0.01, "mode": "x"}
-    with pytest.raises(typer.BadParameter, match="is no field=value"):
-        step_time.parse_compressor("topk:ratio")
-
-
-def test_many_compressors_are_split_between_teams() -> None:
+def test_many_compressors_are_split_between_groups() -> None:
     every = [{"name": str(number)} for number in range(5)]
     settings = {"at_once": 2, "compressors": every, "hooks": ["none", "fp16"], "bucket_mb": None}
-    parts = step_time.split(settings)
+    parts = step_time.split_settings(settings)
     assert [part["compressors"] for part in parts] == [every[:2], every[2:4], every[4:], []]
     assert [part["hooks"] for part in parts] == [["none"], ["none"], ["none"], ["none", "fp16"]]
-    assert step_time.split({**settings, "hooks": ["none"]}) == [{**part, "hooks": ["none"]} for part in parts[:3]]
+    assert step_time.split_settings({**settings, "hooks": ["none"]}) == [
+        {**part, "hooks": ["none"]} for part in parts[:3]
+    ]
 
 
-def test_variables_are_read_as_pairs() -> None:
-    assert step_time.parse_environment(["A=1", "B=x=y"]) == {"A": "1", "B": "x=y"}
-    with pytest.raises(typer.BadParameter, match="is no NAME=VALUE"):
-        step_time.parse_environment(["A"])
-
-
-def test_the_interval_holds_the_median_and_narrows_with_more_turns() -> None:
-    values = np.random.default_rng(1).normal(1.0, 0.1, 400)
-    low, high = step_time.interval_of_median(values)
-    assert low <= np.median(values) <= high
-    few_low, few_high = step_time.interval_of_median(values[:10])
-    assert high - low < few_high - few_low
-
-
-def test_teams_that_compute_something_else_are_refused() -> None:
+def test_groups_that_train_differently_are_refused() -> None:
     ours, theirs = [{"loss": 1.0, "parameters": 5.0}], [{"loss": 1.0, "parameters": 5.1}]
-    step_time.check_same_work(ours, ours)
-    with pytest.raises(TeamError, match="parameters"):
-        step_time.check_same_work(ours, theirs)
+    step_time.check_same_results(ours, ours)
+    with pytest.raises(WorkerError, match="parameters"):
+        step_time.check_same_results(ours, theirs)
 
 
 def test_results_are_written_beside_earlier_ones(tmp_path: Path) -> None:
-    table = step_time.make_table(RESULT["rows"], RESULT["workers"])
-    first = show_and_write(table, RESULT, tmp_path, "step-time", "try")
-    second = show_and_write(table, RESULT, tmp_path, "step-time", "try")
+    table = step_time.tabulate(RESULT["rows"], RESULT["workers"])
+    first = write_result(table, RESULT, tmp_path, "step-time", "try")
+    second = write_result(table, RESULT, tmp_path, "step-time", "try")
     assert first != second
     assert json.loads(first.with_suffix(".json").read_text()) == RESULT
     assert second.with_suffix(".json").exists()
     assert "0.839 - 0.887" in first.read_text()
-    assert "topk, 0.01" in first.read_text()
+    assert "topk, ratio=0.01" in first.read_text()
     assert "python x" in first.read_text()
+
+
+def test_a_result_is_summarized_by_its_best_and_worst_ratio() -> None:
+    baseline = {**ROW, "who": "ddp", "setting": {"name": "none"}, "ratio": 1.0}
+    dense = {**ROW, "setting": {"name": "dense"}, "ratio": 0.95}
+    text = step_time.summarize_result({"rows": [baseline, dense, ROW]})
+    assert text == "mlp, gloo, 1gbit links: 0.853 (topk, ratio=0.01) to 0.950 (dense) of ddp's step"

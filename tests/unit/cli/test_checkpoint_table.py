@@ -54,7 +54,7 @@ def shown(path: Path, **options: object) -> str:
 def test_a_table_says_what_is_there_which_is_best_and_what_is_broken(run: Path) -> None:
     flip(run / "checkpoints/step-00000003/model.safetensors")
     by_size = shown(run).splitlines()
-    assert sum("whole, by size" in line for line in by_size) == 4
+    assert sum("complete, by size" in line for line in by_size) == 4
     lines = shown(run, verify=True).splitlines()
     assert [line for line in lines if "best" in line][1:] == [line for line in lines if "error 0.2 " in line]
     assert any("│    3 │" in line and "model.safetensors is not what was written" in line for line in lines)
@@ -67,7 +67,7 @@ def test_json_has_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in rows] == [None, 2, 3, 4]
     assert [row["is_best"] for row in rows] == [False, True, False, False]
-    assert rows[0]["problem"] == "is not whole: rank-00000.safetensors is missing"
+    assert rows[0]["problem"] == "is incomplete: rank-00000.safetensors is missing"
     assert rows[3]["metrics"] == {"error": 0.25}
     assert {"disttrain", "torch", "python"} == rows[3]["versions"].keys()
 
@@ -93,7 +93,7 @@ def test_a_named_one_that_is_broken_is_an_error(run: Path) -> None:
     flip(broken / "model.safetensors")
     with pytest.raises(UserError, match=r"step-00000002' is damaged: model.safetensors is not what was written"):
         shown(broken, verify=True)
-    assert "whole, every byte" in shown(run / "checkpoints/step-00000001", verify=True)
+    assert "complete, every byte" in shown(run / "checkpoints/step-00000001", verify=True)
 
 
 @pytest.mark.parametrize(("path", "message"), [("nowhere", "holds no checkpoint"), ("step-1", "does not exist")])
@@ -103,6 +103,6 @@ def test_what_is_not_there_is_said(tmp_path: Path, path: str, message: str) -> N
 
 
 def test_one_checkpoint_alone_is_not_pruned(run: Path) -> None:
-    with pytest.raises(UserError, match="--prune wants a run's folder"):
+    with pytest.raises(UserError, match="--prune needs the folder of a run"):
         shown(run / "checkpoints/step-00000001", keep=1)
     assert steps(run) == [1, 2, 3, 4]

@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "plateau of what is never measured": (
         ["schedule.name=reduce_on_plateau", "schedule.metric=error", "evaluation.every_epochs=null"],
-        "schedule.metric='error' looks at evaluations: set evaluation.every_epochs",
+        "schedule.metric='error' needs evaluations: set evaluation.every_epochs",
     ),
     "base batch size without scaling": (
         ["optimizer.base_batch_size=32"],
@@ -188,7 +188,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["layers.rules=[{match: '0.*', frieze: true}]"],
         "unknown key 'layers.rules.0.frieze' (given True); did you mean 'layers.rules.0.freeze'?",
     ),
-    "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "has adapt, which is for trust ratios"),
+    "trust ratio of sgd": (["layers.rules=[{match: '0.*', adapt: true}]"], "sets adapt, which is for trust ratios"),
     "decay above 1": (["layers.decay=1.1"], "layers.decay=1.1 should be less than or equal to 1"),
     "order without decay": (
         ["layers.order=['*']"],
@@ -207,7 +207,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "value for a section": (["evaluation=3"], "evaluation=3 should be a section with keys every_epochs, every_steps"),
     "section for a name": (["optimizer=[1]"], "optimizer=[1] should be a name or a section with a name: adadelta"),
     "unset interpolation": (["seed=${foo}"], "Interpolation key 'foo' not found"),
-    "name with a slash": (["name=../x"], "name='../x' should be a folder's name"),
+    "name with a slash": (["name=../x"], "name='../x' should be the name of a folder"),
     "missing file": (["digit.yaml"], "config 'digit.yaml' does not exist; did you mean 'digits.yaml'?"),
     "missing folder": (["config/digits.yaml"], "does not exist; did you mean 'digits.yaml'?"),
     "a folder": (["."], "config '.' is a folder"),
@@ -215,14 +215,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not a mapping": (["list.yaml"], "config 'list.yaml' should be a mapping"),
     "not text": (["binary.yaml"], "config 'binary.yaml' cannot be read"),
 }
-# What shows only when training begins.
+# What shows only when training starts.
 LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "engine not installed": (["engine=mpi"], "engine 'mpi' needs the package mpi4py, which is not installed: pip ins"),
-    "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no whole checkpoint"),
+    "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no complete checkpoint"),
     "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "metric that is not there": (
         ["schedule.name=reduce_on_plateau", "schedule.metric=eror"],
-        "schedule.metric='eror' is no metric of the task; did you mean 'error'?",
+        "schedule.metric='eror' is not a metric of the task; did you mean 'error'?",
     ),
     "warm-up longer than the epochs, in epochs": (
         ["schedule.warmup_epochs=1"],
@@ -259,13 +259,13 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "no data": (["task.num_samples=0"], "TensorData is empty"),
     "held-out data without a sample": (
         ["task.name=tests.support.odd_tasks:NothingHeldOut"],
-        "held-out data: TensorData is empty: the task's data holds no sample; eval_data may return None",
+        "held-out data: TensorData is empty: the task's data has no samples; to evaluate nothing, let eval_data return",
     ),
     "lazy modules": (
         ["task.name=tests.support.odd_tasks:Lazy"],
         "Lazy.build_model: '0.weight' is of a lazy module and has no shape yet: run one forward pass on a batch before",
     ),
-    "output cannot be written": (["output=digits.yaml"], "folder 'digits.yaml/run' cannot be written: Not a directory"),
+    "output cannot be written": (["output=digits.yaml"], "write to the run's directory 'digits.yaml/run': Not a"),
 }
 
 
@@ -330,7 +330,7 @@ def test_a_run_that_its_own_numbers_end_is_one_line_and_a_code_of_its_own(
     assert code == 14
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error")] == errors[-1:]
-    assert "step 2 is the last of 1 in a row with an inf or NaN in a gradient, on rank 0" in errors[-1]
+    assert "step 2 is the last of 1 consecutive steps with a non-finite gradient, on rank 0" in errors[-1]
 
 
 def test_a_defect_keeps_its_traceback(
@@ -357,7 +357,7 @@ def test_config_prints_what_it_would_read_again(config: str, capsys: pytest.Capt
 def test_train_shows_a_table(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", config) == 0
     out = capsys.readouterr().out
-    for words in ("held-out error", "samples/s", "bytes sent", "bytes as dense fp32"):
+    for words in ("held-out error", "samples/s", "bytes sent", "bytes if dense fp32"):
         assert words in out
     assert (Path("runs/run/summary.json")).exists()
 

@@ -91,10 +91,10 @@ def test_the_rate_is_scaled_to_the_batch(tmp_path: Path) -> None:
 
 def test_a_metric_that_the_task_lacks_is_refused_on_all_ranks(tmp_path: Path) -> None:
     config = make_config(tmp_path, schedule={**PLATEAU, "metric": "accuracy"})
-    with pytest.raises(UserError, match=r"schedule.metric='accuracy' is no metric of the task"):
+    with pytest.raises(UserError, match=r"schedule.metric='accuracy' is not a metric of the task"):
         simulate(2, lambda comm: train(config, comm))
     config = make_config(tmp_path, schedule={**PLATEAU, "metric": "error"}, task={"num_held_out": 0})
-    with pytest.raises(UserError, match=r"schedule.metric looks at held-out data, and the task has none"):
+    with pytest.raises(UserError, match=r"schedule.metric='error' needs held-out data, and the task has none"):
         simulate(2, lambda comm: train(config, comm))
 
 
@@ -102,7 +102,9 @@ def test_momentum_with_the_rate_and_without_it_are_not_mixed(tmp_path: Path) -> 
     lars = {"name": "lars", "lr": 1.0}
     train(make_config(tmp_path, optimizer=lars, max_steps=2), SingleProcess())
     config = make_config(tmp_path, optimizer={**lars, "momentum_correction": True}, resume="auto")
-    with pytest.raises(UserError, match=r"optimizer.momentum_correction=True, but checkpoint .* made with False: keep"):
+    with pytest.raises(
+        UserError, match=r"optimizer.momentum_correction=True, but checkpoint .* was saved with False: set"
+    ):
         simulate(2, lambda comm: train(config, comm))
 
 
@@ -137,8 +139,8 @@ def test_remarks_say_what_scales_the_rate(tmp_path: Path) -> None:
     show(config, 3, None, Console(file=out, width=200))
     text = out.getvalue()
     assert "9 steps, 3 epochs of 3; batch of 24 = workers 3 x accumulation 2 x 4" in text
-    assert "multiplied by 4, linear in 24 / 6" in text
-    assert "if loss never stops getting better" in text
+    assert "multiplied by 4: linear scaling with batch size 24 / 6" in text
+    assert "as long as loss keeps improving" in text
 
 
 def test_the_table_of_layers_says_what_the_optimizer_gets(tmp_path: Path) -> None:

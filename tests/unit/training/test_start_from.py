@@ -128,9 +128,9 @@ class Unsafe:
     ("options", "message"),
     [
         ({"reset": ["haed.*"]}, r"reset pattern 'haed\.\*' matches no parameter; the nearest name is 'head\."),
-        ({"rename": {"modul.": ""}}, r"rename 'modul\.': no name in weights .* begins so; they are module\.body"),
-        ({}, r"have nothing of the model: the file has .*; rename: \{'module\.': ''\} would match 10"),
-        ({"strict": False}, r"have nothing of the model"),
+        ({"rename": {"modul.": ""}}, r"rename 'modul\.': no name in weights .* has this prefix: module\.body"),
+        ({}, r"match nothing in the model: the file has .*; rename: \{'module\.': ''\} would match 10"),
+        ({"strict": False}, r"match nothing in the model"),
         ({"rename": {"module.head.weight": "x", "module.head.bias": "x"}}, "two tensors .* the same name"),
     ],
 )
@@ -150,8 +150,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         "unsafe.pt": "hold more than tensors",
         "empty.pt": "hold no state dict",
         "damaged.safetensors": "cannot be read",
-        "damaged.pt": "no torch file",
-        "folder": "no whole checkpoint, model.safetensors or pytorch",
+        "damaged.pt": "not a torch file",
+        "folder": "no complete checkpoint, model.safetensors or pytorch",
         "absent.pt": "do not exist",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -221,7 +221,7 @@ def test_ranks_go_on_from_the_same_weights_and_a_resumed_run_from_its_own(
     ("section", "message"),
     [
         ({"weights": "nowhere.pt"}, r"weights 'nowhere.pt' do not exist \(on rank 0"),
-        ({"weights": "w.safetensors", "strict": False}, "have nothing of the model"),
+        ({"weights": "w.safetensors", "strict": False}, "match nothing in the model"),
         ({}, "missing key 'start_from.weights'"),
         ({"weights": "w.safetensors", "freeze": "x"}, "unknown key 'start_from.freeze'"),
     ],

@@ -1,4 +1,4 @@
-"""Whole runs on virtual ranks."""
+"""Runs on simulated ranks."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def residual_means(trainers: list[dict[str, torch.Tensor]]) -> dict[str, torch.T
 
 
 def pending(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of the ranks' residuals, plus what servers owe: each rank a stretch of it, one after another."""
+    """Return the mean of the ranks' residuals, plus the servers' residuals, of which each rank has a slice."""
     means = residual_means([{k: v for k, v in rank.items() if not k.endswith("server_residual")} for rank in ranks])
     for name in [name for name in ranks[0] if name.endswith("server_residual")]:
         means[name.replace("server_", "")] += torch.cat([rank[name] for rank in ranks])
@@ -245,7 +245,7 @@ def test_an_earlier_run_of_the_same_name_is_kept_beside(tmp_path: Path) -> None:
 def test_a_run_that_is_going_on_is_not_disturbed(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_steps=1)
     trainer = Trainer(config, SingleProcess(), Console(file=io.StringIO()))
-    with pytest.raises(UserError, match="belongs to a run that is going on: choose another name"):
+    with pytest.raises(UserError, match=r"a running process uses .*: choose another name"):
         Trainer(config, SingleProcess(), Console(file=io.StringIO()))
     trainer.run()
     trainer.close()
@@ -275,12 +275,16 @@ def test_another_run_can_be_resumed_under_a_new_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "changes", "message"),
     [
-        ({}, {"optimizer": {"name": "adamw", "lr": 0.1}}, r"optimizer.name='adamw', but checkpoint .* with 'sgd'"),
-        ({}, {"seed": 1}, r"lies within an epoch of seed=0 and 50 samples"),
-        ({}, {"task": {"num_samples": 40}}, r"50 samples, now it is 0 and 40"),
-        ({}, {"task": {"batch_norm": True}}, r"is of another model: .*running_mean"),
+        (
+            {},
+            {"optimizer": {"name": "adamw", "lr": 0.1}},
+            r"optimizer.name='adamw', but checkpoint .* was saved with 'sgd'",
+        ),
+        ({}, {"seed": 1}, r"in the middle of an epoch with seed=0 and 50 samples"),
+        ({}, {"task": {"num_samples": 40}}, r"50 samples, and now there are seed=0 and 40 samples"),
+        ({}, {"task": {"batch_norm": True}}, r"was saved with another model: .*running_mean"),
         ({}, {"compressor": {"name": "topk", "min_numel": 1}}, r"compressor"),
-        ({}, {"resume": "elsewhere"}, r"resume='elsewhere': there is no whole checkpoint"),
+        ({}, {"resume": "elsewhere"}, r"resume='elsewhere': there is no complete checkpoint"),
     ],
 )
 def test_what_does_not_fit_a_checkpoint_is_refused(
@@ -297,7 +301,7 @@ def test_what_does_not_fit_a_checkpoint_is_refused(
     [
         ({"batch_size": 25}, "batch_size=25 does not divide evenly among 2 workers: use batch_size=24 or 26"),
         ({"batch_size": 1}, "use batch_size=2"),
-        ({"precision": "fp16"}, "precision='fp16' computes float32 models in half precision: set dtype=float32"),
+        ({"precision": "fp16"}, "precision='fp16' is for models in float32, and dtype=float64: set dtype=float32"),
         ({"loss_scale": {"initial": 3}}, "loss_scale.initial=3.0 must be a power of two"),
         ({"schedule": {"name": "constant", "warmup_steps": 9}}, "must be less than the run's 9 steps"),
         ({"task": {"num_samples": 0}}, "TensorData is empty"),

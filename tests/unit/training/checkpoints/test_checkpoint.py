@@ -104,11 +104,11 @@ def test_optimizer_state_is_named_by_parameter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("file", ["rank", "publish"])
+@pytest.mark.parametrize("file", ["rank", "finalize"])
 def test_a_failed_save_fails_on_all_ranks_and_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_rank: int, file: str
 ) -> None:
-    entry_of, publish = checkpoint_writer.entry_of, checkpoint_folder.publish
+    entry_of, finalize = checkpoint_writer.entry_of, checkpoint_folder.finalize
 
     def full(path: Path) -> FileEntry:
         if file == "rank" and path.name == f"rank-{failing_rank:05d}.safetensors" and "0002" in str(path):
@@ -117,13 +117,13 @@ def test_a_failed_save_fails_on_all_ranks_and_leaves_the_last_one(
         return entry_of(path)
 
     def failing(partial: Path, final: Path, *args: Any) -> None:
-        if file == "publish" and final.name == "step-00000002":
+        if file == "finalize" and final.name == "step-00000002":
             (partial / "manifest.json").write_text("{")
             raise OSError(errno.ENOSPC, "No space left on device", str(final))
-        publish(partial, final, *args)
+        finalize(partial, final, *args)
 
     monkeypatch.setattr(checkpoint_writer, "entry_of", full)
-    monkeypatch.setattr(checkpoint_folder, "publish", failing)
+    monkeypatch.setattr(checkpoint_folder, "finalize", failing)
 
     def run(comm: Communicator) -> str:
         made = make(comm)

@@ -1,4 +1,4 @@
-"""Writing in the background: what a step waits for, how many are on their way, and the end of a run."""
+"""Writing in the background: what training waits for, checkpoints in flight, and the end of a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.training.checkpoints import contents as checkpoint
 from disttrain.training.checkpoints import folder as checkpoint_folder
 from disttrain.training.checkpoints import writer as checkpoint_writer
-from disttrain.training.checkpoints.copies import Copies
 from disttrain.training.checkpoints.folder import Best, checkpoints_in
+from disttrain.training.checkpoints.staging import StagingBuffers
 from disttrain.training.checkpoints.writer import Writer
 from tests.support import checkpoints
 from tests.support.runs import make_config, records, train
@@ -61,14 +61,14 @@ def test_what_is_written_is_of_the_moment_of_the_copy(tmp_path: Path, gate: thre
     assert writer.num_in_flight == 2
     assert checkpoints_in(tmp_path) == [], "training went on before anything was there"
     gate.set()
-    writer.settle()
-    writer.settle()
+    writer.wait_for_oldest()
+    writer.wait_for_oldest()
     writer.close()
     assert (weight_in(first), weight_in(second)) == (1.0, 2.0)
 
 
 def test_a_checkpoint_is_there_as_soon_as_all_ranks_have_written_it(tmp_path: Path, gate: threading.Event) -> None:
-    """Without the ranks meeting again: rank 1 does nothing after its copy."""
+    """No collective is needed: rank 1 does nothing after its copy."""
     gate.set()
 
     def run(comm: Communicator) -> None:
@@ -190,9 +190,11 @@ def test_the_best_stays(tmp_path: Path) -> None:
 
 def test_keeping_the_best_needs_a_metric_that_there_is(tmp_path: Path) -> None:
     config = make_config(tmp_path, checkpoint={"keep_best": {"metric": "eror", "mode": "min"}})
-    with pytest.raises(UserError, match=r"checkpoint.keep_best.metric='eror' is no metric of the task; did you mean"):
+    with pytest.raises(
+        UserError, match=r"checkpoint.keep_best.metric='eror' is not a metric of the task; did you mean"
+    ):
         train(config, SingleProcess())
-    with pytest.raises(UserError, match=r"checkpoint\.keep_best looks at evaluations"):
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best needs evaluations"):
         make_config(
             tmp_path,
             checkpoint={"keep_best": {"metric": "error", "mode": "min"}},
@@ -201,16 +203,16 @@ def test_keeping_the_best_needs_a_metric_that_there_is(tmp_path: Path) -> None:
 
 
 def test_memory_is_kept_from_one_copy_to_the_next() -> None:
-    copies = Copies()
+    staging = StagingBuffers()
     tensors: Callable[[float], dict[str, Any]] = lambda value: {  # noqa: E731
         "a": {"x": torch.full((2, 3), value).T, "y": torch.tensor(value)}
     }
-    first = copies.take(tensors(1.0))
+    first = staging.stage(tensors(1.0))
     places = {name: tensor.data_ptr() for name, tensor in first["a"].items()}
     assert first["a"]["x"].is_contiguous()
-    second = copies.take(tensors(2.0))
+    second = staging.stage(tensors(2.0))
     assert {name: tensor.data_ptr() for name, tensor in second["a"].items()} == places
     assert second["a"]["x"].eq(2.0).all()
-    other = copies.take({"a": {"x": torch.zeros(4)}})
+    other = staging.stage({"a": {"x": torch.zeros(4)}})
     assert other["a"].keys() == {"x"}
     assert other["a"]["x"].shape == (4,)

@@ -1,4 +1,4 @@
-"""Every compressor resumed: to the bit on as many ranks, with what is pending kept on others."""
+"""Resuming with every compressor: bit for bit on the same number of ranks, preserving residuals on others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_compressor_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["topk", "powersgd", "dgc"])
 def test_a_run_that_flushes_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
-    """One file holds the residuals, and going on from it is what the run itself does."""
+    """One file holds the residuals, and resuming from it equals continuing."""
     changes: dict[str, Any] = {
         "compressor": spec_of(name),
         "max_steps": 8,
@@ -97,7 +97,7 @@ def test_a_run_that_flushes_resumes_to_the_bit(tmp_path: Path, name: str) -> Non
 
 
 def pending(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """By tensor, the mean over those that hold it; what servers owe is added to the parameter's residual."""
+    """Return the mean of each tensor over the ranks that hold it, with servers' residuals added to the parameter's."""
     found = {}
     for name in ranks[0]:
         parts = [rank[name].double() for rank in ranks if rank[name].numel()]
@@ -203,7 +203,7 @@ def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
     for stop, world_size in zip((12, 24, 36, 48), (4, 2, 3, 8), strict=True):
         config = make_config(tmp_path / "parts", **changes, max_steps=stop, resume="auto")
         simulate(world_size, lambda comm, config=config: train(config, comm))
-    assert "8 workers in place of 3: a batch of 24 is now 3 samples a worker, was 8" in caplog.text
+    assert "8 workers instead of 3: a batch of 24 is now 3 samples per worker, was 8" in caplog.text
     curves = [
         torch.tensor([record["loss"] for record in records(config) if record["kind"] == "train"])
         for config in (whole, config)
@@ -215,7 +215,7 @@ def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
 
 
 def test_saving_and_resuming_change_no_bit_of_what_each_rank_has_of_its_own(tmp_path: Path) -> None:
-    """BatchNorm statistics and their average, after each step: never saved, always saved, and gone on with."""
+    """BatchNorm statistics and their average after each step: without saving, with saving, and resumed."""
 
     def config(folder: str, every_steps: int | None, **more: Any) -> Config:
         return make_config(

@@ -1,4 +1,4 @@
-"""Runs that go on with another batch, other data or a policy grown under another batch train what was asked for."""
+"""Resuming with another batch, other data, or a batch that has grown from another initial one."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def adascale(base: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (adascale(10), "AdaScale counts a run in steps of that batch"),
-        ({"accumulation": 2}, "AdaScale counts a run in steps of that batch"),
-        ({"task": {"num_samples": 60}, **adascale(5)}, "keep them, or bound the run by max_steps alone"),
+        (adascale(10), "AdaScale measures a run in steps of that batch"),
+        ({"accumulation": 2}, "AdaScale measures a run in steps of that batch"),
+        ({"task": {"num_samples": 60}, **adascale(5)}, "use the same data, or limit the run by max_steps alone"),
     ],
 )
 def test_adascale_counts_in_steps_of_its_base_batch(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -130,5 +130,5 @@ def test_metrics_that_are_nan_are_never_the_best_and_do_not_keep_a_run_from_goin
 
 def test_a_folder_that_cannot_be_written_is_one_line_that_names_output(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/test' cannot be written: Not a directory; set output to a folder"):
+    with pytest.raises(UserError, match=r"directory '.*file/test': Not a directory; set output to a writable folder"):
         train_records(tmp_path / "file")

@@ -100,7 +100,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 
 def check_plan(output: str) -> None:
-    """What is printed is whole: loading it again gives the same plan."""
+    """The printed config is complete: loading it gives the same preview."""
     plan = yaml.safe_load(output)
     assert from_dict(plan).to_dict() == plan
 

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from disttrain.errors import UserError
 from disttrain.tasks import TensorData
-from disttrain.training.data.loading import ShardedSampler, Share, num_samples_of, to_device
+from disttrain.training.data.loading import num_samples_of, to_device
+from disttrain.training.data.sampler import ShardedSampler, Share
 
 sizes = st.tuples(
     st.integers(1, 200),  # samples

@@ -44,7 +44,7 @@ class Failing(Dataset[Any]):
 def test_a_process_that_dies_or_hangs_is_one_line(tmp_path: Path, how: str) -> None:
     config = make_config(tmp_path, loader_workers=1, timeout=2.0, evaluation={"batch_size": 2})
     before = set(multiprocessing.active_children())
-    with pytest.raises(UserError, match=r"has died, or has given no batch within timeout=2 s .*loader_workers=0"):
+    with pytest.raises(UserError, match=r"has died, or has sent no batch within timeout=2 s .*loader_workers=0"):
         list(data.eval_batches(config, Failing(how), SingleProcess()))
     for child in set(multiprocessing.active_children()) - before:
         child.join(10)

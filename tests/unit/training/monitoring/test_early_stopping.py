@@ -12,19 +12,19 @@ from torch import nn
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.errors import UserError
 from disttrain.training.config import Config
-from disttrain.training.monitoring.early_stopping import EarlyStopping, Stopper
+from disttrain.training.monitoring.early_stopping import EarlyStopper, EarlyStopping
 from disttrain.training.trainer import Trainer
 from tests.support.runs import make_config, records, stop_run, train
 
 STOPPING: dict[str, Any] = {"metric": "error", "mode": "min", "patience": 2, "restore_best": True}
 
 
-def watch(values: list[float], **options: Any) -> tuple[int | None, Stopper]:
+def watch(values: list[float], **options: Any) -> tuple[int | None, EarlyStopper]:
     """At which evaluation (from 1) a run with these values ends."""
-    stopper = Stopper(EarlyStopping(**{"metric": "x", "mode": "min", "patience": 2, **options}))
+    stopper = EarlyStopper(EarlyStopping(**{"metric": "x", "mode": "min", "patience": 2, **options}))
     for step, value in enumerate(values, 1):
-        stopper.see(step, {"x": value}, nn.Linear(1, 1))
-        if stopper.is_over:
+        stopper.observe(step, {"x": value}, nn.Linear(1, 1))
+        if stopper.should_stop:
             return step, stopper
     return None, stopper
 
@@ -75,7 +75,7 @@ def test_a_run_stops_alike_on_all_ranks_and_ends_with_its_best_weights(tmp_path:
         trainer = Trainer(config, comm)
         try:
             summary = trainer.run()
-            return summary, trainer.model.state_dict(), trainer._measure()
+            return summary, trainer.model.state_dict(), trainer.evaluator.run()
         finally:
             trainer.close()
 
@@ -117,7 +117,7 @@ def test_resuming_with_an_average_and_early_stopping_equals_no_stop_bit_for_bit(
     assert expected[0][0]["steps"] > stop_at
     config = diverging(tmp_path / "stopped", **changes, resume="auto")
     stop_run(config, 2, stop_at)
-    for _ in range(2):  # going on, and then resuming a run that has ended
+    for _ in range(2):  # resume the stopped run, and then the one that has ended
         for (summary, model), (expected_summary, expected_model) in zip(
             simulate(2, lambda comm: train(config, comm)), expected, strict=True
         ):
@@ -146,7 +146,10 @@ def test_a_run_of_another_metric_begins_to_watch_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"early_stopping": {**STOPPING, "metric": "eror"}}, "early_stopping.metric='eror' is no .* mean 'error'"),
+        (
+            {"early_stopping": {**STOPPING, "metric": "eror"}},
+            "early_stopping.metric='eror' is not a metric of the task; did you mean 'error'",
+        ),
         ({"task": {"num_held_out": 0}}, "the task has none"),
         ({"evaluation": {"every_epochs": None}}, "set evaluation.every_epochs or evaluation.every_steps"),
         ({"early_stopping": {"metric": "error"}}, "missing key 'early_stopping.mode': whether smaller or larger"),

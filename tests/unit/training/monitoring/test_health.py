@@ -1,4 +1,4 @@
-"""A run's numbers under watch: each fault that is put in must be named right, by all ranks alike."""
+"""Health checks: all ranks must report each injected fault correctly."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path, what: str, lr: float) 
 
     simulate(3, run)
     assert messages == {
-        f"step 4: {what} is not the same on rank 1 as on the others: "
-        "go on from a checkpoint, on other hardware if it happens again"
+        f"step 4: {what} on rank 1 differs from the other ranks: "
+        "resume from a checkpoint, on other hardware if it happens again"
     }
     assert [{**event, "kind": ""} for event in events(config)] == [
         {"kind": "", "step": 4, "event": "difference", "tensor": what, "ranks": [1]}
@@ -77,7 +77,7 @@ def test_a_difference_is_only_warned_about_if_asked_for(tmp_path: Path, caplog: 
 
     simulate(3, lambda comm: train(config, comm, flip))
     assert [(event["step"], event["ranks"]) for event in events(config)] == [(8, [0]), (9, [0])]
-    assert "0.weight is not the same on rank 0 as on the others" in caplog.text
+    assert "0.weight on rank 0 differs from the other ranks" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
@@ -154,8 +154,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_one_line(tmp_path: Pat
 
     simulate(2, run)
     (message,) = messages
-    assert message.startswith("step 4 is the last of 4 in a row with an inf or NaN in a gradient, on rank ")
-    assert "(metrics.jsonl has all): look at them, lower optimizer.lr, or set health.max_skipped" in message
+    assert message.startswith("step 4 is the last of 4 consecutive steps with a non-finite gradient, on rank ")
+    assert "(metrics.jsonl lists all): check them, lower optimizer.lr, or set health.max_skipped" in message
     assert [event["in_a_row"] for event in events(config)] == [1, 2, 3, 4]
     for event in events(config):  # of steps that end an epoch
         assert [17 in samples for samples in event["samples"].values()] == [True]
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_is_named_though_gradients_are(
     config = make_config(tmp_path, max_steps=3, task=task)
     simulate(2, lambda comm: train(config, comm))
     assert [(event["step"], event["event"], event["loss"]) for event in events(config)] == [(2, "loss", "inf")]
-    assert "step 2: the loss is inf though all gradients are finite" in caplog.text
+    assert "step 2: the loss is inf, but all gradients are finite" in caplog.text
 
 
 def test_sound_steps_begin_the_count_anew(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_overflows_count_only_when_the_loss_scale_cannot_fall(tmp_path: Path) ->
     stuck = make_config(tmp_path / "stuck", loss_scale={"initial": 8.0, "minimum": 1.0}, **changes)
 
     def run(comm: Communicator) -> None:
-        with pytest.raises(UnhealthyError, match=r"step 5 is the last of 2 in a row"):
+        with pytest.raises(UnhealthyError, match=r"step 5 is the last of 2 consecutive steps"):
             train(stuck, comm, poison(17))
 
     simulate(2, run)
@@ -226,10 +226,10 @@ class Notes:
         self.numbers: list[tuple[int, Any]] = []
         self.events: list[tuple[int, Any]] = []
 
-    def health(self, step: int, record: Any) -> None:
+    def log_health(self, step: int, record: Any) -> None:
         self.numbers.append((step, record))
 
-    def event(self, step: int, record: Any) -> None:
+    def log_event(self, step: int, record: Any) -> None:
         self.events.append((step, record))
 
 
@@ -253,7 +253,7 @@ def monitored(
         generator = torch.Generator().manual_seed(100 * step + comm.rank)
         model(torch.randn(16, 8, generator=generator, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
-        monitor.step(step, None, notes)  # type: ignore[arg-type]
+        monitor.after_step(step, None, notes)  # type: ignore[arg-type]
         used.append({f"{name}:{entry.account.compressor}" for entry in optimizer.wire.entries
                      if entry.account.bucket is not None for name in entry.account.bucket.names})  # fmt: skip
     return notes, used, optimizer
@@ -276,11 +276,11 @@ def test_a_compressor_that_goes_astray_is_named_by_layer_and_replaced_for_a_whil
         assert dense == [5, 6, 7, 8, 9, 11, 12]
         assert all("0.weight:topk" in names for names in used), "in another bucket"
         assert {step for step, _ in notes.numbers} == {2, 4, 6, 8, 10, 12}
-        assert "cosine/1.weight" not in dict(notes.numbers)[6], "it travels dense"
+        assert "cosine/1.weight" not in dict(notes.numbers)[6], "it is exchanged dense"
         for one, other in zip(optimizer.model.parameters(), results[0][2].model.parameters(), strict=True):
             assert torch.equal(one, other)
     assert "step 4: 1.weight: its compressed mean has cosine" in caplog.text
-    assert "shares its bucket is sent dense for 5 steps" in caplog.text
+    assert "its bucket is exchanged dense for 5 steps" in caplog.text
 
 
 def test_a_residual_that_grows_beyond_measure_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -298,7 +298,7 @@ def test_a_residual_that_grows_beyond_measure_is_named(caplog: pytest.LogCapture
         first = dict(notes.numbers)[2]
         assert set(first) == {"residual/0.weight", "residual/1.weight", "residual/2.weight"}
         assert all(0 < value < 10 for value in first.values())
-    assert "sent dense" not in caplog.text
+    assert "exchanged dense" not in caplog.text
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from disttrain.training.monitoring.recorder import Recorder
+from disttrain.training.monitoring.recorder import FileRecorder
 
 RECORD = {"epoch": 0.5, "loss": 1.25, "samples_per_second": 321.0}
 SUMMARY: dict[str, Any] = {
@@ -26,11 +26,11 @@ SUMMARY: dict[str, Any] = {
 
 
 def record(directory: Path, console: Console, step: int = 0) -> str:
-    recorder = Recorder(directory, step, 4, console)
+    recorder = FileRecorder(directory, step, 4, console)
     for done in range(step + 1, 5):
-        recorder.step(done)
-        recorder.train(done, RECORD)
-        recorder.evaluation(done, {"epoch": 0.5, "bits_per_byte": 2.5})
+        recorder.show_position(done)
+        recorder.log_training(done, RECORD)
+        recorder.log_evaluation(done, {"epoch": 0.5, "bits_per_byte": 2.5})
     recorder.finish(SUMMARY)
     recorder.close()
     assert isinstance(console.file, io.StringIO)
@@ -38,19 +38,19 @@ def record(directory: Path, console: Console, step: int = 0) -> str:
 
 
 def test_a_full_disk_costs_records_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder(tmp_path, 0, 4, Console(file=io.StringIO()))
+    recorder = FileRecorder(tmp_path, 0, 4, Console(file=io.StringIO()))
     recorder._file.close()
     recorder._file = open("/dev/full", "a")  # noqa: SIM115
     for step in (1, 2):
-        recorder.train(step, RECORD)
+        recorder.log_training(step, RECORD)
     recorder.finish(SUMMARY)
     recorder.close()
-    assert caplog.text.count("records are lost, the run goes on: [Errno 28] No space left on device") == 1
+    assert caplog.text.count("records are lost, and the run continues: [Errno 28] No space left on device") == 1
 
 
 def test_damaged_records_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n[]\n{"step": null}\n')
-    Recorder(tmp_path, 3, 4, Console(file=io.StringIO())).close()
+    FileRecorder(tmp_path, 3, 4, Console(file=io.StringIO())).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
 
 
@@ -77,9 +77,9 @@ def test_the_table_says_what_compression_saved(tmp_path: Path, is_terminal: bool
         "workers": "2 (torch)",
         "seconds": "1.5",
         "samples/s": "1000",
-        "bytes sent, a worker": "1.0 MiB",
-        "bytes as dense fp32": "10.0 MiB",
-        "ratio": "10.0x fewer",
+        "bytes sent per worker": "1.0 MiB",
+        "bytes if dense fp32": "10.0 MiB",
+        "ratio": "10.0x less",
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == SUMMARY
 

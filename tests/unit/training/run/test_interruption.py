@@ -1,4 +1,4 @@
-"""Runs that signals end: all ranks after the same step, with a checkpoint from which the run goes on exactly."""
+"""Interrupted runs: all ranks stop after the same step, with a checkpoint that resumes exactly."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.comm import simulate
-from disttrain.training.run import launches as elastic
+from disttrain.training.run import launches
 from tests.support.runs import make_config, stop_run, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -13,10 +13,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("environ", [{"TORCHELASTIC_RUN_ID": "none"}, {"HOROVOD_ELASTIC": "1"}])
 def test_a_launch_is_known_by_its_launcher_where_that_starts_workers_again(environ: dict[str, str]) -> None:
-    found = elastic.launch(environ)
+    found = launches.launch_id(environ)
     assert found is not None
-    assert found == elastic.launch(environ)
-    assert elastic.launch({}) is None
+    assert found == launches.launch_id(environ)
+    assert launches.launch_id({}) is None
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -26,10 +26,10 @@ def test_workers_that_are_started_again_go_on_whatever_the_config_says(
     """Before the first checkpoint and after it; in the second launch an agent has joined the first's."""
     whole = simulate(2, lambda comm: train(make_config(tmp_path / "whole"), comm))
     config = make_config(tmp_path, checkpoint={"every_steps": 2})
-    monkeypatch.setattr(elastic, "launch", lambda: "a")
+    monkeypatch.setattr(launches, "launch_id", lambda: "a")
     stop_run(config, 2, step)
     agents = iter(["b", "a"])
-    monkeypatch.setattr(elastic, "launch", lambda: next(agents))
+    monkeypatch.setattr(launches, "launch_id", lambda: next(agents))
     for (summary, weights), (expected, expected_weights) in zip(
         simulate(2, lambda comm: train(config, comm)), whole, strict=True
     ):
@@ -42,6 +42,6 @@ def test_workers_that_are_started_again_go_on_whatever_the_config_says(
 def test_another_launch_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, checkpoint={"every_steps": 2})
     for name in ("a", "b"):
-        monkeypatch.setattr(elastic, "launch", lambda name=name: name)
+        monkeypatch.setattr(launches, "launch_id", lambda name=name: name)
         stop_run(config, 2, 5)
     assert config.directory.with_name("test.1").exists()

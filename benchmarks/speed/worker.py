@@ -1,0 +1,108 @@
+"""One worker of the step-time benchmark: ``python -m benchmarks.speed.worker``, started by ``WorkerGroup``.
+
+It receives commands over a Unix socket, which works across network namespaces and puts no traffic on the measured
+network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import socket
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import disttrain
+from benchmarks.speed.frameworks import FRAMEWORKS, Framework, TrainingSetup
+from benchmarks.speed.models import MODELS, make_batch
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def time_steps(
+    framework: Framework, setup: TrainingSetup, batch: Batch, num_warmup: int, num_steps: int
+) -> dict[str, Any]:
+    """Train on one batch.
+
+    Returns:
+        ``seconds``: of each step after the first ``num_warmup``; ``cpu_seconds``: processor time of these steps, on
+        average; ``sent_bytes``: of the last step, None if the framework does not count them.
+    """
+    inputs, targets = batch
+    times: list[float] = []
+    cpu_start = 0.0
+    framework.barrier()
+    for step in range(num_warmup + num_steps):
+        if step == num_warmup:
+            cpu_start = _cpu_seconds()
+        start = time.perf_counter()
+        setup.optimizer.zero_grad()
+        F.cross_entropy(setup.module(inputs), targets).backward()
+        setup.optimizer.step()
+        times.append(time.perf_counter() - start)
+    cpu_seconds = _cpu_seconds() - cpu_start if num_steps else 0.0
+    optimizer = setup.optimizer
+    return {
+        "seconds": times[num_warmup:],
+        "cpu_seconds": cpu_seconds / max(num_steps, 1),
+        "sent_bytes": optimizer.wire.last_step.sent_bytes
+        if isinstance(optimizer, disttrain.DistributedOptimizer)
+        else None,
+    }
+
+
+def fingerprint(setup: TrainingSetup, batch: Batch) -> dict[str, float]:
+    """Return the loss on this rank's batch and the sum of all parameters, to compare frameworks by."""
+    with torch.no_grad():
+        loss = F.cross_entropy(setup.model(batch[0]), batch[1]).item()
+        return {"loss": loss, "parameters": sum(p.double().sum().item() for p in setup.model.parameters())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--framework", choices=list(FRAMEWORKS), required=True)
+    parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--bucket-mb", type=float, default=None)
+    parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--socket", required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.num_threads)
+    framework = FRAMEWORKS[arguments.framework]()
+    batch = make_batch(arguments.model, framework.rank)
+    setups: list[TrainingSetup] = []
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(arguments.socket)
+        stream = connection.makefile("rw")
+
+        def reply(value: Any) -> None:
+            stream.write(json.dumps(value) + "\n")
+            stream.flush()
+
+        reply({"rank": framework.rank, "pid": os.getpid()})
+        while command := stream.readline():
+            match json.loads(command):
+                case {"do": "prepare", "setting": setting}:
+                    torch.manual_seed(0)
+                    setups.append(framework.prepare(MODELS[arguments.model](), setting, arguments.bucket_mb))
+                    reply({})
+                case {"do": "step", "setup": index, "num_warmup": num_warmup, "num_steps": num_steps}:
+                    reply(time_steps(framework, setups[index], batch, num_warmup, num_steps))
+                case {"do": "fingerprint", "setup": index}:
+                    reply(fingerprint(setups[index], batch))
+                case _:
+                    break
+    framework.close()
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()
