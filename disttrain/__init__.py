@@ -47,8 +47,8 @@ __all__ = [
     "load_weights",
 ]
 
-# Imported when they are asked for, so that `disttrain --help` need not wait for torch.
-_HOMES = {
+# Imported on first access, so that `disttrain --help` does not wait for torch.
+_LAZY_IMPORTS = {
     "DistributedOptimizer": "disttrain.optim.distributed",
     "GradientNoise": "disttrain.batching",
     "GrowingBatch": "disttrain.batching",
@@ -68,6 +68,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "compression":
         return importlib.import_module("disttrain.compression")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _LAZY_IMPORTS:
+        return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
     raise AttributeError(f"module 'disttrain' has no attribute {name!r}")

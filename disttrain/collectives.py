@@ -1,8 +1,7 @@
-"""What can cross the wire, as plain values.
+"""Collectives as plain values, and the bytes and messages that they cost.
 
-A compressor yields these, a communicator carries them out, the ledger counts them. By themselves they do nothing.
-
-Each is addressed to a group of ranks, and what it says of ranks is said of those of the group, by their number in it.
+Compressors yield them, communicators carry them out, and the ledger counts them. Each is addressed to a group of ranks.
+Within it, "rank" means the rank in the group, and "all ranks" means the ranks of the group.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import torch
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
 Group = Literal["world", "node", "across"]
-"""``world``: all ranks; ``node``: those of this node; ``across``: those with this rank's place in every node."""
+"""``world``: all ranks; ``node``: the ranks of this node; ``across``: every node's rank at this rank's position."""
 
 
 @dataclass(frozen=True, eq=False)
 class AllReduce:
-    """Combine one tensor of equal shape and dtype from every rank; every rank gets the same result, bit for bit.
+    """Reduce tensors of equal shape and dtype over all ranks. Every rank gets the same result, bit for bit.
 
-    The communicator owns ``tensor`` from here on: the result may share its storage. ``mean`` needs a floating dtype.
+    The communicator takes ownership of ``tensor``: the result may share its storage. ``mean`` needs a floating dtype.
     """
 
     tensor: torch.Tensor
@@ -34,9 +33,9 @@ class AllReduce:
 class AllGather:
     """Give every rank the list of all ranks' tensors, in rank order.
 
-    Sizes may differ along dimension 0 (then 8 bytes a rank are exchanged first). ``same_size=True`` is the caller's
-    promise that they do not, and saves that round; so do ``sizes``, if all ranks know them: the length along dimension
-    0 of what each rank gives.
+    Sizes may differ along dimension 0; then 8 bytes per rank are exchanged first. To skip this round, set
+    ``same_size=True`` if all sizes are equal, or ``sizes``, the length of each rank's tensor along dimension 0, if all
+    ranks know it.
     """
 
     tensor: torch.Tensor
@@ -47,10 +46,11 @@ class AllGather:
 
 @dataclass(frozen=True, eq=False)
 class AllToAll:
-    """Send ``chunks[i]`` to rank i; the result lists what each rank sent here, in rank order.
+    """Send ``chunks[i]`` to rank i. The result is the list of chunks received from each rank, in rank order.
 
-    Sizes may differ along dimension 0, unless ``same_size=True`` promises that every chunk of every rank is alike.
-    ``sizes``, if every rank knows its own, are the lengths along dimension 0 of what each rank sends here.
+    Sizes may differ along dimension 0; then they are exchanged first. To skip this round, set ``same_size=True`` if all
+    chunks of all ranks have the same size, or ``sizes``, the length along dimension 0 of the chunk from each rank, if
+    every rank knows it.
     """
 
     chunks: list[torch.Tensor]
@@ -61,7 +61,7 @@ class AllToAll:
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
-    """Give every rank the tensor of rank ``root``; shape and dtype are equal on all ranks."""
+    """Give every rank the tensor of rank ``root``. Shape and dtype are the same on all ranks."""
 
     tensor: torch.Tensor
     root: int = 0
@@ -71,13 +71,13 @@ class Broadcast:
 Collective: TypeAlias = AllReduce | AllGather | AllToAll | Broadcast
 Result: TypeAlias = torch.Tensor | list[torch.Tensor]
 
-SIZE_BYTES = 8  # one int64 a rank (or a chunk), exchanged before payloads whose sizes may differ
+SIZE_BYTES = 8  # one int64 per rank (or chunk), exchanged before payloads whose sizes may differ
 
 
 def sent_bytes(collective: Collective, world_size: int, rank: int) -> int:
-    """Bytes that ``rank`` hands to the engine: its payload, and its size where sizes are exchanged first.
+    """Return the bytes that ``rank`` passes to the engine: its payload, and its size if sizes are exchanged first.
 
-    Both numbers are those of the group that the collective is addressed to.
+    ``world_size`` and ``rank`` are those of the collective's group.
     """
     if world_size == 1:
         return 0
@@ -94,9 +94,9 @@ def sent_bytes(collective: Collective, world_size: int, rank: int) -> int:
 
 
 def received_bytes(collective: Collective, result: Result, world_size: int, rank: int) -> int:
-    """Bytes that reach ``rank`` from others when the engine uses the bandwidth-optimal algorithm.
+    """Return the bytes that ``rank`` receives from others if the engine uses the bandwidth-optimal algorithm.
 
-    A ring all-reduce of N bytes receives 2 (W-1)/W N, an all-gather the payloads of all the others.
+    A ring all-reduce of N bytes receives 2 (W-1)/W N, an all-gather the payloads of all other ranks.
     """
     if world_size == 1:
         return 0
@@ -105,21 +105,21 @@ def received_bytes(collective: Collective, result: Result, world_size: int, rank
             return 2 * (world_size - 1) * tensor.nbytes // world_size
         case AllGather() | AllToAll():
             others = sum(int(part.nbytes) for index, part in enumerate(result) if index != rank)
-            return others + (SIZE_BYTES * (world_size - 1) if _asks_sizes(collective) else 0)
+            return others + (SIZE_BYTES * (world_size - 1) if _exchanges_sizes(collective) else 0)
         case Broadcast(tensor, root):
             return 0 if rank == root else tensor.nbytes
 
 
 def size_bytes(collective: Collective, world_size: int) -> int:
-    """Bytes of the sizes that a rank hands over before its payload: one, or in an all-to-all one for each other."""
-    if world_size == 1 or not _asks_sizes(collective):
+    """Return the bytes of the sizes that a rank sends before its payload: one size, or W-1 sizes in an all-to-all."""
+    if world_size == 1 or not _exchanges_sizes(collective):
         return 0
     return SIZE_BYTES * (world_size - 1 if isinstance(collective, AllToAll) else 1)
 
 
 def num_messages(collective: Collective, world_size: int, rank: int) -> int:
-    """Messages that ``rank`` sends by the bandwidth-optimal algorithms: rings, and all pairs in an all-to-all."""
-    rounds = 1 + _asks_sizes(collective)
+    """Return the messages that ``rank`` sends with bandwidth-optimal algorithms: rings, or pairs in an all-to-all."""
+    rounds = 1 + _exchanges_sizes(collective)
     match collective:
         case AllReduce(tensor):
             return 2 * (world_size - 1) if tensor.numel() else 0
@@ -129,5 +129,5 @@ def num_messages(collective: Collective, world_size: int, rank: int) -> int:
             return world_size - 1 if rank == root and tensor.numel() else 0
 
 
-def _asks_sizes(collective: Collective) -> bool:
+def _exchanges_sizes(collective: Collective) -> bool:
     return isinstance(collective, AllGather | AllToAll) and not collective.same_size and collective.sizes is None

@@ -1,7 +1,7 @@
-"""Users' mistakes in one line: unknown keys and names get the nearest valid one, wrong values get their bounds.
+"""Validation of configs, with errors in one line that suggest the nearest valid key or name, or state the bounds.
 
-Everything a config can choose by name (optimizer, schedule, compressor, task) is a pydantic class whose fields are its
-section of the config. A ``Registry`` turns the section into an instance.
+Everything that a config selects by name (optimizer, schedule, compressor, task) is a pydantic class whose fields are
+the keys of its config section. A ``Registry`` turns the section into an instance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from disttrain.errors import UserError
 
 
 class Section(BaseModel):
-    """Base of all config sections: immutable, no unknown keys, no NaN, and ``true`` is not a number."""
+    """Base class of all config sections: immutable, without unknown keys or NaN. ``true`` is not a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -35,13 +35,13 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class Registry(Generic[S]):
-    """Classes by name.
+    """Classes that a config selects by name.
 
     Args:
-        key: the config key whose section is built here, for messages ("optimizer").
-        base: the class that all of them derive from.
-        classes: the classes by the name that a config gives; later additions to the mapping count.
-        find: called with a name that is not listed; returns a class, or None where it knows none either.
+        key: config key of the section that is built, for messages ("optimizer").
+        base: base class of all classes.
+        classes: classes by their names in a config. Later additions to the mapping take effect.
+        find: looks up a name that is not in ``classes``; returns a class, or None if there is none.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Registry(Generic[S]):
         return sorted(self._classes)
 
     def get(self, name: str) -> type[S]:
-        """The class of that name.
+        """Return the class of that name.
 
         Raises:
-            UserError: there is none; names the nearest.
+            UserError: there is no such class. The message suggests the nearest name.
         """
         found = self._classes.get(name) or self._find(name)
         if found is None:
@@ -68,22 +68,24 @@ class Registry(Generic[S]):
         return found
 
     def name_of(self, instance: BaseModel) -> str:
-        """The name under which ``get`` finds the instance's class: an import path if it is not a listed one."""
+        """Return the name by which ``get`` finds the instance's class; an import path if the class is not listed."""
         cls = type(instance)
         listed = (name for name, known in self._classes.items() if known is cls)
         return next(listed, f"{cls.__module__}:{cls.__qualname__}")
 
     def dump(self, instance: BaseModel) -> dict[str, Any]:
-        """Plain data from which ``build`` makes the instance again."""
+        """Return plain data from which ``build`` recreates the instance."""
         return {"name": self.name_of(instance), **instance.model_dump(mode="json")}
 
     def build(self, spec: Any, key: str = "") -> S:
-        """An instance from an instance, a name, or a mapping with ``name`` and the fields of that class.
+        """Build an instance from an instance, a name, or a mapping with ``name`` and the fields of that class.
 
-        ``key`` is where the section stands, if not at the registry's own key; for messages.
+        Args:
+            spec: the section, its name, or an instance, which is returned as it is.
+            key: config key of the section in messages; "" for the registry's own key.
 
         Raises:
-            UserError: no such name, an unknown field, or a value out of bounds.
+            UserError: the name or a field is unknown, or a value is out of bounds.
         """
         if isinstance(spec, self._base):
             return spec
@@ -99,10 +101,10 @@ class Registry(Generic[S]):
 
 
 def validate(model: type[S], fields: Mapping[str, Any], key: str = "") -> S:
-    """``model(**fields)``.
+    """Return ``model(**fields)``.
 
     Raises:
-        UserError: one line for all that is wrong, every key written from ``key`` down.
+        UserError: some fields are invalid. One line lists them all, with ``key`` prefixed to each.
     """
     try:
         return model.model_validate(dict(fields))
@@ -111,7 +113,7 @@ def validate(model: type[S], fields: Mapping[str, Any], key: str = "") -> S:
 
 
 def explain(error: ValidationError, model: type[BaseModel], key: str = "") -> str:
-    """What is wrong with each key, and what would be right, on one line."""
+    """Return one line with the error of each key and its correction."""
     return "; ".join(_explain_one(details, model, key) for details in error.errors(include_url=False))
 
 
@@ -127,7 +129,7 @@ def _explain_one(details: ErrorDetails, model: type[BaseModel], prefix: str) -> 
         return f"missing key {key!r}" + (f": {description}" if description else "")
     if isinstance(cause := context.get("error"), UserError):
         message = str(cause)
-        # A message that stands for itself (a named section's own) needs no key in front.
+        # Other messages (of a nested named section) already contain the key.
         return f"{key}={value!r} {message}" if message.startswith(("should", "must")) else message
     if kind == "model_type":
         return f"{key}={value!r} should be a section with keys {', '.join(keys_of(_model_at(model, details['loc'])))}"
@@ -139,16 +141,16 @@ def _explain_one(details: ErrorDetails, model: type[BaseModel], prefix: str) -> 
 
 
 def unknown_key(key: str, value: Any, known: Iterable[str]) -> str:
-    """The message for a key that no section has."""
+    """Return the message for an unknown key."""
     given = "" if isinstance(value, Mapping) else f" (given {value!r})"
     return f"unknown key {key!r}{given}{hint(key, known)}"
 
 
 def hint(word: str, choices: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where one choice is near, else all the choices."""
+    """Return ``; did you mean 'x'?`` if one choice is similar to ``word``, else the list of all choices."""
     choices = list(choices)
     nearest = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if not nearest:  # `lr` for `optimizer.lr`: the end of a dotted key was given, or a near spelling of it
+    if not nearest:  # compare last parts: `lr` for `optimizer.lr`, or a misspelling of it
         ends = {choice.rpartition(".")[2]: choice for choice in choices}
         nearest = [ends[end] for end in difflib.get_close_matches(word.rpartition(".")[2], ends, n=1, cutoff=0.7)]
     if nearest:
@@ -157,7 +159,7 @@ def hint(word: str, choices: Iterable[str]) -> str:
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
-    """All keys of a section, those of sections within it dotted."""
+    """Return all keys of a section; the keys of nested sections are dotted."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(name)
@@ -167,7 +169,7 @@ def keys_of(model: type[BaseModel]) -> list[str]:
 
 
 def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section at a dotted key, or the last one on the way to it."""
+    """Return the section at a dotted key, or the innermost section on the path to it."""
     for part in location:
         field = model.model_fields.get(str(part))
         section = field and _section_in(field.annotation)
@@ -178,7 +180,7 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's type is, or is beside None."""
+    """Return the section class in a field's type, which may be optional; None if there is none."""
     choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
 

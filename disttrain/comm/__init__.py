@@ -96,8 +96,8 @@ def init(
             grace=watch.grace_seconds,
             activity=comm.activity,
             stall=watch.stall_seconds,
-            ends_stalled=watch.on_stall == "end",
-            slow=watch.straggler_factor,
+            end_on_stall=watch.on_stall == "end",
+            straggler_factor=watch.straggler_factor,
             late=watch.late_seconds,
         )
     return comm

@@ -56,12 +56,12 @@ def test_the_end_of_a_program_leaves_the_engine(launcher: str, guard: str, scrip
 
 
 @pytest.mark.parametrize("launcher", ["torch", "horovod-gloo", "mpi"])
-def test_a_rank_with_fewer_steps_that_has_just_ended_is_named(launcher: str, script: Path) -> None:
+def test_a_rank_that_finishes_after_fewer_steps_is_named(launcher: str, script: Path) -> None:
     done = run_workers(launcher, 2, [script, "guarded", "uneven"])
     assert done.returncode != 0
     lines = re.findall(r"error: (rank 0 \(.*)", done.stderr)
     assert len(lines) == 1, done.stderr
     assert re.match(
-        r"rank 0 \(.*\) has ended; rank 1 waits in all_reduce \d \(.*\) of step 4: give all ranks", lines[0]
+        r"rank 0 \(.*\) has finished; rank 1 is waiting in all_reduce \d \(.*\) of step 4: give all ranks", lines[0]
     )
-    assert "Connection closed" not in done.stderr.partition("has ended")[0]
+    assert "Connection closed" not in done.stderr.partition("has finished")[0]

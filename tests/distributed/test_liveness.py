@@ -1,6 +1,6 @@
-"""The guard over real processes: every way for a worker to go, and what the others then do and say.
+"""The guard in real processes: every way in which a worker can end, and how the others react.
 
-The workers talk through a directory instead of an engine, so that nothing but the guard can notice a loss.
+The workers exchange objects through a directory instead of an engine, so that only the guard can detect a loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.comm.liveness import connections as star
+from disttrain.comm.liveness import connections
 from disttrain.comm.liveness.guard import Guard
 from tests.lab.directory_group import DirectoryGroup
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 ENDED = "was lost: its process ended or its connection broke"
-SILENT = "was lost: no sign of life for 1.5 s"
+SILENT = "was lost: no heartbeat for 1.5 s"
 
 
 WORKER = """
 import os, pathlib, signal, sys, time, types
 sys.path.insert(0, {root!r})
-for name in ("disttrain", "disttrain.comm"):  # the packages without what their __init__ imports: torch takes seconds
+for name in ("disttrain", "disttrain.comm"):  # skip the __init__ of these packages: importing torch takes seconds
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [os.path.join({root!r}, *name.split("."))]
 from disttrain.comm.liveness.activity import Activity
@@ -43,7 +43,7 @@ activity = Activity()
 comm = DirectoryGroup(pathlib.Path({path!r}), rank, {world_size})
 
 def stuck():
-    "As in an engine's C code: nothing in Python gets through to the main thread."
+    "Block as in the C code of an engine: nothing in Python can interrupt the main thread."
     (comm.path / f"stuck-{{rank}}").touch()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     while True:
@@ -87,7 +87,7 @@ def ends(worker: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize(("number", "what"), [(signal.SIGKILL, ENDED), (signal.SIGSTOP, SILENT)])
-def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim, number, what):
+def test_survivors_name_a_killed_or_stopped_rank_and_exit(tmp_path, victim, number, what):
     with ExitStack() as stack:
         workers = start(stack, tmp_path, *[GUARDED + "stuck()"] * 3)
         wait_for(*(tmp_path / f"stuck-{rank}" for rank in range(3)))
@@ -102,14 +102,14 @@ def test_killed_or_stopped_rank_is_named_by_survivors_that_end(tmp_path, victim,
     [
         (GUARDED + "raise KeyError('no such thing')", "failed: KeyError: 'no such thing'"),
         ("guard = Guard(comm, silence=1.5)\nraise OSError('disk\\nfull')", "failed: OSError: disk full"),
-        (GUARDED + "sys.exit(3)", "failed: it left with exit status 3 before the others were done"),
+        (GUARDED + "sys.exit(3)", "failed: it exited with status 3 before the other ranks had finished"),
         (GUARDED + "raise KeyboardInterrupt", "failed: KeyboardInterrupt"),
         (GUARDED + "raise ValueError('\\U0001f4a5' * 100_000)", "failed: ValueError: " + "\U0001f4a5" * 488),
         (GUARDED + "raise ValueError('caf\\udce9')", "failed: ValueError: caf\\udce9"),
     ],
 )
 @pytest.mark.parametrize("victim", [0, 1])
-def test_reason_of_a_failed_rank_is_told(tmp_path, victim, body, reason):
+def test_survivors_report_why_a_rank_failed(tmp_path, victim, body, reason):
     bodies = [GUARDED + "stuck()"] * 3
     bodies[victim] = body
     with ExitStack() as stack:
@@ -122,18 +122,18 @@ def test_reason_of_a_failed_rank_is_told(tmp_path, victim, body, reason):
     assert results == [(13, expected)] * 2
 
 
-def test_clean_ends_at_different_times_are_no_loss(tmp_path):
+def test_clean_exits_at_different_times_are_not_a_loss(tmp_path):
     with ExitStack() as stack:
         bodies = [
             GUARDED + "time.sleep(1.0)",
             GUARDED + "pass",
             "guard = Guard(comm, silence=1.5)\ntime.sleep(0.5)",  # no close: the program just ends
-            GUARDED + "time.sleep(4.0)",  # longer than the silence, and longer than rank 0
+            GUARDED + "time.sleep(4.0)",  # longer than `silence`, and longer than rank 0
         ]
         assert [ends(worker) for worker in start(stack, tmp_path, *bodies)] == [(0, "")] * 4
 
 
-def test_check_raises_in_time_for_an_orderly_end(tmp_path):
+def test_check_raises_in_time_for_an_orderly_exit(tmp_path):
     body = GUARDED + "\n    ".join(
         ["try:", "    while True: guard.check(); time.sleep(0.05)", "finally: time.sleep(2); print('saved')"]
     )
@@ -142,12 +142,12 @@ def test_check_raises_in_time_for_an_orderly_end(tmp_path):
         wait_for(tmp_path / "stuck-1")
         victim.kill()
         output, errors = survivor.communicate(timeout=30)
-        # Reacting ends the grace: the two seconds of work after it are not cut off.
+        # Once the main thread reacts, the grace period no longer applies: its two seconds of work complete.
         assert (survivor.returncode, output) == (13, "saved\n")
         assert errors == f"error: rank 1 (host {socket.gethostname()}, pid {victim.pid}) {ENDED}\n"
 
 
-def test_error_that_a_loss_caused_is_reported_as_the_loss(tmp_path):
+def test_error_caused_by_a_loss_is_reported_as_the_loss(tmp_path):
     echo = """guard = Guard(comm)
 while not (comm.path / 'dead').exists(): time.sleep(0.01)
 raise RuntimeError('connection closed')"""
@@ -160,7 +160,7 @@ raise RuntimeError('connection closed')"""
         assert [ends(workers[0]), ends(workers[2])] == [(13, expected)] * 2
 
 
-def test_death_is_seen_though_a_forked_child_lives_on(tmp_path):
+def test_death_is_detected_while_a_forked_child_lives(tmp_path):
     forks = (
         GUARDED
         + "child = os.fork()\n    if child == 0: time.sleep(20); os._exit(0)\n    print(child, flush=True); stuck()"
@@ -174,7 +174,7 @@ def test_death_is_seen_though_a_forked_child_lives_on(tmp_path):
         assert ends(survivor)[0] == 13
 
 
-def test_all_ranks_stopped_and_continued_are_no_loss(tmp_path):
+def test_stopping_and_continuing_all_ranks_is_not_a_loss(tmp_path):
     with ExitStack() as stack:
         body = GUARDED + "(comm.path / f'ready-{rank}').touch(); time.sleep(4)"
         workers = start(stack, tmp_path, body, body)
@@ -195,18 +195,18 @@ def name(workers: list[subprocess.Popen[str]], rank: int) -> str:
     return f"rank {rank} (host {socket.gethostname()}, pid {workers[rank].pid})"
 
 
-def test_rank_that_others_wait_for_is_named_with_where_it_is_and_all_end(tmp_path):
+def test_stall_names_the_late_rank_and_its_activity_and_ends_all_ranks(tmp_path):
     with ExitStack() as stack:
         workers = start(stack, tmp_path, *(watched("stall=1.0", body) for body in (WAITING, WAITING, LOADING)))
         results = [ends(worker) for worker in workers]
         _, errors = results[0]
-        assert results == [(13, errors)] * 3, "the late one too"
+        assert results == [(13, errors)] * 3, "including the late rank"
         assert errors.startswith(f"error: {name(workers, 2)} has been in step 4's data loading for ")
-        assert f" s; the others wait in {CALL}: if that is right, raise watch.stall_seconds" in errors
+        assert f" s; other ranks are waiting in {CALL}: if this is expected, raise watch.stall_seconds" in errors
 
 
-def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
-    options = "stall=1.0, ends_stalled=False"
+def test_stall_only_warns_if_configured(tmp_path):
+    options = "stall=1.0, end_on_stall=False"
     body = "while not (comm.path / 'enough').exists(): time.sleep(0.01)"
     waits = WAITING.replace("stuck()", body)
     with ExitStack() as stack:
@@ -214,7 +214,7 @@ def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
         first = workers[0].stderr.readline()
         (tmp_path / "enough").touch()
         assert first.startswith(f"warning: {name(workers, 1)} has been in step 4's data loading for ")
-        assert f" s; rank 0 waits in {CALL}: if that is right, raise watch.stall_seconds" in first
+        assert f" s; rank 0 is waiting in {CALL}: if this is expected, raise watch.stall_seconds" in first
         assert [ends(worker) for worker in workers] == [(0, "")] * 2
 
 
@@ -226,20 +226,20 @@ def test_rank_that_others_wait_for_is_only_warned_about_if_asked_for(tmp_path):
         (WAITING, ENDED),
     ],
 )
-def test_loss_is_told_with_what_the_rank_did(tmp_path, body, how):
+def test_loss_is_reported_with_the_activity_of_the_rank(tmp_path, body, how):
     with ExitStack() as stack:
         workers = start(stack, tmp_path, watched("silence=1.5", WAITING), watched("silence=1.5", body))
         wait_for(tmp_path / "stuck-0")
         if how == ENDED:
             wait_for(tmp_path / "stuck-1")
-            time.sleep(0.5)  # what it does was told
+            time.sleep(0.5)  # until its activity has been reported
             workers[1].kill()
         code, errors = ends(workers[0])
         doing = f"step 4's optimizer step, waiting in {CALL.partition(' of ')[0]}"
         doing = "step 4's data loading" if "loading" in body else doing
         assert (code, errors) == (
             13,
-            f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 waits in {CALL}\n",
+            f"error: {name(workers, 1)} {how}; it was in {doing}; rank 0 is waiting in {CALL}\n",
         )
 
 
@@ -248,8 +248,8 @@ ENDS = "activity.begin_step(4, 'data loading')\n    activity.start_call('AllRedu
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("end", ["", "\n    sys.exit(0)", "\n    sys.exit()"])
-def test_a_rank_that_has_ended_is_named_by_those_that_wait_for_it(tmp_path, victim, end):
-    """Stuck ones within some beats; those whose engine tells them of it by an error at once."""
+def test_waiting_ranks_name_a_rank_that_has_finished(tmp_path, victim, end):
+    """Stuck ranks report it within a few beats; ranks whose engine raises an error, at once."""
     fails = WAITING.replace("stuck()", "time.sleep(1)\n    raise RuntimeError('connection closed by peer')")
     bodies = [watched("silence=3", body) for body in (WAITING, WAITING, fails)]
     if victim == 2:
@@ -263,9 +263,9 @@ def test_a_rank_that_has_ended_is_named_by_those_that_wait_for_it(tmp_path, vict
         assert code != 0
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, errors
-        assert lines[0].startswith(f"error: {name(workers, victim)} has ended; ")
+        assert lines[0].startswith(f"error: {name(workers, victim)} has finished; ")
         assert lines[0].endswith(
-            f"in {CALL}: give all ranks equally many steps, or let them finish uneven data with optimizer.join()"
+            f"in {CALL}: give all ranks the same number of steps, or use optimizer.join() for uneven data"
         )
 
 
@@ -283,12 +283,12 @@ def run_ranks(tmp_path, target, world_size=2, local_size=None):
     return results
 
 
-def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
-    """Callers that know the port, but not the token, neither get in nor keep the others out."""
+def test_unauthenticated_connections_are_dropped_and_ranks_accepted(tmp_path, monkeypatch):
+    """Clients that know the port but not the token are rejected, and do not keep ranks from connecting."""
     strangers = []
-    listen = star._listen
+    listen = connections._listen
 
-    def listen_and_be_called(group):
+    def listen_and_connect_strangers(group):
         listener = listen(group)
         for words in (b'{"rank": 1, "token": "guess"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9000, b"[1]\n", b""):
             stranger = socket.create_connection(listener.getsockname(), timeout=20)
@@ -296,8 +296,8 @@ def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
             strangers.append(stranger)
         return listener
 
-    monkeypatch.setattr(star, "_listen", listen_and_be_called)
-    (to_others, no_error), (to_first, _) = run_ranks(tmp_path, star.connect)
+    monkeypatch.setattr(connections, "_listen", listen_and_connect_strangers)
+    (to_others, no_error), (to_first, _) = run_ranks(tmp_path, connections.connect_star)
     assert (list(to_others), list(to_first), no_error) == ([1], [0], None)
     to_first[0].send({"kind": "alive"})
     deadline = time.monotonic() + 20
@@ -311,13 +311,13 @@ def test_strangers_are_dropped_and_the_ranks_admitted(tmp_path, monkeypatch):
         connection.close()
 
 
-def test_network_that_stops_the_star_is_warned_about_on_all_ranks(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(star, "_ADMIT_SECONDS", 0.5)
+def test_failure_to_connect_sets_a_warning_on_all_ranks(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(connections, "_ACCEPT_SECONDS", 0.5)
 
     def refuse(*_):
         raise ConnectionRefusedError(111, "Connection refused")
 
-    monkeypatch.setattr(star, "_join", refuse)
+    monkeypatch.setattr(connections, "_connect_to_rank_0", refuse)
     guards = run_ranks(tmp_path, Guard)
     assert guards[0].warning == guards[1].warning
     assert "rank 1" in guards[0].warning
@@ -327,10 +327,10 @@ def test_network_that_stops_the_star_is_warned_about_on_all_ranks(tmp_path, monk
     guards[0].close()
 
 
-def test_address_of_the_interface_asked_for_comes_first(monkeypatch):
+def test_address_of_the_configured_interface_comes_first(monkeypatch):
     several_hosts = DirectoryGroup(Path(), 0, 4, local_size=2)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert star.addresses(several_hosts)[0] == "127.0.0.1"
+    assert connections.candidate_addresses(several_hosts)[0] == "127.0.0.1"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    assert star.addresses(several_hosts)[-1] == "127.0.0.1"  # another host could not call it
-    assert star.addresses(DirectoryGroup(Path(), 0, 4)) == ["127.0.0.1"]
+    assert connections.candidate_addresses(several_hosts)[-1] == "127.0.0.1"  # other hosts cannot reach it
+    assert connections.candidate_addresses(DirectoryGroup(Path(), 0, 4)) == ["127.0.0.1"]

@@ -111,17 +111,17 @@ def test_short_cuts_and_stops_are_ridden_out_a_straggler_is_named_and_a_long_cut
         job.goes_on("after a stop of 3 s")
 
         job.wait_for(lambda: "is slow" in job.errors(0), "no word of the slow rank")
-        assert re.search(rf"warning: {job.name(1)} is slow: without waiting, a step takes it 0\.\d+ s, ", job.errors(0))
+        assert re.search(rf"warning: {job.name(1)} is slow: excluding waits, its steps take 0\.\d+ s, ", job.errors(0))
         assert "error" not in job.errors(0)
 
         network.cut("w2")
         results = job.ends()
-        lost = "was lost: no sign of life for 12 s; it was in step "
+        lost = "was lost: no heartbeat for 12 s; it was in step "
         assert [code for code, _ in results] == [13, 13, 13]
         for rank in (0, 1):
             line = next(line for line in job.errors(rank).splitlines() if line.startswith("error"))
             assert re.match(f"error: {job.name(2)} {lost}", line), line
-            assert re.search(r"rank 0 waits in (all_reduce|all_gather) \d+ \((bucket \d: topk|.*)\) of step ", line), (
-                line
-            )
+            assert re.search(
+                r"rank 0 is waiting in (all_reduce|all_gather) \d+ \((bucket \d: topk|.*)\) of step ", line
+            ), line
         assert re.search(f"error: {job.name(0)} {lost}", job.errors(2))

@@ -1,4 +1,4 @@
-"""A communicator of sorts without an engine: JSON values pass through files of one directory."""
+"""A minimal communicator without an engine. It exchanges JSON values through files in a directory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How ranks notice that another rank is dead, stuck or slow, whichever engine carries the tensors.
+"""Detection of dead, stuck and slow ranks, independent of the engine.
 
 Each rank records its activity, the guard exchanges these records over small TCP connections, and the
-watchdog judges them.
+watchdog evaluates them.
 """

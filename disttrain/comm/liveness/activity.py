@@ -1,4 +1,4 @@
-"""What this rank is doing, for its guard to tell the others: attribute writes, no lock, no system call."""
+"""What this rank is doing, for its guard to report. Recording takes attribute writes: no lock, no system call."""
 
 from __future__ import annotations
 
@@ -14,112 +14,115 @@ class Call(NamedTuple):
     """A collective that this rank has started.
 
     Attributes:
-        number: among all of this rank's, from 1. It means one for all ranks that run the same program.
-        place: its number within the step.
+        number: its number among all collectives of this rank, from 1. The same on all ranks that run the same program.
+        number_in_step: its number within the step, from 1.
         kind: the class of the collective.
-        account: what it is for, or None; made into text only where somebody asks.
+        account: its purpose, or None; converted to text only for a report.
     """
 
     number: int
-    place: int
+    number_in_step: int
     kind: str
     account: object
 
     def __str__(self) -> str:
-        what = "" if self.account is None else f" ({self.account})"
-        return f"{_NAMES.get(self.kind, self.kind)} {self.place}{what}"[:_MAX_TEXT]
+        account = "" if self.account is None else f" ({self.account})"
+        return f"{_NAMES.get(self.kind, self.kind)} {self.number_in_step}{account}"[:_MAX_TEXT]
 
 
 class Report(NamedTuple):
-    """What a rank tells of itself; what JSON can hold.
+    """A snapshot of a rank's activity, in types that JSON can represent.
 
     Attributes:
-        step: of the training, from 1; 0 before it.
+        step: training step, from 1; 0 before the first.
         phase: "data loading", "evaluation"; "" if unknown.
-        seconds: for how long it has waited, or been in this phase if it does not wait.
-        started: how many collectives it has started.
-        waits: the number of the one that it waits for; 0 if it does not.
-        call: that one, or else the last one started.
-        compute_seconds: what a step takes it, lately, without waiting for others; 0 if unknown.
+        seconds: how long the rank has been waiting or, if it is not waiting, how long it has been in this phase.
+        num_started: number of collectives started.
+        waiting_for: number of the collective that the rank is waiting for; 0 if it is not waiting.
+        call: the collective that the rank is waiting for, else the last one that it started; "" if none.
+        compute_seconds: recent average time of a step, excluding waits for other ranks; 0 if unknown.
     """
 
     step: int = 0
     phase: str = ""
     seconds: float = 0.0
-    started: int = 0
-    waits: int = 0
+    num_started: int = 0
+    waiting_for: int = 0
     call: str = ""
     compute_seconds: float = 0.0
 
     @property
-    def where(self) -> str:
-        """``step 3's data loading``; "" if it has done nothing yet."""
+    def location(self) -> str:
+        """Step and phase, such as ``step 3's data loading``; "" if the rank has done nothing yet."""
         if self.step == 0:
-            return self.phase or ("set-up" if self.started else "")
+            return self.phase or ("setup" if self.num_started else "")
         return f"step {self.step}'s {self.phase}" if self.phase else f"step {self.step}"
 
     @property
-    def doing(self) -> str:
-        """The same, with the collective: ``step 3's backward pass, waiting in all_reduce 2 (bucket 1: topk)``."""
-        return f"{self.where}, waiting in {self.call}" if self.waits else self.where
+    def activity(self) -> str:
+        """The location and any wait: ``step 3's backward pass, waiting in all_reduce 2 (bucket 1: topk)``."""
+        return f"{self.location}, waiting in {self.call}" if self.waiting_for else self.location
 
 
 class Activity:
-    """Written by a rank's main thread as it goes along, read by its guard's at any time.
+    """Current step, phase and collective of a rank. Its main thread writes them; its guard reads them at any time.
 
-    ``begin_step`` and ``enter`` are for whoever writes the training loop; without them the optimizer counts steps.
+    A training loop may call ``begin_step`` and ``enter``. If it does not, the optimizer counts the steps.
     """
 
     def __init__(self) -> None:
-        self._step, self._phase, self._since = 0, "", time.monotonic()
-        self._last: Call | None = None
-        self._waits: tuple[Call, float] | None = None
+        self._step, self._phase, self._phase_start = 0, "", time.monotonic()
+        self._last_call: Call | None = None
+        self._wait: tuple[Call, float] | None = None
         self._num_before_step = 0
-        self._began = self._waited = self._compute_seconds = 0.0
+        self._step_start = self._wait_seconds = self._compute_seconds = 0.0
 
     def begin_step(self, step: int, phase: str = "") -> None:
-        """Step ``step``, from 1, begins here, with ``phase``."""
-        self._num_before_step = self._last.number if self._last else 0
+        """Begin step ``step``, counted from 1, in phase ``phase``."""
+        self._num_before_step = self._last_call.number if self._last_call else 0
         self._step = step
         self.enter(phase)
-        self._began, self._waited = self._since, 0.0
+        self._step_start, self._wait_seconds = self._phase_start, 0.0
 
     def end_step(self) -> None:
-        """The step ends here and the next one begins, unless ``begin_step`` is called later."""
-        if self._began:
-            seconds = time.monotonic() - self._began - self._waited
-            before = self._compute_seconds or seconds
-            self._compute_seconds = before + (seconds - before) / _RECENT_STEPS
+        """End the step. The next one begins now, or at a later call of ``begin_step``."""
+        if self._step_start:
+            seconds = time.monotonic() - self._step_start - self._wait_seconds
+            average = self._compute_seconds or seconds
+            self._compute_seconds = average + (seconds - average) / _RECENT_STEPS
         self.begin_step(self._step + 1)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """From here on this rank is in ``phase``: "data loading", "evaluation"; of ``step``, if that is another."""
+        """Enter a phase, such as "data loading" or "evaluation"; of step ``step``, if it is not the current one."""
         self._step = self._step if step is None else step
-        self._phase, self._since = phase, time.monotonic()
+        self._phase, self._phase_start = phase, time.monotonic()
 
     def start_call(self, kind: str, account: object) -> Call:
-        number = self._last.number + 1 if self._last else 1
-        self._last = Call(number, number - self._num_before_step, kind, account)
-        return self._last
+        number = self._last_call.number + 1 if self._last_call else 1
+        self._last_call = Call(number, number - self._num_before_step, kind, account)
+        return self._last_call
 
     def begin_wait(self, call: Call) -> None:
-        self._waits = (call, time.monotonic())
+        self._wait = (call, time.monotonic())
 
     def end_wait(self) -> None:
-        if self._waits is not None:
-            self._waited += time.monotonic() - self._waits[1]
-            self._waits = None
+        if self._wait is not None:
+            self._wait_seconds += time.monotonic() - self._wait[1]
+            self._wait = None
 
     def report(self) -> Report:
-        """This very moment. Another thread may ask: what does not fit together then is put right by the next one."""
-        last, waits = self._last, self._waits
-        call, since = waits or (last, self._since)
+        """Return the current activity.
+
+        Another thread may call this. Its fields may then be inconsistent; the next report corrects them.
+        """
+        last_call, wait = self._last_call, self._wait
+        call, start = wait or (last_call, self._phase_start)
         return Report(
             self._step,
             self._phase,
-            time.monotonic() - since,
-            last.number if last else 0,
-            waits[0].number if waits else 0,
+            time.monotonic() - start,
+            last_call.number if last_call else 0,
+            wait[0].number if wait else 0,
             "" if call is None else str(call),
             self._compute_seconds,
         )

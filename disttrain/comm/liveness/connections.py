@@ -1,7 +1,7 @@
-"""A star of small TCP connections between rank 0 and every other rank, beside whatever engine carries the tensors.
+"""A star of TCP connections between rank 0 and every other rank, independent of the engine that carries the tensors.
 
-Messages are JSON objects, one a line and short. Rank 0 listens on one address, only while the star is set up, and takes
-only those who know the token that went over the communicator.
+Messages are short JSON objects, one per line. Rank 0 listens on one address, only while the star is set up, and accepts
+only connections that present the token it has sent over the communicator.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import psutil
 
 from disttrain.comm.launch.environment import detect
 
-MAX_LINE = 4096
+MAX_LINE_BYTES = 4096
 _CONNECT_SECONDS = 10.0
-_ADMIT_SECONDS = 15.0
-_MAX_STRANGERS = 64
+_ACCEPT_SECONDS = 15.0
+_MAX_UNKNOWN_PEERS = 64
 
 Message = dict[str, Any]
 
 
-class Group(Protocol):
-    """What a star needs of a communicator."""
+class ObjectCommunicator(Protocol):
+    """The part of a communicator that is needed to set up the star."""
 
     rank: int
     world_size: int
@@ -41,11 +41,11 @@ class Group(Protocol):
 
 
 class BrokenConnectionError(Exception):
-    """The other end closed, broke, or does not speak the protocol."""
+    """The peer closed the connection, the connection broke, or the peer sent an invalid message."""
 
 
 class Connection:
-    """One end of a connection. Sending never blocks: a peer that reads nothing is noticed by its silence."""
+    """One end of a connection. Sending never blocks: a peer that does not read is detected by its silence."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -58,21 +58,22 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Send, or do nothing if the peer is gone or its buffer is full: receiving tells of both."""
-        # Not in ASCII, where one character may take twelve bytes; what UTF-8 cannot hold becomes an escape of JSON's.
+        """Send a message. Drop it if the peer is gone or its buffer is full; ``receive`` and silence reveal both."""
+        # UTF-8: in ASCII, JSON takes up to twelve bytes per character. backslashreplace turns lone surrogates into JSON
+        # escapes.
         line = json.dumps(message, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        assert len(line) <= MAX_LINE, "messages are short"
+        assert len(line) <= MAX_LINE_BYTES, "message too long"
         with contextlib.suppress(OSError):
             self._socket.send(line)
 
     def receive(self) -> list[Message]:
-        """The messages that have arrived (call it when the socket is readable).
+        """Return the messages that have arrived. Call this when the socket is readable.
 
         Raises:
-            BrokenConnectionError: the peer is gone, or sent what is no message.
+            BrokenConnectionError: the peer is gone, or sent an invalid message.
         """
         try:
-            chunk = self._socket.recv(MAX_LINE)
+            chunk = self._socket.recv(MAX_LINE_BYTES)
         except BlockingIOError:
             return []
         except OSError as error:
@@ -80,18 +81,18 @@ class Connection:
         if not chunk:
             raise BrokenConnectionError("closed")
         *lines, self._received = (self._received + chunk).split(b"\n")
-        if len(self._received) > MAX_LINE:
-            raise BrokenConnectionError("a line too long")
+        if len(self._received) > MAX_LINE_BYTES:
+            raise BrokenConnectionError("line too long")
         try:
             messages = [json.loads(line) for line in lines]
         except ValueError:
             raise BrokenConnectionError("not JSON") from None
         if not all(isinstance(message, dict) for message in messages):
-            raise BrokenConnectionError("not an object")
+            raise BrokenConnectionError("not a JSON object")
         return messages
 
-    def finish(self) -> None:
-        """Send no more; what was sent still arrives."""
+    def finish_sending(self) -> None:
+        """Stop sending. Messages already sent still arrive."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -99,67 +100,68 @@ class Connection:
         self._socket.close()
 
 
-def connect(group: Group) -> tuple[dict[int, Connection], str | None]:
-    """Set the star up; all ranks call it together.
+def connect_star(comm: ObjectCommunicator) -> tuple[dict[int, Connection], str | None]:
+    """Set up the star. All ranks call this together.
 
-    Returns the connections by rank (rank 0: to all others; the others: to rank 0), and None; or, alike on all ranks, no
-    connection and the reason: a network that lets the engine through may still stop this.
+    Returns the connections by rank (on rank 0 to all other ranks, elsewhere to rank 0) and None. If any rank fails to
+    connect, returns no connections and the reason, the same on all ranks: a firewall may block these connections while
+    it lets the engine's pass.
     """
     listener: socket.socket | None = None
-    offer: list[Any] | None = None
+    endpoint: list[Any] | None = None
     error = None
-    if group.rank == 0:
+    if comm.rank == 0:
         try:
-            listener = _listen(group)
-            offer = [*listener.getsockname()[:2], secrets.token_hex(16)]
+            listener = _listen(comm)
+            endpoint = [*listener.getsockname()[:2], secrets.token_hex(16)]
         except OSError as failure:
-            error = f"rank 0 on {socket.gethostname()} can listen on none of its addresses ({failure})"
-    offer = group.broadcast_object(offer)
+            error = f"rank 0 on {socket.gethostname()} cannot listen on any of its addresses ({failure})"
+    endpoint = comm.broadcast_object(endpoint)
     connections: dict[int, Connection] = {}
-    if offer is not None:
-        address, port, token = offer
+    if endpoint is not None:
+        address, port, token = endpoint
         if listener is not None:
-            connections, error = _admit(listener, token, group.world_size), None
+            connections, error = _accept_ranks(listener, token, comm.world_size), None
         else:
             try:
-                connections = {0: _join(address, port, token, group.rank)}
+                connections = {0: _connect_to_rank_0(address, port, token, comm.rank)}
             except OSError as failure:
                 reason = failure.strerror or failure
-                error = f"rank {group.rank} on {socket.gethostname()} cannot reach {address} port {port} ({reason})"
+                error = f"rank {comm.rank} on {socket.gethostname()} cannot reach {address} port {port} ({reason})"
     if listener is not None:
         listener.close()
-    expected = group.world_size - 1 if group.rank == 0 else 1
+    expected = comm.world_size - 1 if comm.rank == 0 else 1
     if error is None and len(connections) < expected:
-        missing = sorted(set(range(1, group.world_size)) - set(connections))
-        error = f"rank 0 on {socket.gethostname()} was not called by ranks {missing}"
-    errors = [text for text in group.all_gather_object(error) if text is not None]
+        missing = sorted(set(range(1, comm.world_size)) - set(connections))
+        error = f"rank 0 on {socket.gethostname()} received no connection from ranks {missing}"
+    errors = [text for text in comm.all_gather_object(error) if text is not None]
     if not errors:
         return connections, None
     for connection in connections.values():
         connection.close()
-    return {}, str(errors[-1])  # a rank that cannot reach rank 0 knows more than rank 0, which comes first
+    return {}, str(errors[-1])  # rank 0's error comes first and is the least specific
 
 
-def addresses(group: Group) -> list[str]:
-    """Rank 0's addresses at which the others may reach it, the likeliest first."""
-    if group.local_size == group.world_size:
+def candidate_addresses(comm: ObjectCommunicator) -> list[str]:
+    """Return the addresses at which other ranks may reach this host, the most likely first."""
+    if comm.local_size == comm.world_size:
         return ["127.0.0.1"]
     interfaces = {
         name: [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
         for name, entries in psutil.net_if_addrs().items()
     }
-    chosen: list[str] = []
+    preferred: list[str] = []
     for variable in ("GLOO_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"):
-        chosen += interfaces.get(os.environ.get(variable, "").split(",")[0], [])
+        preferred += interfaces.get(os.environ.get(variable, "").split(",")[0], [])
     found: list[str] = []
     for name in (detect().master_addr, socket.gethostname()):
         with contextlib.suppress(OSError):
             found += [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM) if name]
     for entries in interfaces.values():
         found += entries
-    # A host's own name often means its loopback there, where no other host can call; so do link-local ones.
+    # A host's name often resolves to its own loopback. Other hosts can reach neither that nor link-local addresses.
     usable = [address for address in found if not _is_local(address)]
-    return list(dict.fromkeys([*chosen, *usable, "127.0.0.1"]))
+    return list(dict.fromkeys([*preferred, *usable, "127.0.0.1"]))
 
 
 def _is_local(address: str) -> bool:
@@ -167,75 +169,75 @@ def _is_local(address: str) -> bool:
     return parsed.is_loopback or parsed.is_link_local
 
 
-def _listen(group: Group) -> socket.socket:
+def _listen(comm: ObjectCommunicator) -> socket.socket:
     failure: OSError | None = None
-    for address in addresses(group):
+    for address in candidate_addresses(comm):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             return socket.create_server(
-                (address, 0), family=family, backlog=min(group.world_size + _MAX_STRANGERS, 4096)
+                (address, 0), family=family, backlog=min(comm.world_size + _MAX_UNKNOWN_PEERS, 4096)
             )
-        except OSError as error:  # MASTER_ADDR may be a forwarder's address, that this host does not have
+        except OSError as error:  # MASTER_ADDR may be that of a forwarder, not of this host
             failure = error
     assert failure is not None
     raise failure
 
 
-def _join(address: str, port: int, token: str, rank: int) -> Connection:
+def _connect_to_rank_0(address: str, port: int, token: str, rank: int) -> Connection:
     connection = Connection(socket.create_connection((address, port), timeout=_CONNECT_SECONDS))
     connection.send({"rank": rank, "token": token})
     return connection
 
 
-def _admit(listener: socket.socket, token: str, world_size: int) -> dict[int, Connection]:
-    """Take calls until every rank has introduced itself; whoever does not know the token is dropped."""
-    admitted: dict[int, Connection] = {}
-    deadline = time.monotonic() + _ADMIT_SECONDS
+def _accept_ranks(listener: socket.socket, token: str, world_size: int) -> dict[int, Connection]:
+    """Accept connections until every other rank has authenticated or time is up. Close all that fail to."""
+    accepted: dict[int, Connection] = {}
+    deadline = time.monotonic() + _ACCEPT_SECONDS
     listener.setblocking(False)
-    strangers: set[Connection] = set()
+    pending: set[Connection] = set()  # not authenticated yet
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
-        while len(admitted) < world_size - 1 and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
+        while len(accepted) < world_size - 1 and (remaining := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(remaining):
                 if key.fileobj is listener:
                     with contextlib.suppress(OSError):
-                        stranger = Connection(listener.accept()[0])
-                        strangers.add(stranger)
-                        selector.register(stranger, selectors.EVENT_READ)
-                    if len(strangers) > _MAX_STRANGERS + world_size:
-                        return admitted
+                        connection = Connection(listener.accept()[0])
+                        pending.add(connection)
+                        selector.register(connection, selectors.EVENT_READ)
+                    if len(pending) > _MAX_UNKNOWN_PEERS + world_size:
+                        return accepted
                     continue
-                caller = key.fileobj
-                assert isinstance(caller, Connection)
+                peer = key.fileobj
+                assert isinstance(peer, Connection)
                 try:
-                    rank = _introduction(caller, token, world_size)
-                    if rank in admitted:
-                        raise BrokenConnectionError("introduced twice")
+                    rank = _authenticate(peer, token, world_size)
+                    if rank in accepted:
+                        raise BrokenConnectionError("rank already connected")
                 except BrokenConnectionError:
-                    selector.unregister(caller)
-                    strangers.discard(caller)
-                    caller.close()
+                    selector.unregister(peer)
+                    pending.discard(peer)
+                    peer.close()
                     continue
                 if rank is not None:
-                    selector.unregister(caller)
-                    strangers.discard(caller)
-                    admitted[rank] = caller
-    for stranger in strangers:
-        stranger.close()
-    return admitted
+                    selector.unregister(peer)
+                    pending.discard(peer)
+                    accepted[rank] = peer
+    for connection in pending:
+        connection.close()
+    return accepted
 
 
-def _introduction(caller: Connection, token: str, world_size: int) -> int | None:
-    """The caller's rank, or None if its line is not complete yet.
+def _authenticate(peer: Connection, token: str, world_size: int) -> int | None:
+    """Return the peer's rank, or None if its first message is not complete yet.
 
     Raises:
-        BrokenConnectionError: it is none of ours.
+        BrokenConnectionError: the peer is not a rank of this run.
     """
-    messages = caller.receive()
+    messages = peer.receive()
     if not messages:
         return None
-    rank, offered = messages[0].get("rank"), messages[0].get("token")
-    if not isinstance(offered, str) or not hmac.compare_digest(offered.encode(), token.encode()):
+    rank, presented = messages[0].get("rank"), messages[0].get("token")
+    if not isinstance(presented, str) or not hmac.compare_digest(presented.encode(), token.encode()):
         raise BrokenConnectionError("wrong token")
     if not isinstance(rank, int) or not 0 < rank < world_size:
         raise BrokenConnectionError("no such rank")

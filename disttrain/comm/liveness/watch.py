@@ -1,4 +1,4 @@
-"""How the ranks watch each other: a config section, ``watch``."""
+"""How the ranks watch each other: the config section ``watch``."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from disttrain.validation import Section
 
 
 class Watch(Section):
-    """After how long a rank that is silent, late or slow is named, and what is done."""
+    """When a silent, late or slow rank is reported, and what happens then."""
 
     silence_seconds: float = Field(
-        default=30.0, ge=1, description="a rank is lost that has shown no sign of life for so long"
+        default=30.0, ge=1, description="seconds without a heartbeat after which a rank counts as lost"
     )
     grace_seconds: float = Field(
-        default=10.0, ge=0, description="a survivor ends by itself so long after the news, whatever it is stuck in"
+        default=10.0, ge=0, description="seconds that surviving ranks have to exit by themselves after a loss"
     )
     stall_seconds: float | None = Field(
-        default=1800.0, ge=1, description="how long ranks wait in a collective that another has not come to; null: ever"
+        default=1800.0, ge=1, description="seconds that ranks may wait in a collective for a late rank; null: no limit"
     )
     late_seconds: float | None = Field(
-        default=240.0, ge=1, description="how long ranks wait so until a warning names the other; null: it does not"
+        default=240.0,
+        ge=1,
+        description="seconds of waiting after which a warning names the late rank; null: never",
     )
-    on_stall: Literal["end", "warn"] = Field(default="end", description="end all ranks, or go on with a warning")
+    on_stall: Literal["end", "warn"] = Field(default="end", description="end all ranks, or warn and continue")
     straggler_factor: float | None = Field(
-        default=2.0, gt=1, description="warn of a rank whose steps take so many times the others'; null: do not"
+        default=2.0, gt=1, description="warn if a rank's steps take this many times the others' median; null: never"
     )
 
     @property
     def patience(self) -> float:
-        """Seconds after which all this is certainly over; inf: never. An engine must not give up before."""
+        """Seconds by which the guard has ended any stalled run; inf if never. An engine must not time out earlier."""
         if self.stall_seconds is None or self.on_stall == "warn":
             return math.inf
         return self.stall_seconds + self.silence_seconds + self.grace_seconds

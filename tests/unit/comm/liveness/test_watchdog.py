@@ -1,4 +1,4 @@
-"""What ranks note of themselves, and who is named for what they tell."""
+"""What ranks record of their activity, and which rank the watchdog names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disttrain import DistributedOptimizer, comm
 from disttrain.collectives import AllGather, AllReduce
 from disttrain.comm import Communicator, SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.liveness.activity import Activity, Report
-from disttrain.comm.liveness.watchdog import _BEATS_TO_BE_SURE, _EVEN, _LONGER, _SLOW_BEATS, Watchdog
+from disttrain.comm.liveness.watchdog import _CONFIRMING_BEATS, _SLOW_BEATS, _STALL_ADVICE, _UNEVEN_ADVICE, Watchdog
 
 NAMES = ["rank 0 (a)", "rank 1 (b)", "rank 2 (c)", "rank 3 (d)"]
 
@@ -28,127 +28,133 @@ def loading(started: int, seconds: float = 61.0) -> Report:
     return Report(5, "data loading", seconds, started, 0, "")
 
 
-def judge(reports: list[Report], beats: int = _BEATS_TO_BE_SURE, **options: Any) -> list[str]:
-    dog = Watchdog(NAMES[: len(reports)], **{"stall": 60.0, **options})
+def judge(reports: list[Report], beats: int = _CONFIRMING_BEATS, **options: Any) -> list[str]:
+    watchdog = Watchdog(NAMES[: len(reports)], **{"stall": 60.0, **options})
     found = []
     for _ in range(beats):
         for rank, report in enumerate(reports):
-            dog.hear(rank, json.loads(json.dumps(report)))
-        found.append(dog.stalled())
+            watchdog.update(rank, json.loads(json.dumps(report)))
+        found.append(watchdog.check_stalled())
     return [message for message in found if message is not None]
 
 
 @pytest.mark.parametrize("late", range(4))
-def test_the_rank_that_has_not_come_is_named(late: int) -> None:
+def test_the_rank_that_is_late_is_named(late: int) -> None:
     reports = [waiting(107)] * 4
     reports[late] = loading(106)
     assert judge(reports) == [
-        f"{NAMES[late]} has been in step 5's data loading for 61 s; the others wait in all_reduce 7 (bucket 2: topk) "
-        f"of step 5's optimizer step: {_LONGER}"
+        f"{NAMES[late]} has been in step 5's data loading for 61 s; other ranks are waiting in all_reduce 7 "
+        f"(bucket 2: topk) of step 5's optimizer step: {_STALL_ADVICE}"
     ]
-    assert judge(reports, beats=_BEATS_TO_BE_SURE - 1) == [], "a report may be older than the other"
-    assert len(judge(reports, beats=20)) == 1, "told once"
+    assert judge(reports, beats=_CONFIRMING_BEATS - 1) == [], "one report may be older than the other"
+    assert len(judge(reports, beats=20)) == 1, "reported once"
     assert judge(reports, stall=None) == []
     assert judge(reports, stall=71.0) == []
 
 
-def test_the_one_farthest_behind_is_named_first_and_the_others_counted() -> None:
+def test_the_rank_farthest_behind_is_named_and_the_others_are_counted() -> None:
     reports = [waiting(107), loading(106), waiting(102, 65.0), loading(101)]
     (message,) = judge(reports)
-    assert message.startswith("rank 3 (d) has been in step 5's data loading for 61 s; rank 2 waits in all_reduce 2 ")
+    assert message.startswith(
+        "rank 3 (d) has been in step 5's data loading for 61 s; rank 2 is waiting in all_reduce 2 "
+    )
     reports = [waiting(107), waiting(107), loading(105), loading(101)]
     (message,) = judge(reports)
-    assert message.startswith("rank 3 (d) has been in step 5's data loading for 61 s, and 1 more has not come either; ")
+    assert message.startswith("rank 3 (d) has been in step 5's data loading for 61 s (1 more rank is behind); ")
 
 
-def test_a_collective_that_all_have_started_is_the_networks_fault() -> None:
+def test_a_stall_in_a_collective_that_all_ranks_started_is_blamed_on_the_network() -> None:
     (message,) = judge([waiting(107)] * 3)
     assert message == (
-        "all_reduce 7 (bucket 2: topk) of step 5's optimizer step has not ended for 70 s although all ranks have "
-        "started it: the network or the engine holds it up"
+        "all_reduce 7 (bucket 2: topk) of step 5's optimizer step has not completed in 70 s although all ranks "
+        "have started it: the network or the engine is stuck"
     )
 
 
-def test_progress_is_no_stall() -> None:
-    dog = Watchdog(NAMES[:2], stall=60.0)
+def test_progress_is_not_a_stall() -> None:
+    watchdog = Watchdog(NAMES[:2], stall=60.0)
     for number in range(101, 120):  # each wait is long, but ends
-        dog.hear(0, waiting(number))
-        dog.hear(1, loading(number - 1))
-        assert dog.stalled() is None
+        watchdog.update(0, waiting(number))
+        watchdog.update(1, loading(number - 1))
+        assert watchdog.check_stalled() is None
 
 
-def test_lateness_is_told_before_it_is_a_stall() -> None:
-    dog = Watchdog(NAMES[:2], stall=60.0, late=10.0)
+def test_lateness_is_reported_before_a_stall() -> None:
+    watchdog = Watchdog(NAMES[:2], stall=60.0, late=10.0)
     found = []
     for seconds in range(0, 90, 5):
-        dog.hear(0, waiting(107, seconds))
-        dog.hear(1, loading(106, seconds))
-        found += [(seconds, kind) for kind, message in (("late", dog.late()), ("stalled", dog.stalled())) if message]
-    beats = 5 * (_BEATS_TO_BE_SURE - 1)
+        watchdog.update(0, waiting(107, seconds))
+        watchdog.update(1, loading(106, seconds))
+        messages = {"late": watchdog.check_late(), "stalled": watchdog.check_stalled()}
+        found += [(seconds, kind) for kind, message in messages.items() if message]
+    beats = 5 * (_CONFIRMING_BEATS - 1)
     assert found == [(10 + beats, "late"), (60 + beats, "stalled")]
 
 
-def test_a_rank_that_has_ended_is_named_within_some_beats_if_the_others_wait_for_it() -> None:
-    dog = Watchdog(NAMES[:3], stall=None)
+def test_a_finished_rank_is_named_within_a_few_beats_if_others_wait_for_it() -> None:
+    watchdog = Watchdog(NAMES[:3], stall=None)
     for beat in range(6):
-        dog.hear(0, waiting(107, beat))
-        dog.hear(1, loading(106, beat))
-        dog.hear(2, waiting(107, beat))
-        assert dog.abandoned() is None, "it has not ended"
-    dog.end(1)
-    messages = [dog.abandoned() for _ in range(2 * _BEATS_TO_BE_SURE)]
-    told = f"rank 1 (b) has ended; the others wait in all_reduce 7 (bucket 2: topk) of step 5's optimizer step: {_EVEN}"
-    assert messages == [None] * (_BEATS_TO_BE_SURE - 1) + [told] + [None] * _BEATS_TO_BE_SURE
+        watchdog.update(0, waiting(107, beat))
+        watchdog.update(1, loading(106, beat))
+        watchdog.update(2, waiting(107, beat))
+        assert watchdog.check_finished() is None, "it has not finished"
+    watchdog.mark_finished(1)
+    messages = [watchdog.check_finished() for _ in range(2 * _CONFIRMING_BEATS)]
+    expected = (
+        "rank 1 (b) has finished; other ranks are waiting in all_reduce 7 (bucket 2: topk) of step 5's optimizer step: "
+        f"{_UNEVEN_ADVICE}"
+    )
+    assert messages == [None] * (_CONFIRMING_BEATS - 1) + [expected] + [None] * _CONFIRMING_BEATS
 
 
-def test_a_rank_whose_engine_has_failed_is_told_at_once_who_has_ended() -> None:
-    dog = Watchdog(NAMES[:2])
-    dog.hear(0, waiting(107, 0.0))
-    dog.hear(1, loading(106))
-    dog.trouble(0)
-    assert dog.abandoned() is None, "nobody has ended: it is something else"
-    dog.end(1)
-    assert "rank 1 (b) has ended; rank 0 waits in all_reduce 7" in str(dog.abandoned())
+def test_an_engine_failure_reports_a_finished_rank_at_once() -> None:
+    watchdog = Watchdog(NAMES[:2])
+    watchdog.update(0, waiting(107, 0.0))
+    watchdog.update(1, loading(106))
+    watchdog.mark_raised(0)
+    assert watchdog.check_finished() is None, "no rank has finished: the failure has another cause"
+    watchdog.mark_finished(1)
+    assert "rank 1 (b) has finished; rank 0 is waiting in all_reduce 7" in str(watchdog.check_finished())
 
 
-def test_a_rank_that_has_ended_with_all_its_collectives_started_holds_up_nobody() -> None:
-    dog = Watchdog(NAMES[:2])
-    dog.hear(0, waiting(107))
-    dog.hear(1, loading(107))
-    dog.end(1)
-    dog.trouble(0)
-    assert [dog.abandoned() for _ in range(2 * _BEATS_TO_BE_SURE)] == [None] * 2 * _BEATS_TO_BE_SURE
+def test_a_finished_rank_that_started_all_collectives_is_not_blamed() -> None:
+    watchdog = Watchdog(NAMES[:2])
+    watchdog.update(0, waiting(107))
+    watchdog.update(1, loading(107))
+    watchdog.mark_finished(1)
+    watchdog.mark_raised(0)
+    assert [watchdog.check_finished() for _ in range(2 * _CONFIRMING_BEATS)] == [None] * 2 * _CONFIRMING_BEATS
 
 
-def test_what_is_no_report_changes_nothing() -> None:
-    dog = Watchdog(NAMES)
+def test_invalid_reports_are_ignored() -> None:
+    watchdog = Watchdog(NAMES)
     for strange in (None, [], [1, 2], "a report", {"step": 1}):
-        dog.hear(1, strange)
-    assert dog.doing(1) == ""
-    assert dog.slowest() is None
+        watchdog.update(1, strange)
+    assert watchdog.last_activity(1) == ""
+    assert watchdog.slowest() is None
 
 
 @pytest.mark.parametrize("slow", range(3))
-def test_a_straggler_is_named_after_a_while_once_and_again_when_it_has_been_well(slow: int) -> None:
-    dog = Watchdog(NAMES[:3], slow=2.0)
+def test_a_straggler_is_reported_once_and_again_after_a_recovery(slow: int) -> None:
+    watchdog = Watchdog(NAMES[:3], straggler_factor=2.0)
 
     def beat(seconds: float) -> str | None:
         for rank in range(3):
-            dog.hear(rank, Report(step=9, compute_seconds=seconds if rank == slow else 0.2))
-        return dog.slow()
+            watchdog.update(rank, Report(step=9, compute_seconds=seconds if rank == slow else 0.2))
+        return watchdog.check_slow()
 
     messages = [beat(0.5) for _ in range(3 * _SLOW_BEATS)]
-    assert dog.slowest() == (slow, pytest.approx(2.5))
+    assert watchdog.slowest() == (slow, pytest.approx(2.5))
     assert [index for index, message in enumerate(messages) if message] == [_SLOW_BEATS - 1]
     assert messages[_SLOW_BEATS - 1] == (
-        f"{NAMES[slow]} is slow: without waiting, a step takes it 0.5 s, 2.5 times what it takes the others"
+        f"{NAMES[slow]} is slow: excluding waits, its steps take 0.5 s, 2.5 times the median of the other ranks"
     )
     assert beat(0.3) is None
     assert [bool(beat(0.5)) for _ in range(_SLOW_BEATS)] == [False] * (_SLOW_BEATS - 1) + [True]
 
 
-def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
-    """Also those of groups of ranks, which are started through the same door."""
+def test_ranks_agree_on_the_numbers_of_collectives_and_their_buckets() -> None:
+    """This includes collectives among groups of ranks, which are started by the same method."""
 
     def run(comm: Communicator) -> tuple[list[str], Report]:
         model = nn.Linear(40, 40)
@@ -173,17 +179,17 @@ def test_ranks_number_collectives_alike_and_know_the_buckets() -> None:
 
     results = simulate(4, run, local_size=2)
     for calls, report in results:
-        # One that owns nothing of a bucket fills up with empty ones of another kind.
+        # A rank that owns no part of a bucket starts empty collectives of another kind in its place.
         assert [call.partition(" ")[2] for call in calls] == [call.partition(" ")[2] for call in results[0][0]]
         assert calls[: len(calls) // 2] == calls[len(calls) // 2 :], "numbered within the step"
         assert calls[0] == "all_to_all 1 (bucket 0: dense)", "the bias"
         assert calls[1] == "all_to_all 2 (bucket 1: topk)"
         assert any("agreement" in call for call in calls)
-        assert (report.step, report.waits, report.started) == (3, 0, results[0][1].started)
+        assert (report.step, report.waiting_for, report.num_started) == (3, 0, results[0][1].num_started)
         assert report.compute_seconds > 0
 
 
-def test_waiting_is_no_computing() -> None:
+def test_waiting_does_not_count_as_compute_time() -> None:
     def run(comm: Communicator) -> Report:
         activity = comm.activity
         activity.begin_step(1)
@@ -196,14 +202,14 @@ def test_waiting_is_no_computing() -> None:
     quick, slow = simulate(2, run)
     assert slow.compute_seconds >= 0.05
     assert quick.compute_seconds < slow.compute_seconds / 2
-    dog = Watchdog(NAMES[:2])
-    dog.hear(0, quick)
-    dog.hear(1, slow)
-    assert dog.slowest() is not None
-    assert dog.slowest()[0] == 1  # type: ignore[index]
+    watchdog = Watchdog(NAMES[:2])
+    watchdog.update(0, quick)
+    watchdog.update(1, slow)
+    assert watchdog.slowest() is not None
+    assert watchdog.slowest()[0] == 1  # type: ignore[index]
 
 
-def test_an_error_leaves_word_of_where_it_came() -> None:
+def test_the_activity_shows_where_an_error_occurred() -> None:
     places = {}
 
     def run(comm: Communicator) -> None:
@@ -214,7 +220,7 @@ def test_an_error_leaves_word_of_where_it_came() -> None:
             else:
                 comm.start(AllGather(torch.ones(2), same_size=True)).wait()
         finally:
-            places[comm.rank] = comm.activity.report().doing
+            places[comm.rank] = comm.activity.report().activity
 
     with pytest.raises(RuntimeError, match="disagree"):
         simulate(2, run)
@@ -243,16 +249,16 @@ def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall:
         "grace": 2,
         "stall": None,
         "late": 7,
-        "slow": 3,
-        "ends_stalled": on_stall == "end",
+        "straggler_factor": 3,
+        "end_on_stall": on_stall == "end",
         "activity": communicator.activity,
     }
 
 
-def test_where_a_rank_is_before_it_does_anything_is_nowhere() -> None:
+def test_activity_before_the_first_step() -> None:
     activity = Activity()
-    assert activity.report().doing == ""
+    assert activity.report().activity == ""
     activity.start_call("Broadcast", None)
-    assert activity.report().doing == "set-up"
+    assert activity.report().activity == "setup"
     activity.enter("evaluation", 7)
-    assert activity.report().doing == "step 7's evaluation"
+    assert activity.report().activity == "step 7's evaluation"
