@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from disttrain.errors import UserError
-from disttrain.training import strict_json
 from disttrain.training.checkpoints import folder as checkpoint_folder
 from disttrain.training.checkpoints import manifest as checkpoint_manifest
 from disttrain.training.checkpoints.folder import Best, checkpoints_in, prune, verified
 from disttrain.training.checkpoints.manifest import Manifest
+from disttrain.training.run import strict_json
 from disttrain.validation import validate
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, ReduceOp, Result
+from disttrain.comm.launch.nodes import describe, partitions
 from disttrain.comm.liveness.activity import Activity
-from disttrain.comm.nodes import describe, partitions
 from disttrain.comm.primitives import EngineOp, Primitives
 from disttrain.comm.work import Work
 from disttrain.errors import UserError

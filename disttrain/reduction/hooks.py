@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from disttrain.reduction.bucket import Slot
+from disttrain.reduction.buckets.bucket import Slot
 
 _handles_by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

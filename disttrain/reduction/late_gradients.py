@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from disttrain.reduction.bucket import GradientBucket, Slot
+from disttrain.reduction.buckets.bucket import GradientBucket, Slot
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.meetings.status import Use
 

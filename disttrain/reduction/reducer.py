@@ -22,7 +22,8 @@ import torch
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
-from disttrain.reduction.bucket import CLOSED_STAGES, GradientBucket, NamedParameter, Slot, Stage, all_finite
+from disttrain.reduction.buckets.bucket import CLOSED_STAGES, GradientBucket, NamedParameter, Slot, Stage, all_finite
+from disttrain.reduction.buckets.registry import BucketRegistry
 from disttrain.reduction.exchange import Exchange, finish
 from disttrain.reduction.hooks import Hooks, has_user_hooks
 from disttrain.reduction.late_gradients import LateGradients
@@ -33,7 +34,6 @@ from disttrain.reduction.meetings import user_changes
 from disttrain.reduction.meetings.participant import ArrivalCallback
 from disttrain.reduction.meetings.sequencer import Sequencer
 from disttrain.reduction.meetings.status import MeetingPoint, Status, Use, decode_use
-from disttrain.reduction.registry import BucketRegistry
 from disttrain.reduction.step import Phase, Step, StepResult
 
 _OPEN, _GATHERING = Phase.OPEN, Stage.GATHERING  # looking up a member of an Enum class is slow for a hook

@@ -1,6 +1,6 @@
 """One step of an optimizer, from its first gradient until it is taken or dropped.
 
-Phases of a step, on each rank for itself; ``bucket.py`` has the stages of the buckets within them::
+Phases of a step, on each rank for itself; ``buckets/bucket.py`` has the stages of the buckets within them::
 
              a gradient comes outside no_sync,
              or another rank has one                      the ranks have met, all buckets have arrived

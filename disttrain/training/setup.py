@@ -16,7 +16,7 @@ from disttrain.optim.replicas.synchronization import check_has_values
 from disttrain.tasks import Task
 from disttrain.training.config import Config
 from disttrain.training.data.sampler import ShardedSampler
-from disttrain.training.evaluation import Evaluator
+from disttrain.training.monitoring.evaluation import Evaluator
 from disttrain.training.run.random_state import seed_everything
 
 _BUILDING = threading.Lock()  # simulated ranks are threads, which share the global random generators

@@ -27,8 +27,8 @@ from disttrain.training.checkpoints.folder import StoredCheckpoint
 from disttrain.training.config import Config
 from disttrain.training.data.loading import check_loader_workers, num_samples_of, to_device, train_batches
 from disttrain.training.data.sampler import Share
-from disttrain.training.evaluation import Evaluator
 from disttrain.training.monitoring.early_stopping import EarlyStopper, Stopper
+from disttrain.training.monitoring.evaluation import Evaluator
 from disttrain.training.monitoring.health import Monitor
 from disttrain.training.monitoring.plateau import build_feedback
 from disttrain.training.monitoring.recorder import FileRecorder, Recorder

@@ -12,7 +12,7 @@ import torch
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective, Group, Result
 from disttrain.comm import Communicator, Work, init, simulate
-from disttrain.comm.nodes import NODE_SIZE
+from disttrain.comm.launch.nodes import NODE_SIZE
 
 CHECKS: dict[str, Callable[[Communicator], None]] = {}
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.comm import SingleProcess, simulate
-from disttrain.comm.nodes import NODE_SIZE
+from disttrain.comm.launch.nodes import NODE_SIZE
 from tests.contract.communicator_checks import CHECKS
 from tests.support.workers import LAUNCHERS, run_workers, unavailable
 

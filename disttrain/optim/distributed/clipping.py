@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 
 
 def mean_gradients(buckets: Sequence[GradientBucket]) -> Iterator[torch.Tensor]:

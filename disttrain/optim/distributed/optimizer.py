@@ -24,7 +24,7 @@ from disttrain.optim.distributed.wrapper import OptimizerWrapper
 from disttrain.optim.replicas.sharing import share
 from disttrain.optim.replicas.synchronization import average_buffers
 from disttrain.reduction import Ledger, SquaredNorms
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 from disttrain.reduction.measurements.norms import Every, NormMeter
 from disttrain.reduction.state.state_dict import load_state, state_dict
 from disttrain.reduction.step import StepResult

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from disttrain.comm.base import Communicator
 from disttrain.errors import UserError
 from disttrain.optim.replicas.synchronization import broadcast_tensors
-from disttrain.reduction.bucket import NamedParameter
+from disttrain.reduction.buckets.bucket import NamedParameter
 
 
 def named_parameters(optimizer: Optimizer, model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:

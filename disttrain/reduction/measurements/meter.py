@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Account
 
 STATISTICS = Account("statistics")

@@ -11,7 +11,7 @@ import torch
 from disttrain.collectives import AllGather, AllReduce, Result
 from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.measurements.meter import STATISTICS
 

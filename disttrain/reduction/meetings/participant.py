@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from disttrain.comm.base import Communicator
-from disttrain.reduction.bucket import GradientBucket, Slot
+from disttrain.reduction.buckets.bucket import GradientBucket, Slot
 from disttrain.reduction.measurements.ledger import Ledger
 from disttrain.reduction.meetings.status import Status
 from disttrain.reduction.step import Step, StepResult

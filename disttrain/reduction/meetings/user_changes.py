@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disttrain.reduction.bucket import GradientBucket, Slot
+from disttrain.reduction.buckets.bucket import GradientBucket, Slot
 
 _NUM_FIRST = 64
 

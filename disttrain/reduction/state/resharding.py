@@ -16,7 +16,7 @@ from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
 from disttrain.comm.coalescing import run_coalesced
 from disttrain.errors import UserError
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 from disttrain.reduction.state.state_dict import state_dict
 
 _OF_SERVER, _OF_RANK = "/server_residual", "/residual"

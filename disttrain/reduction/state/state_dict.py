@@ -10,7 +10,7 @@ import torch
 
 from disttrain.comm.base import Communicator
 from disttrain.errors import UserError
-from disttrain.reduction.bucket import GradientBucket
+from disttrain.reduction.buckets.bucket import GradientBucket
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from disttrain.errors import UserError
-from disttrain.training import strict_json
+from disttrain.training.run import strict_json
 
 NAME = "manifest.json"
 _FORMAT = 2

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from disttrain.training import strict_json
+from disttrain.training.run import strict_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 
 from disttrain.comm import Communicator, SingleProcess, simulate
 from disttrain.reduction import SquaredNorms
-from disttrain.reduction.bucket import Stage
+from disttrain.reduction.buckets.bucket import Stage
 from disttrain.reduction.loss_weights import LossWeights
 from disttrain.reduction.step import Phase
 from tests.unit.reduction.test_reducer import MLP, build, gradients, mean_gradient, squares

@@ -9,7 +9,7 @@ import torch
 
 from disttrain.compression import Bucket, Compressor, Policy, hierarchical
 from disttrain.compression.base import Hierarchy
-from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot
+from disttrain.reduction.buckets.bucket import GradientBucket, NamedParameter, Slot
 
 
 def build_buckets(

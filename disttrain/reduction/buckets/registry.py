@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
 from disttrain.compression.base import Hierarchy
-from disttrain.reduction.bucket import GradientBucket, NamedParameter, Slot
-from disttrain.reduction.bucketing import build_buckets
+from disttrain.reduction.buckets.bucket import GradientBucket, NamedParameter, Slot
+from disttrain.reduction.buckets.bucketing import build_buckets
 from disttrain.reduction.exchange import rehearse
 from disttrain.reduction.meetings.status import Use
 

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from disttrain.cli.checkpoint_table import show
 from disttrain.comm import SingleProcess
-from disttrain.training import strict_json
 from disttrain.training.checkpoints import manifest as checkpoint_manifest
 from disttrain.training.checkpoints.manifest import Manifest
+from disttrain.training.run import strict_json
 from tests.support.runs import make_config, train
 from tests.support.tiny_task import Tiny
 
@@ -63,7 +63,7 @@ def test_a_run_without_a_finite_number_is_recorded_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {
-        "task": {"name": "tests.unit.training.test_strict_json:Lost"},
+        "task": {"name": "tests.unit.training.run.test_strict_json:Lost"},
         "schedule": {"name": "reduce_on_plateau", "metric": "loss", "by": "step", "every": 4},
         "checkpoint": {"keep_best": {"metric": "error", "mode": "min"}},
         "early_stopping": {"metric": "error", "mode": "min"},

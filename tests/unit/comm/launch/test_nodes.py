@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disttrain.comm import Communicator, simulate
-from disttrain.comm.nodes import NODE_SIZE, describe, find_nodes, partitions
+from disttrain.comm.launch.nodes import NODE_SIZE, describe, find_nodes, partitions
 from disttrain.errors import UserError
 
 
