@@ -20,11 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from disttrain.collectives import AllGather, AllReduce, Collective
-from disttrain.comm import Communicator, detect, init
+from disttrain.comm import ENGINES, Communicator, detect, init
 from disttrain.comm.launch.environment import Environment
 
-HOROVOD_COMMAND = "launch/install-horovod.sh"
-MPI_COMMAND = "pip install 'disttrain[mpi]'"
 NUMBA_COMMAND = "pip install numba"
 _IMPORT_SECONDS = 120.0
 _SMALL, _LARGE = 1, 4 * 2**20  # float32 elements: 4 B and 16 MiB
@@ -87,7 +85,7 @@ def examine_engines() -> list[Finding]:
     """Return a finding for each engine, after importing its package if it is installed."""
     gloo, nccl = torch.distributed.is_gloo_available(), torch.distributed.is_nccl_available()
     parts = [name for name, there in (("gloo", gloo), ("nccl", nccl)) if there]
-    pending = [_import("horovod", _HOROVOD, HOROVOD_COMMAND), _import("mpi", _MPI, MPI_COMMAND)]
+    pending = [_import(name, code, ENGINES[name].install) for name, code in (("horovod", _HOROVOD), ("mpi", _MPI))]
     return [
         Finding("single", "ready", "", "one process"),
         Finding("torch", "ready" if gloo else "broken", torch.__version__, "built with " + ", ".join(parts)),
@@ -104,8 +102,8 @@ def examine_launchers() -> list[Finding]:
     """Return a finding for each launcher's program on PATH."""
     commands = {
         "torchrun": "comes with torch",
-        "horovodrun": HOROVOD_COMMAND,
-        "mpirun": MPI_COMMAND,
+        "horovodrun": ENGINES["horovod"].install,
+        "mpirun": ENGINES["mpi"].install,
         "srun": "on clusters with Slurm",
     }
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 
 import torch
 
 from disttrain.comm.base import Communicator
+from disttrain.comm.engines import ENGINES
 from disttrain.comm.engines.simulated import SimulatedCommunicator, SimulatedWorld, simulate
 from disttrain.comm.engines.single import SingleProcess
 from disttrain.comm.launch.environment import Environment, detect
@@ -17,12 +17,6 @@ from disttrain.comm.liveness.watch import Watch
 from disttrain.comm.malloc import keep_freed_memory
 from disttrain.comm.work import Work
 from disttrain.errors import UserError
-
-ENGINES = ("single", "torch", "horovod", "mpi")
-_PACKAGES = {
-    "horovod": ("horovod", "launch/install-horovod.sh"),
-    "mpi": ("mpi4py", "pip install 'disttrain[mpi]'"),
-}
 
 __all__ = [
     "ENGINES",
@@ -73,11 +67,11 @@ def init(
     if engine == "auto":
         engine = environment.engine
         # Some clusters start every srun with an MPI plug-in. Without mpi4py, gloo or nccl still works.
-        if not _is_installed(engine) and environment.master_addr is not None:
+        if not ENGINES[engine].is_installed and environment.master_addr is not None:
             engine = "torch"
-    if not _is_installed(engine):
-        package, command = _PACKAGES[engine]
-        raise UserError(f"engine {engine!r} needs the package {package}, which is not installed: run {command}")
+    row = ENGINES[engine]
+    if not row.is_installed:
+        raise UserError(f"engine {engine!r} needs the package {row.package}, which is not installed: run {row.install}")
     if engine == "single" and environment.world_size > 1:
         raise UserError(
             f"{environment.launcher} started {environment.world_size} workers; with engine 'single' each would train a "
@@ -87,7 +81,8 @@ def init(
     if chosen.type == "cpu":
         keep_freed_memory()
     watch = watch or Watch()
-    comm = _join(engine, environment, chosen, timeout, max(timeout, watch.patience) if guard else timeout)
+    patience = max(timeout, watch.patience) if guard else timeout
+    comm = row.load().join(environment, chosen, timeout=timeout, patience=patience)
     atexit.register(comm.close_at_exit)
     if guard and comm.world_size > 1:
         comm.guard = Guard(
@@ -101,28 +96,6 @@ def init(
             late=watch.late_seconds,
         )
     return comm
-
-
-def _join(engine: str, environment: Environment, device: torch.device, timeout: float, patience: float) -> Communicator:
-    match engine:
-        case "torch":
-            from disttrain.comm.engines.torch_distributed import TorchCommunicator
-
-            return TorchCommunicator(environment, device, timeout, patience)
-        case "horovod":
-            from disttrain.comm.engines.horovod import HorovodCommunicator
-
-            return HorovodCommunicator(environment, device)
-        case "mpi":
-            from disttrain.comm.engines.mpi import MPICommunicator
-
-            return MPICommunicator(environment, device)
-        case _:
-            return SingleProcess(device)
-
-
-def _is_installed(engine: str) -> bool:
-    return engine not in _PACKAGES or importlib.util.find_spec(_PACKAGES[engine][0]) is not None
 
 
 def _choose_device(device: str, environment: Environment) -> torch.device:

@@ -23,6 +23,7 @@ from disttrain.errors import UserError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from disttrain.comm.launch.environment import Environment
     from disttrain.comm.liveness.guard import Guard
 
 
@@ -58,6 +59,21 @@ class Communicator(Primitives):
         return Activity()
 
     # An engine overrides these where it can.
+
+    @classmethod
+    def join(cls, environment: Environment, device: torch.device, *, timeout: float, patience: float) -> Communicator:
+        """Join the other workers. By default an engine is constructed from ``environment`` and ``device`` alone.
+
+        Args:
+            environment: what the launcher told this process.
+            device: where this rank's model lives.
+            timeout: seconds to wait for the other workers.
+            patience: seconds after which a collective may time out, for engines that have timeouts.
+
+        Raises:
+            UserError: the other workers cannot be reached, or the engine does not fit the launcher.
+        """
+        return cls(environment, device)  # type: ignore[call-arg]
 
     def _enter_group(self, groups: Sequence[Sequence[int]], own: int) -> None:
         """Restrict this communicator to the ranks ``groups[own]``; ``groups`` is the same on all ranks.

@@ -24,11 +24,11 @@ from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
 from disttrain.reduction.buckets.bucket import CLOSED_STAGES, GradientBucket, NamedParameter, Slot, Stage, all_finite
 from disttrain.reduction.buckets.registry import BucketRegistry
-from disttrain.reduction.exchange import Exchange, finish
+from disttrain.reduction.exchange import Exchange, Executor, finish
 from disttrain.reduction.hooks import Hooks, has_user_hooks
 from disttrain.reduction.late_gradients import LateGradients
 from disttrain.reduction.loss_weights import LossWeights
-from disttrain.reduction.measurements.ledger import Account, Ledger
+from disttrain.reduction.measurements.ledger import Account
 from disttrain.reduction.measurements.meter import Meter
 from disttrain.reduction.meetings import user_changes
 from disttrain.reduction.meetings.participant import ArrivalCallback
@@ -87,7 +87,7 @@ class Reducer:
         self.overlap_step, self.description = overlap_step, description
         self.sequencer = Sequencer.of(comm)
         self.channel = comm.channel()
-        self.ledger = Ledger(self.channel)
+        self.executor = Executor(self.channel)
         self.registry = BucketRegistry(self.channel, policy, bucket_mb)
         self.loss_scale: Callable[[], float] = lambda: 1.0
         self.rescales = False
@@ -179,7 +179,7 @@ class Reducer:
         gradient = bucket.gradient(self.step.scale * (self.step.weights.mean or 1.0))
         for meter in meters:
             meter.before_exchange(bucket, gradient)
-        return Exchange(bucket.launch(gradient), self.ledger, account)
+        return Exchange(bucket.launch(gradient), self.executor, account)
 
     # Arrival: means come back
 
@@ -252,7 +252,7 @@ class Reducer:
         if not step.is_finite:
             self.on_nonfinite(True)
         self.step = Step(step.number + 1)
-        self.ledger.end_step(self.registry.num_elements)
+        self.executor.ledger.end_step(self.registry.num_elements)
 
     def discard_step(self, *, number: int | None = None, is_known: bool = True) -> None:
         """End the step and remove its gradients, because some rank has dropped it.

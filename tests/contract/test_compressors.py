@@ -19,8 +19,7 @@ from disttrain import compression
 from disttrain.collectives import AllGather, AllToAll, sent_bytes
 from disttrain.comm import Communicator, simulate
 from disttrain.errors import UserError
-from disttrain.reduction.exchange import Exchange, finish
-from disttrain.reduction.measurements.ledger import Ledger
+from disttrain.reduction.exchange import Exchange, Executor, finish
 from tests.support.compressing import CASES, SHAPES, Ranks, Shapes, case_id, gradient, make_bucket
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,9 +279,10 @@ def test_payload_is_the_formula_to_the_byte(case: dict[str, Any], wanted: int) -
     def run(comm: Communicator) -> int:
         compressor = compression.build(case)
         bucket = make_bucket(comm.rank, comm.world_size, dtype=torch.float32)
-        ledger = Ledger(comm)
+        executor = Executor(comm)
+        ledger = executor.ledger
         grad = gradient(0, comm.rank, bucket.numel, torch.float32)
-        list(finish([Exchange(compressor.reduce(grad, bucket, compressor.init_state(bucket)), ledger)]))
+        list(finish([Exchange(compressor.reduce(grad, bucket, compressor.init_state(bucket)), executor)]))
         ledger.end_step(bucket.numel)
         assert ledger.total.dense_bytes == 4 * bucket.numel
         factor = 2 / 3 if case["name"] in ("dense", "fp16", "bf16", "randomk", "powersgd") else 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.comm.base import Communicator, EngineOp
+from disttrain.comm.launch.environment import Environment
 from disttrain.comm.work import Work
 
 
@@ -18,6 +19,10 @@ class SingleProcess(Communicator):
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank, self.world_size, self.local_rank, self.local_size = 0, 1, 0, 1
         self.device = torch.device(device)
+
+    @classmethod
+    def join(cls, environment: Environment, device: torch.device, *, timeout: float, patience: float) -> SingleProcess:
+        return cls(device)
 
     def _all_reduce(self, flat: torch.Tensor, op: EngineOp) -> Work[torch.Tensor]:
         return Work.completed(flat)

@@ -50,7 +50,7 @@ class TorchCommunicator(Communicator):
         self.backend = "nccl" if own_gpu and dist.is_nccl_available() else "gloo"
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
-            self._join(environment, timeout)
+            self._join_group(environment, timeout)
         else:
             self.backend = dist.get_backend()
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -60,7 +60,13 @@ class TorchCommunicator(Communicator):
         if self.backend == "gloo" and self.world_size > 1:
             _let_event_loops_wait()
 
-    def _join(self, environment: Environment, timeout: float) -> None:
+    @classmethod
+    def join(
+        cls, environment: Environment, device: torch.device, *, timeout: float, patience: float
+    ) -> TorchCommunicator:
+        return cls(environment, device, timeout, patience)
+
+    def _join_group(self, environment: Environment, timeout: float) -> None:
         host, port = environment.rendezvous()
         if environment.num_hosts == 1:
             # Workers of a single host need not listen on its network.

@@ -121,7 +121,7 @@ class DistributedOptimizer(OptimizerWrapper):
         self.reducer.on_nonfinite = self._kept_buffers.restore
         self._norm_meter: NormMeter | None = None
         if norms_every is not None:
-            self._norm_meter = NormMeter(norms_every, self.reducer.ledger, self.reducer.channel)
+            self._norm_meter = NormMeter(norms_every, self.reducer.executor)
             self.reducer.meters.append(self._norm_meter)
         comm.activity.begin_step(1)
 
@@ -152,7 +152,7 @@ class DistributedOptimizer(OptimizerWrapper):
 
     @property
     def wire(self) -> Ledger:
-        return self.reducer.ledger
+        return self.reducer.executor.ledger
 
     def __repr__(self) -> str:
         return f"DistributedOptimizer({self.inner!r}, world_size={self.comm.world_size})"

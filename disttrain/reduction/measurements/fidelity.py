@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, Result
-from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
 from disttrain.reduction.buckets.bucket import GradientBucket
-from disttrain.reduction.measurements.ledger import Ledger
+from disttrain.reduction.exchange import Executor
 from disttrain.reduction.measurements.meter import STATISTICS
 
 
@@ -37,12 +36,11 @@ class FidelityMeter:
             layer; None: never.
         cosine_every: number of steps between two measurements of cosines, which exchange the gradients once more,
             dense; None: never.
-        ledger: starts and counts the collectives.
-        comm: the ranks.
+        executor: starts and counts the collectives.
     """
 
-    def __init__(self, every: int | None, cosine_every: int | None, ledger: Ledger, comm: Communicator) -> None:
-        self._every, self._cosine_every, self._ledger, self._comm = every, cosine_every, ledger, comm
+    def __init__(self, every: int | None, cosine_every: int | None, executor: Executor) -> None:
+        self._every, self._cosine_every, self._executor, self._comm = every, cosine_every, executor, executor.comm
         self._measures_cosine = False
         self._reset()
 
@@ -60,7 +58,7 @@ class FidelityMeter:
             return
         self._own[bucket] = _squares(bucket.description.split(flat))
         if self._measures_cosine:
-            self._dense[bucket] = self._ledger.start(AllReduce(flat.clone(), "mean"), STATISTICS)
+            self._dense[bucket] = self._executor.start(AllReduce(flat.clone(), "mean"), STATISTICS)
 
     def after_exchange(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
         if bucket not in self._dense:
@@ -85,7 +83,7 @@ class FidelityMeter:
             measured = products.get(bucket, torch.zeros(3, len(squares)))
             columns.append(torch.cat([torch.stack([squares.cpu(), residuals, owners]), measured.cpu().double()]))
         table = torch.cat(columns, 1).to(self._comm.control_device)
-        rows = self._ledger.start(AllGather(table, same_size=True), STATISTICS).wait()
+        rows = self._executor.start(AllGather(table, same_size=True), STATISTICS).wait()
         # In rank order, and the means' products of rank 0: bit-identical on all ranks with any engine.
         total = torch.stack([row[:3].cpu() for row in rows]).sum(0)
         names = [name for bucket in own for name in bucket.description.names]

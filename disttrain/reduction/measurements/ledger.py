@@ -1,8 +1,8 @@
-"""The bytes on the wire, counted in one place: where a collective is started."""
+"""The bytes on the wire, by collective, compressor and parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -19,7 +19,6 @@ from disttrain.collectives import (
     size_bytes,
 )
 from disttrain.comm.base import Communicator
-from disttrain.comm.work import Work
 from disttrain.compression import Bucket
 
 
@@ -28,10 +27,10 @@ class Traffic:
     """Bytes of one rank.
 
     Attributes:
-        sent_bytes: what this rank handed to the engine.
-        received_bytes: what reached it from others, by the cost of the bandwidth-optimal algorithm.
-        dense_bytes: what it would have handed over had the same gradients travelled as dense float32.
-        num_collectives: how many collectives that took.
+        sent_bytes: bytes handed to the engine.
+        received_bytes: bytes received from other ranks by the bandwidth-optimal algorithm.
+        dense_bytes: bytes to hand over for the same gradients as dense float32.
+        num_collectives: number of collectives.
     """
 
     sent_bytes: int = 0
@@ -48,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Account:
-    """Whose bytes they are: a bucket's, by its index, and the compressor's that exchanges it in this step."""
+    """What bytes are sent for: a bucket, by its index, and the compressor that exchanges it in this step."""
 
     compressor: str
     index: int | None = None
@@ -59,7 +58,7 @@ class Account:
 
 
 AGREEMENT = Account("agreement")
-"""What is no gradient: the flags that ranks agree on."""
+"""Messages by which ranks agree, which hold no gradient."""
 
 
 @dataclass(slots=True)
@@ -67,12 +66,12 @@ class Entry:
     """One collective of this rank.
 
     Attributes:
-        account: whose it is.
+        account: what it is for.
         kind: "AllReduce", "AllGather", "AllToAll" or "Broadcast".
-        group: the ranks that it is addressed to.
-        dtype: of what travels; packed payloads are uint8.
-        sent_bytes, received_bytes: as in ``Traffic``. ``size_bytes`` of those sent are sizes, exchanged first.
-        num_messages: messages that this rank sends, by the bandwidth-optimal algorithm.
+        group: the ranks that take part.
+        dtype: of the data sent; packed payloads are uint8.
+        sent_bytes, received_bytes: as in ``Traffic``. ``size_bytes`` of the bytes sent are sizes, exchanged first.
+        num_messages: messages that this rank sends by the bandwidth-optimal algorithm.
     """
 
     account: Account
@@ -87,13 +86,13 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """Starts collectives and keeps account of them.
+    """Counts collectives, by step.
 
     Attributes:
-        entries: of the last step, in the order in which they were started.
-        last_step: their sum.
-        total: that of all steps that have ended.
-        by_compressor: the same by the compressor's name; beside them ``agreement``.
+        entries: the collectives of the last step, in the order in which they were started.
+        last_step: the sum of ``entries``.
+        total: the sum over all steps that have ended.
+        by_compressor: the same by name of the compressor, and ``agreement``.
     """
 
     comm: Communicator
@@ -103,13 +102,14 @@ class Ledger:
     by_compressor: dict[str, Traffic] = field(default_factory=dict)
     _current: list[Entry] = field(default_factory=list)
 
-    def start(
-        self, collective: Collective, account: Account = AGREEMENT, comm: Communicator | None = None
-    ) -> Work[Result]:
-        """Start a collective on ``comm``, by default the ledger's own, and return at once."""
-        comm = comm or self.comm
-        group = comm.group(collective.group)
-        rank, world_size = group.rank, group.world_size
+    def record(
+        self, collective: Collective, account: Account, world_size: int, rank: int
+    ) -> Callable[[Result], Result]:
+        """Count a collective that is about to be started, in a group of ``world_size`` ranks.
+
+        Returns:
+            A function to pass the result through when it arrives. It counts the bytes received.
+        """
         tensor = collective.chunks[0] if isinstance(collective, AllToAll) else collective.tensor
         entry = Entry(
             account,
@@ -127,10 +127,10 @@ class Ledger:
             entry.received_bytes = received_bytes(collective, result, world_size, rank)
             return result
 
-        return comm.start(collective, account=account).then(count_received)
+        return count_received
 
     def end_step(self, num_elements: int) -> None:
-        """Close the account of a step that exchanged gradients of ``num_elements`` elements."""
+        """End a step that exchanged gradients of ``num_elements`` elements."""
         self.entries, self._current = self._current, []
         self.last_step = Traffic(dense_bytes=self._dense_bytes(num_elements))
         seen = set()
@@ -144,7 +144,7 @@ class Ledger:
         self.total.add(self.last_step)
 
     def by_parameter(self) -> dict[str, Traffic]:
-        """The last step's bytes by parameter: those of a bucket shared out by number of elements, exactly."""
+        """Return the bytes of the last step by parameter; those of a bucket are split by number of elements."""
         bytes_an_element = self._dense_bytes(1)
         shares: dict[str, Traffic] = {}
         for entry in self.entries:
@@ -157,7 +157,7 @@ class Ledger:
         return shares
 
     def table(self) -> str:
-        """The last step as text, one collective a line."""
+        """Return the last step as text, one collective per line."""
         rows: list[tuple[str, ...]] = [("", "collective", "group", "dtype", "sent", "received", "sizes", "messages")]
         for entry in self.entries:
             numbers = (entry.sent_bytes, entry.received_bytes, entry.size_bytes, entry.num_messages)
@@ -172,6 +172,6 @@ class Ledger:
 
 
 def _share(total: int, numels: Sequence[int]) -> list[int]:
-    """``total`` in proportion to ``numels``; whole numbers whose sum is ``total``."""
+    """Split ``total`` in proportion to ``numels``, into whole numbers whose sum is ``total``."""
     ends = [total * end // max(1, sum(numels)) for end in accumulate(numels)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from disttrain.collectives import AllGather, AllReduce, Result
-from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
 from disttrain.reduction.buckets.bucket import GradientBucket
-from disttrain.reduction.measurements.ledger import Ledger
+from disttrain.reduction.exchange import Executor
 from disttrain.reduction.measurements.meter import STATISTICS
 
 _COMPRESSED_EVERY = 10
@@ -53,12 +52,11 @@ class NormMeter:
     Args:
         every: number of steps between two measurements; "auto" measures each step that sends all gradients dense, and
             one in ten of the others.
-        ledger: starts and counts the collectives.
-        comm: the ranks.
+        executor: starts and counts the collectives.
     """
 
-    def __init__(self, every: Every, ledger: Ledger, comm: Communicator) -> None:
-        self._every, self._ledger, self._comm = every, ledger, comm
+    def __init__(self, every: Every, executor: Executor) -> None:
+        self._every, self._executor, self._comm = every, executor, executor.comm
         self._first_pass: torch.Tensor | None = None
         self._reset()
 
@@ -87,7 +85,7 @@ class NormMeter:
         """Measure this rank's own gradient. If it is compressed, start averaging it."""
         self._own.append(_square([flat]))
         if self._comm.world_size > 1 and not _is_dense(bucket):
-            self._pending.append(self._ledger.start(AllReduce(flat.clone(), "mean"), STATISTICS))
+            self._pending.append(self._executor.start(AllReduce(flat.clone(), "mean"), STATISTICS))
 
     def after_exchange(self, bucket: GradientBucket, mean: torch.Tensor) -> None:
         """Measure the mean of a dense bucket."""
@@ -111,7 +109,7 @@ class NormMeter:
         if self._comm.world_size == 1:
             return None if first_pass is None else SquaredNorms(first_pass.item(), _sum(own))
         numbers = torch.tensor([_sum(own), _sum(averaged)], dtype=torch.float64, device=self._comm.control_device)
-        rows = self._ledger.start(AllGather(numbers, same_size=True), STATISTICS).wait()
+        rows = self._executor.start(AllGather(numbers, same_size=True), STATISTICS).wait()
         # In rank order, and the mean's norm of rank 0: bit-identical on all ranks with any engine.
         norms = [row.tolist() for row in rows]
         return SquaredNorms(sum(local for local, _ in norms) / len(norms), norms[0][1])

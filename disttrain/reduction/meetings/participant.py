@@ -7,7 +7,7 @@ from typing import Protocol
 
 from disttrain.comm.base import Communicator
 from disttrain.reduction.buckets.bucket import GradientBucket, Slot
-from disttrain.reduction.measurements.ledger import Ledger
+from disttrain.reduction.exchange import Executor
 from disttrain.reduction.meetings.status import Status
 from disttrain.reduction.step import Step, StepResult
 
@@ -21,7 +21,7 @@ class Participant(Protocol):
         description: its name in errors.
         overlap_step: whether it exchanges gradients at the step, in place of at the end of backward.
         channel: the wire of its collectives.
-        ledger: where its collectives are counted.
+        executor: starts and counts its collectives.
         settings: gives the optimizer's settings as text, which must be the same on all ranks at a step.
         vote: what this rank tells the others with the next step.
         agreed_vote: the largest vote of all ranks in the last step.
@@ -32,7 +32,7 @@ class Participant(Protocol):
     description: str
     overlap_step: bool
     channel: Communicator
-    ledger: Ledger
+    executor: Executor
     settings: Callable[[], str]
     vote: int
     agreed_vote: int

@@ -148,8 +148,8 @@ class Sequencer:
         moves = _MOVES.get(point, 0)
         last_active = 0 if point is MeetingPoint.JOIN else self._control.rank + 1
         message = to_tensor(moves, last_active, own)
-        ledger = next(one for one in (participant, *registered) if one is not None).ledger
-        combined = ledger.start(AllReduce(message, "max"), comm=self._control).wait()
+        executor = next(one for one in (participant, *registered) if one is not None).executor
+        combined = executor.start(AllReduce(message, "max"), comm=self._control).wait()
         assert isinstance(combined, torch.Tensor)
         any_moves, any_active, agreed = from_tensor(combined, self._sizes)
         rows = [_Row(one, *both) for one, *both in zip(registered, agreed, own, strict=True) if one is not None]
@@ -224,7 +224,7 @@ class Sequencer:
                 weights = one.step.weights
                 weights.local = weights.local or 0.0
                 own = torch.tensor([weights.local], dtype=torch.float64)
-                weights.mean = float(one.ledger.start(AllReduce(own, "mean"), comm=self._control).wait())  # type: ignore[arg-type]
+                weights.mean = float(one.executor.start(AllReduce(own, "mean"), comm=self._control).wait())  # type: ignore[arg-type]
 
     def _continue(
         self, rows: Sequence[_Row], point: MeetingPoint, participant: Participant | None, *, is_over: bool

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from disttrain import batching, compression, tasks
 from disttrain.batching import AdaScale, BatchPolicy
-from disttrain.comm import Watch
+from disttrain.comm import ENGINES, Watch
 from disttrain.compression.policy import Policy
 from disttrain.errors import UserError
 from disttrain.optim.averaging import Average
@@ -27,6 +27,8 @@ from disttrain.training.precision import LossScaling, Precision, check_precision
 from disttrain.training.run.progress import Progress
 from disttrain.training.start_from import StartFrom
 from disttrain.validation import Registry, Section
+
+_ENGINE_NAMES = ("auto", *ENGINES)
 
 # Sections whose fields depend on their "name".
 NAMED_SECTIONS: dict[str, Registry[Any]] = {
@@ -87,7 +89,7 @@ class Config(Section):
     name: str = Field(default="run", description="the run directory is <output>/<name>")
     output: LocalPath = "runs"
     seed: int = Field(default=0, ge=0, lt=2**63)
-    engine: Literal["auto", "single", "torch", "horovod", "mpi"] = "auto"
+    engine: Literal[_ENGINE_NAMES] = "auto"  # type: ignore[valid-type]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: float = Field(
         default=300.0,

@@ -74,7 +74,7 @@ class Monitor:
 
     def __init__(self, health: Health, optimizer: DistributedOptimizer) -> None:
         self._health, self._optimizer, self._comm = health, optimizer, optimizer.comm
-        self._meter = FidelityMeter(health.every, health.cosine_every, optimizer.wire, optimizer.comm)
+        self._meter = FidelityMeter(health.every, health.cosine_every, optimizer.reducer.executor)
         optimizer.reducer.meters.append(self._meter)
         self.consecutive_skipped = 0
         self._was_skipped = False

@@ -298,7 +298,7 @@ def test_a_mistake_is_one_clear_line(
 def test_a_mistake_that_shows_late_is_one_line_too(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    monkeypatch.setattr("disttrain.comm._is_installed", lambda engine: engine != "mpi")
+    monkeypatch.setattr("disttrain.comm.engines.Engine.is_installed", property(lambda row: row.package != "mpi4py"))
     arguments, message = LATE_MISTAKES[mistake]
     check_one_line(capsys, call("train", config, *arguments), message)
 

@@ -19,8 +19,7 @@ from disttrain.comm import Communicator, simulate
 from disttrain.compression import Bucket, Codec, Compressor, Dense, Program, State, hierarchical
 from disttrain.compression.base import Hierarchy
 from disttrain.errors import UserError
-from disttrain.reduction.exchange import Exchange, finish
-from disttrain.reduction.measurements.ledger import Ledger
+from disttrain.reduction.exchange import Exchange, Executor, finish
 from disttrain.training.checkpoints import contents as checkpoint
 from disttrain.training.checkpoints import folder as checkpoint_folder
 from tests.support import checkpoints
@@ -58,8 +57,8 @@ def make_bucket(comm: Communicator, shapes: tuple[tuple[int, ...], ...] = SHAPES
     )
 
 
-class Recorder(Ledger):
-    """A ledger that remembers what was started."""
+class Recorder(Executor):
+    """An executor that remembers what it started."""
 
     def __init__(self, comm: Communicator) -> None:
         super().__init__(comm)
@@ -82,12 +81,12 @@ def run_steps(case: dict[str, Any], world_size: int, local_size: int, num_steps:
         state = hierarchical.init_state(compressor, bucket)
         means = []
         for step in range(num_steps):
-            ledger = Recorder(comm)
+            recorder = Recorder(comm)
             program = hierarchical.reduce(compressor, gradient(step, comm.rank), bucket, state)
-            ((_, (mean, new_state)),) = finish([Exchange(program, ledger)])
+            ((_, (mean, new_state)),) = finish([Exchange(program, recorder)])
             means.append(mean.clone())
             state.commit(new_state)
-        return means, state, ledger.started
+        return means, state, recorder.started
 
     return simulate(world_size, run, local_size=local_size)
 
@@ -181,7 +180,7 @@ def test_one_rank_a_node_is_the_plain_compressor_and_one_node_is_dense(
         compressor = compression.build(case)
         bucket = Bucket(NAMES, SHAPES, torch.float64, torch.device("cpu"), comm.rank, comm.world_size)
         program = compressor.reduce(gradient(0, comm.rank), bucket, compressor.init_state(bucket))
-        ((_, (mean, _)),) = finish([Exchange(program, Ledger(comm))])
+        ((_, (mean, _)),) = finish([Exchange(program, Executor(comm))])
         return mean
 
     means, _, _ = run_steps(case, world_size, local_size, num_steps=1)[0]
@@ -213,7 +212,7 @@ def run_one_step(compressor: Compressor) -> list[torch.Tensor]:
         bucket = make_bucket(comm, ((3, 5), (4, 6)))
         state = hierarchical.init_state(compressor, bucket)
         grad = torch.full((bucket.numel,), float(comm.rank), dtype=torch.float64)
-        ((_, (mean, _)),) = finish([Exchange(hierarchical.reduce(compressor, grad, bucket, state), Ledger(comm))])
+        ((_, (mean, _)),) = finish([Exchange(hierarchical.reduce(compressor, grad, bucket, state), Executor(comm))])
         return mean.clone()
 
     return simulate(4, run, local_size=2)

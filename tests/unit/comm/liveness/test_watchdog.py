@@ -14,6 +14,7 @@ from torch import nn
 from disttrain import DistributedOptimizer, comm
 from disttrain.collectives import AllGather, AllReduce
 from disttrain.comm import Communicator, SimulatedCommunicator, SimulatedWorld, simulate
+from disttrain.comm.engines.torch_distributed import TorchCommunicator
 from disttrain.comm.liveness.activity import Activity, Report
 from disttrain.comm.liveness.watchdog import _CONFIRMING_BEATS, _SLOW_BEATS, _STALL_ADVICE, _UNEVEN_ADVICE, Watchdog
 
@@ -235,11 +236,11 @@ def test_the_config_reaches_the_guard(monkeypatch: pytest.MonkeyPatch, on_stall:
     given: dict[str, Any] = {}
     patiences = []
 
-    def join(engine: str, environment: Any, device: Any, timeout: float, patience: float) -> Communicator:
+    def join(environment: Any, device: Any, *, timeout: float, patience: float) -> Communicator:
         patiences.append(patience)
         return communicator
 
-    monkeypatch.setattr(comm, "_join", join)
+    monkeypatch.setattr(TorchCommunicator, "join", join)
     monkeypatch.setattr(comm, "Guard", lambda _, **options: given.update(options))
     watch = {"silence_seconds": 5, "grace_seconds": 2, "stall_seconds": None, "late_seconds": 7, "straggler_factor": 3}
     comm.init("torch", "cpu", watch=comm.Watch(on_stall=on_stall, **watch))

@@ -51,7 +51,7 @@ def mean_gradients(world_size: int, number: int) -> list[torch.Tensor]:
 
 def measure(comm: Communicator, compressor: Any, num_steps: int = 3, **options: Any) -> tuple[Any, ...]:
     optimizer = build(comm, compressor, **options)
-    meter = FidelityMeter(1, 1, optimizer.wire, comm)
+    meter = FidelityMeter(1, 1, optimizer.reducer.executor)
     optimizer.reducer.meters.append(meter)
     means = [step(optimizer, number) for number in range(num_steps)]
     return optimizer.reducer.results[meter], means, optimizer
@@ -123,7 +123,7 @@ def test_to_measure_changes_nothing(compressor: dict[str, Any], hierarchical: bo
 def test_a_skipped_step_is_measured_the_next_time() -> None:
     def run(comm: Communicator) -> list[bool]:
         optimizer = build(comm, {"name": "topk", "min_numel": 1})
-        meter = FidelityMeter(None, 2, optimizer.wire, comm)
+        meter = FidelityMeter(None, 2, optimizer.reducer.executor)
         optimizer.reducer.meters.append(meter)
         found = []
         for number in range(4):

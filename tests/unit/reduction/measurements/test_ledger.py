@@ -15,6 +15,7 @@ from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Col
 from disttrain.comm import SimulatedCommunicator, simulate
 from disttrain.comm.work import Work
 from disttrain.reduction import Ledger, Traffic
+from disttrain.reduction.exchange import Executor
 from tests.support.compressing import case_id
 
 with torch.random.fork_rng():
@@ -129,7 +130,8 @@ def test_sizes_that_are_exchanged_first_are_counted() -> None:
 
     def run(comm: SimulatedCommunicator) -> None:
         comm = counting(comm)
-        ledger = Ledger(comm)
+        executor = Executor(comm)
+        ledger = executor.ledger
         rows = torch.ones(comm.rank + 1, 3)
         chunks = [torch.ones(comm.rank + index, dtype=torch.float64) for index in range(3)]
         collectives: list[Collective] = [
@@ -143,7 +145,7 @@ def test_sizes_that_are_exchanged_first_are_counted() -> None:
             Broadcast(torch.ones(4), root=1),
         ]
         for collective in collectives:
-            ledger.start(collective).wait()
+            executor.start(collective).wait()
         ledger.end_step(0)
         assert ledger.last_step.sent_bytes == sum(sent for sent, _ in comm.counted)
         assert ledger.last_step.received_bytes == sum(received for _, received in comm.counted)
