@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ from disttrain.training.checkpoints.folder import StoredCheckpoint
 from disttrain.training.config import Config
 from disttrain.training.data.loading import check_loader_workers, num_samples_of, to_device, train_batches
 from disttrain.training.data.sampler import Share
+from disttrain.training.monitoring.display import Display
 from disttrain.training.monitoring.early_stopping import EarlyStopper, Stopper
 from disttrain.training.monitoring.evaluation import Evaluator
 from disttrain.training.monitoring.health import Monitor
 from disttrain.training.monitoring.plateau import build_feedback
-from disttrain.training.monitoring.recorder import FileRecorder, Recorder
+from disttrain.training.monitoring.recorder import Recorder
+from disttrain.training.monitoring.trackers import JSONLines, TensorBoard, Tracker
 from disttrain.training.precision import autocast
 from disttrain.training.run.directory import RunDirectory, open_run_directory
 from disttrain.training.run.interruption import Interruption
@@ -45,16 +47,23 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One rank's part of a run. All ranks construct it, call ``run``, and ``close`` it.
 
+    Args:
+        config: of the run.
+        comm: the ranks.
+        console: where rank 0 shows progress. Default: the standard output.
+        trackers: where rank 0 sends records, in addition to ``metrics.jsonl`` and TensorBoard.
+
     Raises:
         UserError: the config does not fit the workers, the data or the checkpoint; on all ranks.
     """
 
-    def __init__(self, config: Config, comm: Communicator, console: Console | None = None) -> None:
+    def __init__(
+        self, config: Config, comm: Communicator, console: Console | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.config, self.comm, self.task = config, comm, config.task
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        # The order matters. What may fail on a single rank comes first, in a block without collectives. Sizes must be
-        # the same before anything is derived from them, and everything that has state must exist before the run is
-        # resumed. Only then is it known where the records continue.
+        # The order matters. What may fail on a single rank comes first, in a block without collectives. Sizes are
+        # compared before anything is derived from them. Everything that has state exists before the run is resumed.
         with collective_errors(comm):
             self._set_up_process()
             self._set_up_model_and_data()
@@ -67,7 +76,7 @@ class Trainer:
         self.interruption = Interruption(self.optimizer)
         self._open_directory()
         self._resume()
-        self._open_recorder(console)
+        self._open_recorder(console, trackers)
 
     def _set_up_process(self) -> None:
         config, comm = self.config, self.comm
@@ -157,18 +166,14 @@ class Trainer:
             logger.info("%s", change)
         return is_restored
 
-    def _open_recorder(self, console: Console | None) -> None:
+    def _open_recorder(self, console: Console | None, trackers: Sequence[Tracker]) -> None:
         self.recorder = Recorder()
         if self.comm.rank == 0:
+            directory, step, num_steps = self.directory.path, self.progress.step, self.run_length.num_steps
             # The length is no number of optimizer steps if the batch grows, or had another size before.
-            counts_data = self.run_length.may_take_fewer_steps or self._position != self.progress.step
-            self.recorder = FileRecorder(
-                self.directory.path,
-                self.progress.step,
-                self.run_length.num_steps,
-                console or Console(),
-                position=self._position if counts_data else None,
-            )
+            is_estimate = self.run_length.may_take_fewer_steps or self._position != step
+            display = Display(console or Console(), directory, step, num_steps, self._position if is_estimate else None)
+            self.recorder = Recorder([JSONLines(directory, step), TensorBoard(directory, step), *trackers, display])
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluating and saving as the config says. Return the summary, the same on all ranks.
@@ -242,14 +247,9 @@ class Trainer:
         return mean_loss / (self.optimizer.reducer.unit * self.comm.world_size) if is_weighted else mean_loss
 
     def _backward(self, batch: Any, fraction: float) -> tuple[torch.Tensor, Any, bool]:
-        """Run forward and backward on a batch.
+        """Run forward and backward on a micro-batch that holds ``fraction`` of the step's samples.
 
-        Args:
-            batch: a micro-batch of this rank.
-            fraction: of the step's samples that are in the batch.
-
-        Returns:
-            The loss, its weight, and whether the task has chosen the weight; otherwise it is ``fraction``.
+        Return the loss, its weight, and whether the task chose the weight; otherwise it is ``fraction``.
         """
         with autocast(self.config.precision, self.comm.device):
             loss = self.task.loss(self.model, batch)
@@ -262,7 +262,7 @@ class Trainer:
         return loss.detach(), fraction, False
 
     def _advance(self, share: Share, loss: torch.Tensor, is_skipped: bool) -> None:
-        """Move past a step, and tell everyone who follows the run."""
+        """Move past a step."""
         progress, sampler = self.progress, self.sampler
         part_sizes, epoch = sampler.samples_per_part(share), sampler.epoch
         skipped_samples = sampler.indices(share) if is_skipped else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -92,9 +93,22 @@ class Interruption:
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore the signals in a loader process, as a DataLoader's ``worker_init_fn``.
+    """Ignore the signals in a loader process, as a DataLoader's ``worker_init_fn``, unless the rank itself sends them.
 
-    Launchers signal whole process groups, and the rank still needs its batches.
+    Launchers signal whole process groups, and the rank still needs its batches. When the rank exits, it ends its loader
+    processes by SIGTERM, and waits for them.
     """
-    for number in INTERRUPTING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        for number in INTERRUPTING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        return
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "called in a loader process"
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTING_SIGNALS)
+    threading.Thread(target=_exit_on_signal_from, args=(rank.pid,), daemon=True).start()
+
+
+def _exit_on_signal_from(sender: int | None) -> None:
+    while signal.sigwaitinfo(INTERRUPTING_SIGNALS).si_pid != sender:
+        pass
+    os._exit(0)

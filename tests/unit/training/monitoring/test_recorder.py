@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from disttrain.training.monitoring.recorder import FileRecorder
+from disttrain.training.monitoring.display import Display
+from disttrain.training.monitoring.recorder import Recorder
+from disttrain.training.monitoring.trackers import JSONLines, TensorBoard, Tracker
 
 RECORD = {"epoch": 0.5, "loss": 1.25, "samples_per_second": 321.0}
 SUMMARY: dict[str, Any] = {
@@ -26,7 +28,9 @@ SUMMARY: dict[str, Any] = {
 
 
 def record(directory: Path, console: Console, step: int = 0) -> str:
-    recorder = FileRecorder(directory, step, 4, console)
+    recorder = Recorder(
+        [JSONLines(directory, step), TensorBoard(directory, step), Display(console, directory, step, 4)]
+    )
     for done in range(step + 1, 5):
         recorder.show_position(done)
         recorder.log_training(done, RECORD)
@@ -38,9 +42,10 @@ def record(directory: Path, console: Console, step: int = 0) -> str:
 
 
 def test_a_full_disk_costs_records_but_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recorder = FileRecorder(tmp_path, 0, 4, Console(file=io.StringIO()))
-    recorder._file.close()
-    recorder._file = open("/dev/full", "a")  # noqa: SIM115
+    tracker = JSONLines(tmp_path, 0)
+    tracker._file.close()
+    tracker._file = open("/dev/full", "a")  # noqa: SIM115
+    recorder = Recorder([tracker])
     for step in (1, 2):
         recorder.log_training(step, RECORD)
     recorder.finish(SUMMARY)
@@ -50,7 +55,7 @@ def test_a_full_disk_costs_records_but_not_the_run(tmp_path: Path, caplog: pytes
 
 def test_damaged_records_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n[]\n{"step": null}\n')
-    FileRecorder(tmp_path, 3, 4, Console(file=io.StringIO())).close()
+    JSONLines(tmp_path, 3).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
 
 
@@ -94,3 +99,31 @@ def test_records_beyond_the_checkpoint_are_written_once(tmp_path: Path) -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [entry["step"] for entry in records if entry["kind"] == "train"] == [1, 2, 3, 4]
     assert records[0] == {"kind": "train", "step": 1, **RECORD}
+
+
+def test_a_tracker_that_fails_costs_its_own_records_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Down(Tracker):
+        def log(self, kind: str, step: int, record: Any) -> None:
+            raise ConnectionError("no server")
+
+        def finish(self, summary: Any) -> None:
+            raise RuntimeError("no server either")
+
+    class Listening(Tracker):
+        def __init__(self) -> None:
+            self.heard: list[Any] = []
+
+        def log(self, kind: str, step: int, record: Any) -> None:
+            self.heard.append((kind, step))
+
+        def close(self) -> None:
+            self.heard.append("closed")
+
+    listening = Listening()
+    recorder = Recorder([Down(), listening])
+    recorder.log_training(1, RECORD)
+    recorder.log_event(1, {"event": "loss", "loss": "nan"})
+    recorder.finish(SUMMARY)
+    recorder.close()
+    assert listening.heard == [("train", 1), ("event", 1), "closed"]
+    assert caplog.text.count("Down: records are lost, and the run continues: no server") == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,14 +128,31 @@ def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> No
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-class _Handlers(torch.utils.data.Dataset[Any]):
+class _Signaled(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, index: int) -> bool:
-        return all(signal.getsignal(number) is signal.SIG_IGN for number in INTERRUPTING_SIGNALS)
+    def __getitem__(self, index: int) -> int:
+        for number in INTERRUPTING_SIGNALS:
+            os.kill(os.getpid(), number)
+        return index
 
 
 def test_processes_that_load_data_are_left_alone_by_signals() -> None:
-    loader = DataLoader(_Handlers(), num_workers=1, worker_init_fn=ignore_signals)
-    assert [bool(batch) for batch in loader] == [True, True]
+    loader = DataLoader(_Signaled(), num_workers=1, worker_init_fn=ignore_signals)
+    assert [int(batch) for batch in loader] == [0, 1]
+
+
+EXITS = """
+import torch
+from torch.utils.data import DataLoader
+from disttrain.training.run.interruption import ignore_signals
+
+iterator = iter(DataLoader(torch.zeros(64, 1), num_workers=2, worker_init_fn=ignore_signals))
+next(iterator)
+"""
+
+
+def test_a_program_with_processes_that_load_data_can_exit() -> None:
+    """It ends them by SIGTERM and waits for them, while its iterator is alive."""
+    subprocess.run([sys.executable, "-c", EXITS], check=True, timeout=60)
