@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 from numba.core.caching import FunctionCache
 
@@ -15,8 +16,9 @@ from disttrain.kernels.cpu import compiling
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiling, "_warned", [])
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # empty, so that loops are compiled and saved
 
 
 def run_two() -> None:
