@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba")
 
+from numba.core import config
 from numba.core.caching import FunctionCache
 
 from disttrain.kernels.cpu import compiling
@@ -18,7 +19,7 @@ from disttrain.kernels.cpu import compiling
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiling, "_warned", [])
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # empty, so that loops are compiled and saved
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))  # empty, so that loops are compiled and saved
 
 
 def run_two() -> None:
