@@ -44,8 +44,8 @@ class GrowingBatch:
         metrics: Metrics of the last step, for a log: "batch_size", and "gain" and "noise_scale" if there are any.
         gain: Factor on the learning rate in the next step.
         noise: The gradient noise measured so far.
-        scale_invariant_steps: Sum of the gains of all steps that were not skipped: the number of steps with the
-            reference batch that the run is worth.
+        scale_invariant_steps: Sum of the gains of all steps that were not skipped: the equivalent number of steps with
+            the reference batch.
 
     Raises:
         UserError: The policy does not fit the batch, or needs gradient noise where one process makes one backward pass
@@ -117,7 +117,7 @@ class GrowingBatch:
         is_skipped: bool = False,
         is_sound: bool | None = None,
     ) -> bool:
-        """Record a step and choose batch and gain of the next one. Of a skipped step nothing is recorded.
+        """Record a step and choose batch and gain of the next one. Losses and norms of a skipped step are ignored.
 
         Args:
             loss: This rank's part of the mean loss over the step's samples: the sum over ranks is the mean.
@@ -156,8 +156,8 @@ class GrowingBatch:
     def resume(self, step: int, epochs: float) -> None:
         """Choose batch and gain of the next step in a resumed run, after ``load_state_dict``.
 
-        This repeats the choice of the saved run, unless the config has changed: with another initial batch, limit or
-        policy, batch and gain are made to fit each other again.
+        This repeats the choice of the saved run, unless the config has changed: another initial batch, limit or policy
+        gives another batch and gain.
         """
         self._apply_policy(step, epochs, None, False)
 

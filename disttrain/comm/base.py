@@ -1,4 +1,4 @@
-"""The communicator: one rank's access to the others, whichever engine carries the tensors."""
+"""The communicator: one rank's access to the others, with the same interface for all engines."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Communicator(Primitives):
     @overload
     def start(self, collective: Collective, *, account: object = None) -> Work[Result]: ...
     def start(self, collective: Collective, *, account: object = None) -> Work[Any]:
-        """Start a collective and return at once.
+        """Start a collective without waiting for it.
 
         Args:
             collective: what to carry out. All ranks of its group start the same collectives in the same order.
@@ -120,7 +120,7 @@ class Communicator(Primitives):
         return work if work.is_completed else work.traced(self.activity, call)
 
     def channel(self, *, is_small: bool = False) -> Communicator:
-        """Another channel between the same ranks: its collectives have their own order, and match no others.
+        """Return another channel between the same ranks. Its collectives have their own order, and match no others.
 
         To be called by all ranks at the same point of their programs. The channel lives as long as this communicator,
         is closed with it, and may have groups of its own.
@@ -139,7 +139,7 @@ class Communicator(Primitives):
         return channel
 
     def group(self, name: Group) -> Communicator:
-        """The communicator of a group: its ``rank`` and ``world_size`` are those within the group.
+        """Return the communicator of a group. Its ``rank`` and ``world_size`` are those within the group.
 
         Groups are created when one is first asked for, by all ranks at the same point of their programs. They live as
         long as this communicator and are closed with it.
@@ -184,13 +184,13 @@ class Communicator(Primitives):
         self.start(AllReduce(self._control_tensor([1]), "sum")).wait().item()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order. Values are JSON: nothing that is received is ever executed."""
+        """Return the values of all ranks, in rank order. They are JSON, so nothing that is received is executed."""
         encoded = bytearray(json.dumps(value).encode())
         tensor = torch.frombuffer(encoded, dtype=torch.uint8).to(self.control_device)
         return [json.loads(bytes(part.cpu().numpy())) for part in self.all_gather(tensor)]
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        """The root's JSON value, on every rank."""
+        """Return the root's JSON value, on every rank."""
         return self.all_gather_object(value if self.rank == root else None)[root]
 
     # The end.

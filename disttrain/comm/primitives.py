@@ -23,8 +23,8 @@ EngineOp = Literal["sum", "min", "max"]
 class Primitives(ABC):
     """What an engine supplies, and the collectives that follow from it.
 
-    Primitives take and return flat, contiguous tensors. All but ``_all_reduce`` get uint8, int32 or int64, whatever the
-    collective's dtype.
+    Primitives take and return flat, contiguous tensors. All but ``_all_reduce`` get uint8, int32 or int64, for any
+    dtype of the collective.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class Primitives(ABC):
     def _all_to_all(
         self, flat: torch.Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]
     ) -> Work[torch.Tensor]:
-        """Send the i-th stretch of ``flat`` to rank i, and concatenate the stretches received."""
+        """Send the i-th part of ``flat`` to rank i, and concatenate the parts received."""
 
     @abstractmethod
     def _broadcast(self, flat: torch.Tensor, root: int) -> Work[torch.Tensor]:
@@ -58,7 +58,7 @@ class Primitives(ABC):
         return torch.device("cpu")
 
     def _dispatch(self, collective: Collective) -> Work[Any]:
-        """Start a collective among the ranks of this communicator, whatever group it is addressed to."""
+        """Start a collective among the ranks of this communicator, without regard to its group."""
         match collective:
             case AllReduce(tensor, op):
                 return self._start_all_reduce(tensor, op)
@@ -188,5 +188,5 @@ class Primitives(ABC):
 
 
 def _rows(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """Length along dimension 0 and the shape of one row; a 0-d tensor is one row of one element."""
+    """Return the length along dimension 0 and the shape of one row; a 0-d tensor is one row of one element."""
     return (tensor.shape[0], tuple(tensor.shape[1:])) if tensor.dim() else (1, ())

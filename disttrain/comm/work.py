@@ -32,11 +32,11 @@ class Work(Generic[T]):
 
     @property
     def is_completed(self) -> bool:
-        """Whether ``wait`` returns at once."""
+        """Whether ``wait`` returns immediately."""
         return self._finish is None
 
     def then(self, function: Callable[[T], S]) -> Work[S]:
-        """This same work, whose result is passed through ``function``. The original result is no longer available."""
+        """Return this work, with its result passed through ``function``. The original result is no longer available."""
         if self._finish is None:
             self._result = function(self._result)
         else:
@@ -45,7 +45,7 @@ class Work(Generic[T]):
         return cast("Work[S]", self)
 
     def traced(self, activity: Activity, call: Call) -> Work[T]:
-        """This same work, which tells ``activity`` while its rank waits for it."""
+        """Return this work, which tells ``activity`` while its rank waits for it."""
         self._trace = (activity, call)
         return self
 

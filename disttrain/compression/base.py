@@ -1,7 +1,7 @@
 """The interface of compressors: an algorithm is a generator in which every ``yield`` is one collective.
 
 A compressor does no I/O. The reducer runs it over real engines, the simulator runs N of them in one process, and a test
-runs one by hand.
+can run one step by step.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from disttrain.kernels import Feedback
 
 __all__ = ["Codec", "FusedCodec", "Payload"]
 
-_ROUND_BYTES = 64 * 1024  # what one more round costs, as bytes that could be received meanwhile: 0.5 ms at 1 Gbit/s
+_ROUND_BYTES = 64 * 1024  # bytes that could be received during one more round: 0.5 ms at 1 Gbit/s
 
 
 class Codec(Compressor):
@@ -43,7 +43,7 @@ class Codec(Compressor):
 
     error_feedback: bool = Field(default=True, description="add what was not sent to the next gradient")
     exchange: Literal["auto", "all_gather", "two_stage"] = Field(
-        default="auto", description="how payloads are exchanged; auto takes what receives fewer bytes for its rounds"
+        default="auto", description="how payloads are exchanged; auto: what receives fewer bytes, in view of its rounds"
     )
 
     @model_validator(mode="after")
@@ -61,7 +61,7 @@ class Codec(Compressor):
 
     @abstractmethod
     def decode_add(self, payload: Payload, out: torch.Tensor, bucket: Bucket) -> None:
-        """Add what the payload stands for to ``out`` (bucket.numel,)."""
+        """Add the decoded payload to ``out`` (bucket.numel,)."""
 
     # The exchange calls these two. A codec with fused kernels overrides them.
 
@@ -77,7 +77,7 @@ class Codec(Compressor):
         return self.encode(torch.add(grad, feedback.residual, out=feedback.new_residual), bucket, state)
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None:
-        """Write the mean of what the payloads stand for to ``out`` (bucket.numel,)."""
+        """Write the mean of the decoded payloads to ``out`` (bucket.numel,)."""
         out.zero_()
         for payload in payloads:
             self.decode_add(payload, out, bucket)

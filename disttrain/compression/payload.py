@@ -1,4 +1,4 @@
-"""Payloads: what a codec makes of a gradient, and how it is laid out in one message."""
+"""Payloads: the tensors that a codec encodes a gradient as, and their layout in one message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Layout:
 
     @classmethod
     def of(cls, payload: Payload) -> Layout:
-        """The layout of this payload."""
+        """Return the layout of a payload."""
         sections, offset = {}, 0
         for name, tensor in payload.items():
             end = offset + tensor.nbytes
@@ -46,7 +46,7 @@ class Layout:
         return cls(sections, offset)
 
     def pack(self, payload: Payload, nbytes: int | None = None) -> torch.Tensor:
-        """Copy all sections to one uint8 tensor; ``nbytes`` is its size if it is to be longer."""
+        """Copy all sections to one uint8 tensor of ``nbytes`` bytes, by default the size of the message."""
         device = next(iter(payload.values())).device
         packed = torch.empty(self.nbytes if nbytes is None else nbytes, dtype=torch.uint8, device=device)
         filled = 0

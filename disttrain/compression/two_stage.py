@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
     bucket: Bucket
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The chunk of a tensor, as a view."""
+        """Return these elements of a flat tensor, as a view."""
         return flat[self.start : self.end]
 
 

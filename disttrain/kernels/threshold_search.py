@@ -10,7 +10,7 @@ from disttrain.kernels.sampling import search_for_largest
 
 
 class ThresholdSearchKernels(Kernels):
-    """Find the k largest entries among those above an estimated threshold, in place of selecting from all."""
+    """Find the k largest entries among those above an estimated threshold, instead of searching all."""
 
     @abstractmethod
     def _collect(

@@ -29,7 +29,7 @@ class Executor:
     def start(
         self, collective: Collective, account: Account = AGREEMENT, comm: Communicator | None = None
     ) -> Work[Result]:
-        """Start a collective on ``comm``, by default the executor's own, and return at once."""
+        """Start a collective on ``comm``, by default the executor's own, without waiting for it."""
         comm = comm or self.comm
         group = comm.group(collective.group)
         count_received = self.ledger.record(collective, account, group.world_size, group.rank)
@@ -37,7 +37,7 @@ class Executor:
 
 
 class Exchange:
-    """The program of one bucket. Its first collective starts at once; ``advance`` runs it up to the next one."""
+    """The program of one bucket. Its first collective starts immediately; ``advance`` runs it up to the next one."""
 
     def __init__(self, program: Program, executor: Executor, account: Account = AGREEMENT) -> None:
         self._program, self._executor, self._account = program, executor, account

@@ -32,7 +32,7 @@ class Hooks:
         self._nodes: list[Any] = []  # of the graph; kept alive, as they hold the hooks
 
     def add(self, slots: Iterable[Slot]) -> None:
-        """Add hooks to the slots' parameters, in place of another reducer's."""
+        """Add hooks to the slots' parameters. They replace those of another reducer."""
         for slot in slots:
             with torch.enable_grad():
                 node: Any = torch.autograd.graph.get_gradient_edge(slot.parameter).node
@@ -53,9 +53,9 @@ class Hooks:
 
 
 def _call(*arguments: Any) -> None:
-    """Call the function that comes first, on the slot if there is one, without the arguments that autograd adds."""
-    function, *rest = arguments
-    function(*(part for part in rest[:1] if isinstance(part, Slot)))
+    """Call the first argument, with the slot if that is the second, and without the arguments that autograd adds."""
+    function, *others = arguments
+    function(*(argument for argument in others[:1] if isinstance(argument, Slot)))
 
 
 def has_user_hooks(parameter: torch.nn.Parameter) -> bool:

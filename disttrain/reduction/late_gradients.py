@@ -14,7 +14,7 @@ class LateGradients:
 
     Args:
         buckets: all buckets.
-        uses: of each parameter, by any rank. All ranks find the same parameters late.
+        uses: use of each parameter by any rank; the same on all ranks.
     """
 
     def __init__(self, buckets: Sequence[GradientBucket], uses: Mapping[Slot, Use]) -> None:
@@ -26,7 +26,7 @@ class LateGradients:
         return bool(self.buckets)
 
     def exchange(self, launch: Callable[[GradientBucket], Exchange], scale: float) -> None:
-        """Send them, and add ``scale`` times their mean to the gradients of their buckets, which are exposed."""
+        """Exchange the late gradients, and add ``scale`` times their mean to ``parameter.grad``."""
         for bucket in self.buckets:
             bucket.open()
             for slot in bucket.slots:

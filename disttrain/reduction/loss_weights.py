@@ -1,4 +1,4 @@
-"""The weights of losses, where each is a mean over something other than equally many samples."""
+"""The weights of losses that are means over something other than equally many samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reducer: hooks gather gradients into buckets, full buckets are sent during backward, and means come back.
+"""The reducer: hooks gather gradients into buckets, full buckets are sent during backward, and means arrive.
 
 Rules:
 
@@ -181,7 +181,7 @@ class Reducer:
             meter.before_exchange(bucket, gradient)
         return Exchange(bucket.launch(gradient), self.executor, account)
 
-    # Arrival: means come back
+    # Arrival
 
     @torch.no_grad()
     def finalize(self, agreed: Status, on_arrival: ArrivalCallback | None = None) -> None:

@@ -1,6 +1,6 @@
 """One step of an optimizer, from its first gradient until it is taken or dropped.
 
-Phases of a step, on each rank for itself; ``buckets/bucket.py`` has the stages of the buckets within them::
+Phases of a step on one rank; ``buckets/bucket.py`` has the stages of the buckets within them::
 
              a gradient comes outside no_sync,
              or another rank has one                      the ranks have met, all buckets have arrived
@@ -13,7 +13,7 @@ Phases of a step, on each rank for itself; ``buckets/bucket.py`` has the stages 
       +--------------------------------------------------------------------------------------+
          TAKEN       the optimizer has stepped: the compressors' state counts
          NON_FINITE  an inf or NaN on some rank: state and buffers are reverted, no rank steps
-         DROPPED     gradients were removed or zeroed: state is reverted; ranks that were to step skip the step
+         DROPPED     gradients were removed or zeroed: state is reverted; ranks at the step skip it
 
 EMPTY -> OPEN opens all buckets, OPEN -> AVERAGED finalizes and exposes them, and the end of the step releases them and
 starts a new ``Step``.
@@ -47,7 +47,7 @@ class StepResult(Enum):
     NON_FINITE = "non-finite"
     """A gradient was inf or NaN on some rank: all ranks skip the step."""
     DROPPED = "dropped"
-    """Some rank has dropped its gradients, so all ranks do."""
+    """Some rank has dropped its gradients, so all ranks drop theirs."""
 
 
 @dataclass

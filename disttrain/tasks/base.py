@@ -53,7 +53,7 @@ class Task(Section, ABC):
         return {}
 
     def collate(self, samples: Any) -> Any:
-        """Return a batch from a list of samples. What is not a list was batched by ``__getitems__`` and is returned."""
+        """Return a batch from a list of samples. A batch that ``__getitems__`` has made is returned unchanged."""
         return default_collate(samples) if isinstance(samples, list) else samples
 
 

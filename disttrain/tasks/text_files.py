@@ -17,7 +17,7 @@ _END_OF_FILE = b"\0"
 
 
 def find(path: str | None) -> list[tuple[str, Path]]:
-    """Return the files and their names relative to the root of the search, which do not depend on where that lies.
+    """Return (name, file) of each file found. Names are relative to the root of the search, not to its location.
 
     Args:
         path: A folder, a file, or a glob, possibly in an installed package; None: the standard library's .py files.

@@ -244,7 +244,7 @@ def test_powersgd_recovers_what_has_its_rank(alternating: bool) -> None:
 
 
 @pytest.mark.parametrize("alternating", [False, True])
-def test_powersgd_finds_rows_that_begin_late(alternating: bool) -> None:
+def test_powersgd_finds_rows_that_start_late(alternating: bool) -> None:
     """As rare tokens do. Directions of zeros, orthogonalized, would point at an embedding's first rows for ever."""
     ranks = Ranks.make({"name": "powersgd", "rank": 2, "alternating": alternating}, 1, ((40, 16),))
     grad = torch.zeros(40, 16, dtype=torch.float64)

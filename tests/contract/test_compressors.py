@@ -52,7 +52,7 @@ def test_replicas_are_bit_identical(case: dict[str, Any], world_size: int) -> No
             assert not replicated or torch.equal(view, first), (parameter, name)
 
 
-def alike(step: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+def same_on_all_ranks(step: int, rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     """The same on all ranks, and not so small that half precision loses digits when it is divided."""
     own = gradient(step, 0, numel, dtype)
     return own + torch.where(own < 0, -0.5, 0.5)
@@ -64,7 +64,7 @@ def test_what_is_sent_plus_what_is_pending_is_the_gradient(case: dict[str, Any],
     """Telescoping, on the mean over ranks: nothing is lost, however much a step leaves out."""
     num_steps = 7
     # A sum in half precision is rounded once more, which no rank's residual knows of; that of equal numbers is not.
-    gradients = alike if case["name"] in ("fp16", "bf16") else gradient
+    gradients = same_on_all_ranks if case["name"] in ("fp16", "bf16") else gradient
     ranks = Ranks.make(case, world_size)
     means = ranks.steps(num_steps, gradients)
     pending = torch.stack([state.residual for state in ranks.states]).mean(0)

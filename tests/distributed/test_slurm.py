@@ -87,7 +87,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def model_of_two_workers(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The model of a run on this host that nobody interrupts. Engines add up two numbers alike: it is that of all."""
+    """The model of an uninterrupted run on this host; the same for all engines, as they add two numbers identically."""
     directory = tmp_path_factory.mktemp("whole")
     (directory / "config.yaml").write_text(CONFIG)
     command = [*LAUNCHERS["torch"][0](2), "-m", "disttrain", "train", directory / "config.yaml", f"output={directory}"]
@@ -124,7 +124,7 @@ def test_two_nodes_train_to_the_bit_as_one_does_though_the_job_is_told_to_end_an
         assert model_of_two_workers[name].equal(value), name
 
 
-def test_cancelled_job_is_not_put_back(lab, tmp_path):
+def test_canceled_job_is_not_requeued(lab, tmp_path):
     job = Job(lab, tmp_path, "torch", "max_steps=1000000")
     job.wait_for_step(2)
     workers = job.workers().values()

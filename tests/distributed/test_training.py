@@ -36,7 +36,7 @@ def train(output: Path, launcher: str, num_workers: int, *overrides: str, **env:
     return run([*command, *overrides], timeout=120, env=worker_environment(**env), cwd=output)
 
 
-def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert train(tmp_path, "torch", 3, "max_steps=6").returncode == 0
     done = train(tmp_path, "torch", 2, "resume=auto")
     assert done.returncode == 0, done.stderr

@@ -181,7 +181,7 @@ def assert_equal(wanted: torch.Tensor, optimizer: Any, schedule: Any, layers: La
     for result in results:
         assert torch.equal(result, results[0]), "replicas are bit-identical"
     torch.testing.assert_close(results[0], wanted, rtol=0, atol=1e-10)
-    assert (wanted - parameters_of(make_net())).abs().max() > 1e-3, "something was learnt"
+    assert (wanted - parameters_of(make_net())).abs().max() > 1e-3, "something was learned"
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)

@@ -227,7 +227,7 @@ def result(folder: Path) -> list[Any]:
 
 
 def uninterrupted(folder: Path, run: str) -> Path:
-    """A run that nobody kills, with all its checkpoints. It serves for all engines, as they add two numbers alike."""
+    """A run that is not killed, with all its checkpoints; for all engines, as they add two numbers identically."""
     write_config(folder, run, checkpoint={**COMMON["checkpoint"], "keep": STEPS})
     command = [*LAUNCHERS["torch"][0](NUM_WORKERS), "-m", "disttrain", "train", "config.yaml", "engine=torch"]
     with (folder / "output").open("w") as stream:
@@ -246,7 +246,7 @@ def kill_runs(
     chain: int,
     minutes: float = math.inf,
 ) -> Report:
-    """Chains of at most ``chain`` kills each, ``jobs`` at a time, until there were ``kills``; none begins too late."""
+    """Chains of at most ``chain`` kills each, ``jobs`` at a time, until there were ``kills``; none starts too late."""
     report, rng, deadline = Report(), random.Random(seed), time.monotonic() + 60 * minutes
     with ThreadPoolExecutor(jobs) as pool:
         whole = dict(zip(runs, pool.map(lambda run: uninterrupted(folder / f"whole-{run}", run), runs), strict=True))

@@ -63,7 +63,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, *, message: str = "checkpoint") -> None:
-    """The newer one is refused in one line, by its name and by all, and the older one is what goes on."""
+    """All ranks refuse the newer one in one line that names it, and the run resumes from the older one."""
     bad = folder / "step-00000002"
     with pytest.raises(UserError, match=message) as caught:
         checkpoint_folder.find(bad)
@@ -301,7 +301,7 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
         checkpoint.load(*checkpoint_folder.find(path), SingleProcess(), model, optimizer)
 
 
-def test_a_run_says_what_it_passes_over_and_goes_on_with_the_older_one(
+def test_a_run_names_what_it_passes_over_and_resumes_from_the_older_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "disttrain")

@@ -27,7 +27,7 @@ def whole(folder: Path) -> Path:
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("engine", "seed"), [*zip(ENGINES, (3, 2, 1), strict=True)])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, engine: str, seed: int
 ) -> None:
     if reason := unavailable(engine):
@@ -46,7 +46,7 @@ TRAIN = ["-m", "disttrain", "train", "config.yaml"]
 def launch(folder: Path, command: list[str], bomb: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The launch, in which the bomb goes off in every worker of that rank that gets so far; and its summary.
 
-    The run goes on from its newest checkpoint though resume=never.
+    The run resumes from its newest checkpoint, although resume=never.
     """
     write_config(folder, "top-k", resume="never")
     env = worker_environment(**{BOMB: json.dumps(bomb)})
@@ -58,7 +58,9 @@ def launch(folder: Path, command: list[str], bomb: dict[str, Any]) -> tuple[Any,
 
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
-def test_torchrun_restarts_workers_that_go_on_exactly(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_torchrun_restarts_workers_that_resume_exactly(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     bomb = {"rank": 1, "where": "step", "count": 24, "delay": 0.002}  # two passes a step: each attempt makes 11
     done, summary = launch(tmp_path / "elastic", [*torchrun, *TRAIN, "engine=torch"], bomb)
@@ -70,7 +72,7 @@ def test_torchrun_restarts_workers_that_go_on_exactly(tmp_path: Path, tmp_path_f
 
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
-def test_horovod_goes_on_with_the_workers_that_are_left(tmp_path: Path) -> None:
+def test_horovod_continues_with_the_remaining_workers(tmp_path: Path) -> None:
     """Two "hosts", of which one loses its worker."""
     if reason := unavailable("horovod-gloo"):
         pytest.skip(reason)

@@ -138,11 +138,11 @@ def run(program: Program, ranks: Sequence[int], model: nn.ParameterDict, optimiz
 class Played:
     """Ranks with programs of their own, played one against the other in one process, as exchanges can be read.
 
-    A rank goes on to its next exchange and waits there. Where some are in backward or synchronize and the others at
+    A rank continues to its next exchange and waits there. Where some are in backward or synchronize and the others at
     their step, the others take part with what they have.
 
     Args:
-        fresh: only what backward has given since the last exchange travels, and what a rank has done to an earlier mean
+        fresh: only what backward has given since the last exchange is sent, and what a rank has done to an earlier mean
             stays its own; else whole gradients are averaged, as DDP does.
         idle: a synchronize with nothing new on this rank is no exchange.
     """

@@ -52,7 +52,9 @@ def far_apart(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data(), SIZES, BUCKETS)
-def test_what_all_ranks_do_alike_equals_one_process(data: st.DataObject, size: int, bucket_mb: float | None) -> None:
+def test_the_same_program_on_all_ranks_equals_one_process(
+    data: st.DataObject, size: int, bucket_mb: float | None
+) -> None:
     program = data.draw(programs(size))
     with forms.settings():
         model = new_model()
@@ -88,7 +90,7 @@ def test_what_ranks_do_differently_is_right_or_one_error(
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_readings_agree_where_ranks_do_alike(size: int) -> None:
+def test_readings_agree_if_ranks_do_the_same(size: int) -> None:
     """The check itself fails where it should."""
 
     @settings(max_examples=EXAMPLES, deadline=None)
@@ -119,7 +121,7 @@ USES = st.sets(st.sampled_from("abc"))
 
 
 @pytest.mark.parametrize("case", FEEDBACK, ids=case_id)
-def test_nothing_is_lost_while_parameters_rest(case: dict[str, Any]) -> None:
+def test_nothing_is_lost_while_parameters_are_unused(case: dict[str, Any]) -> None:
     """-(w_T - w_0) + mean residual == mean sum of gradients, whichever parameters each step uses."""
 
     @settings(max_examples=max(EXAMPLES // 6, 5), deadline=None)

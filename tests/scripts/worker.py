@@ -2,7 +2,7 @@
 
 ``python -m tests.scripts.worker FOLDER``, under a launcher. Files: ``<case>.started.<rank>`` when a case begins, and
 ``<case>.done.<rank>`` with an ``Outcome`` or the text of an error. A case that takes too long ends the process, with
-its stack in the log; the launch goes on with the next one (``launches``).
+its stack in the log; the launch continues with the next one (``launches``).
 """
 
 from __future__ import annotations

@@ -204,13 +204,13 @@ class Balance:
 
     def numbers(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return, by parameter, the ``received`` updates, the ``sum`` of this rank's gradients, and its residuals."""
-        owed = self.optimizer.state_dict()["compression"]["per_rank"]
+        per_rank = self.optimizer.state_dict()["compression"]["per_rank"]
         return {
             name: {
                 "received": (self.before[name] - p.detach()) / self.rates[p],
                 "sum": self.sums[name],
-                "residual": owed.get(f"{name}/residual", torch.zeros(0)).clone(),
-                "server_residual": owed.get(f"{name}/server_residual", torch.zeros(0)).clone(),
+                "residual": per_rank.get(f"{name}/residual", torch.zeros(0)).clone(),
+                "server_residual": per_rank.get(f"{name}/server_residual", torch.zeros(0)).clone(),
             }
             for name, p in self.parameters.items()
         }

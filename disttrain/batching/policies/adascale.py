@@ -11,7 +11,7 @@ from disttrain.errors import UserError
 
 
 class AdaScale(BatchPolicy):
-    """``batch_size`` is S times ``base_batch_size``, which the learning rate and the length of the run are meant for.
+    """``batch_size`` is S times ``base_batch_size``, for which the learning rate and the length of the run are chosen.
 
     The rate is multiplied by a gain between 1 and S: S where gradients are only noise, 1 where they have none. A step
     with a gain of r counts as r steps of the base batch, in the schedule and in ``epochs`` and ``max_steps``. The run

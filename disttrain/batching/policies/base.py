@@ -15,7 +15,7 @@ from disttrain.validation import Section
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What a policy decides by. It is equal on all ranks. Sizes are in samples over all workers.
+    """The inputs of a policy's decision, the same on all ranks. Sizes are in samples over all workers.
 
     Attributes:
         batch_size: Current batch size.
@@ -58,7 +58,7 @@ class BatchPolicy(Section, ABC):
     lr_scaling: Literal["none", "linear", "sqrt", "adascale"] = Field(
         default="none",
         description="factor on the learning rate when the batch is k times the initial one: 1, k, the square root of "
-        "k, or AdaScale's gain, which lies between 1 and k",
+        "k, or AdaScale's gain, which is between 1 and k",
     )
     smoothing: float = Field(
         default=0.95, ge=0, lt=1, description="decay of the moving averages of the gradient noise per measurement"

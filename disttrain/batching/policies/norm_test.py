@@ -15,7 +15,7 @@ class NormTest(NoisePolicy):
     """
 
     theta: float = Field(
-        default=0.9, gt=0, lt=1, description="bound of the gradient's relative error; lower: the batch grows sooner"
+        default=0.9, gt=0, lt=1, description="bound of the gradient's relative error; lower: the batch grows earlier"
     )
 
     def size_for_noise(self, inputs: PolicyInputs) -> float:

@@ -154,7 +154,7 @@ def _let_event_loops_wait() -> None:
     """Keep gloo's event loops from preempting other threads, by SCHED_BATCH. Priorities do not change.
 
     While another thread holds a connection's lock, the event loop polls the kernel in a busy loop. If workers have more
-    threads than cores, it could do so in place of the very thread that holds the lock. Each process group has its own
+    threads than cores, it may take the core from the very thread that holds the lock. Each process group has its own
     event loop, so this must be called whenever process groups are created.
     """
     if not hasattr(os, "SCHED_BATCH"):

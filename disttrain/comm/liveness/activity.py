@@ -78,14 +78,14 @@ class Activity:
         self._step_start = self._wait_seconds = self._compute_seconds = 0.0
 
     def begin_step(self, step: int, phase: str = "") -> None:
-        """Begin step ``step``, counted from 1, in phase ``phase``."""
+        """Start step ``step``, counted from 1, in phase ``phase``."""
         self._num_before_step = self._last_call.number if self._last_call else 0
         self._step = step
         self.enter(phase)
         self._step_start, self._wait_seconds = self._phase_start, 0.0
 
     def end_step(self) -> None:
-        """End the step. The next one begins now, or at a later call of ``begin_step``."""
+        """End the step. The next one starts now, or at a later call of ``begin_step``."""
         if self._step_start:
             seconds = time.monotonic() - self._step_start - self._wait_seconds
             average = self._compute_seconds or seconds

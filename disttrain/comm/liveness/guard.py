@@ -1,9 +1,9 @@
 """The guard detects dead, stopped and unreachable ranks, independent of the engine.
 
-Engines differ in what they do when a worker dies: gloo fails at once, MPI and Horovod may block forever inside C code.
+Engines differ in what they do when a worker dies: gloo fails immediately, MPI and Horovod may block forever in C code.
 Therefore every rank keeps a TCP connection to rank 0, watched by a thread. When a connection ends without a goodbye, or
-a peer is silent for too long, rank 0 tells all other ranks which rank was lost. Each survivor prints the error in one
-line at once (launchers kill survivors soon after), and exits with code 13 if its main thread, which may be stuck in the
+a peer is silent for too long, rank 0 tells all other ranks which rank was lost. Each survivor prints a one-line error
+immediately (launchers kill survivors soon after), and exits with code 13 if its main thread, which may be stuck in the
 engine, does not react.
 
 Heartbeats carry what the rank is doing (``comm.liveness.activity``). From them rank 0 also finds a rank that is alive
@@ -192,7 +192,7 @@ class Guard:
         try:
             self.fail(error)
         except PeerLostError:
-            # Already reported. Exit at once: an orderly shutdown of the engine would wait for the lost rank.
+            # Already reported. Exit immediately: an orderly shutdown of the engine would wait for the lost rank.
             _exit()
         self._previous_hook(kind, error, trace)
 

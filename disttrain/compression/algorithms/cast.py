@@ -21,7 +21,7 @@ class Cast(Compressor):
     """
 
     half: ClassVar[torch.dtype]
-    # Half the bytes of dense are still many. Small buckets start sooner, and so overlap with backward.
+    # Payloads are half as large as dense ones. Small buckets start earlier, and so overlap with backward.
     bucket_mb: ClassVar[float] = 8.0
 
     min_numel: int = Field(default=0, ge=0, description="parameters of fewer elements are sent dense")

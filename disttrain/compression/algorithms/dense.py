@@ -15,7 +15,7 @@ class Dense(Compressor):
     """Send gradients as they are, in their own dtype."""
 
     name = "dense"
-    # Uncompressed gradients take long to send. Small buckets start sooner, and so overlap with backward.
+    # Uncompressed gradients take long to send. Small buckets start earlier, and so overlap with backward.
     bucket_mb: ClassVar[float] = 8.0
     is_lossless: ClassVar[bool] = True
     sends_gradient_only: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from disttrain.kernels import Feedback, for_device
 
 
 class Natural(FusedCodec):
-    """Round every magnitude at random to the power of two below or above, so that its expectation is right.
+    """Round every magnitude at random to the power of two below or above, so that its expectation is exact.
 
     Unbiased, E||Q(x) - x||^2 <= ||x||^2 / 8, so error feedback is off by default. Entries of all sizes have the same
     relative error.

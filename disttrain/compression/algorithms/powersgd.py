@@ -119,8 +119,8 @@ def _first(kept: torch.Tensor, kept_sizes: Sizes, sizes: Sizes) -> torch.Tensor:
 def _kept(kernels: Kernels, new: torch.Tensor, old: torch.Tensor, sizes: Sizes, kept_sizes: Sizes) -> torch.Tensor:
     """Return the directions that the next step starts from.
 
-    Zero directions keep their old values, as do those that this step does not use. Orthogonalizing zeros gives unit
-    vectors, at which rows of the gradient that are always zero would hold them.
+    Zero directions keep their old values, as do those that this step does not use. Orthogonalizing zeros gives the
+    first unit vectors. If these rows of the gradient are always zero, the next factor would be zero too, and stay so.
     """
     if sizes != kept_sizes:
         pairs = zip(split_factor(new, sizes), split_factor(old, kept_sizes), strict=True)

@@ -20,7 +20,7 @@ class Quantizer(FusedCodec):
     Wire: bits/8 bytes an entry, and the size of a value a block.
     """
 
-    # Payloads are still large. Smaller buckets start sooner, so that more of the exchange overlaps with backward.
+    # Payloads are still large. Smaller buckets start earlier, so that more of the exchange overlaps with backward.
     bucket_mb: ClassVar[float] = 10.0
     rounds_at_random: ClassVar[bool] = False
 

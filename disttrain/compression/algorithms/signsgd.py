@@ -16,7 +16,7 @@ from disttrain.kernels import Feedback, for_device
 class SignSGD(FusedCodec):
     """Send one bit an entry, and return the sign of the vote, +1 or -1, instead of the mean.
 
-    A minority of arbitrary senders cannot change an entry on which the others agree. The magnitude is lost, so the
+    A minority of faulty ranks cannot change an entry on which the others agree. The magnitude is lost, so the
     learning rate is that of sign descent, as for Adam (authors: 1e-4). There is no error feedback, since the vote does
     not approximate the mean (``efsign`` does).
 

@@ -17,8 +17,8 @@ class TernGrad(Quantizer):
     """Send -1, 0 or 1 for every entry, in 2 bits: m sign(x) with probability |x| / m, else 0, for m = max |x|.
 
     Unbiased after clipping, with E||Q(x) - x||^2 = m ||x||_1 - ||x||^2 in every block. Clipping at 2.5 standard
-    deviations (the authors' value) reduces m and thereby the error, at the cost of a bias that is small for Gaussian
-    gradients. Error feedback is off by default; with it what was clipped is not lost.
+    deviations (the authors' value) reduces m and so the error, at the cost of a bias that is small for Gaussian
+    gradients. Error feedback is off by default; with it, what was clipped is sent later.
 
     Differs from the paper in the scale, one a block instead of one a layer, which has a smaller error, and in the
     standard deviation of a layer, taken around zero. Wire: 1/4 byte an entry, and the size of a value a block.

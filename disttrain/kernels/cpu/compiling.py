@@ -18,7 +18,7 @@ _REMEDY = "set NUMBA_CACHE_DIR to a folder that can be written to"
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.njit`` without Python's lock, and with compiled code cached on disk if a folder is writable."""
+    """``numba.njit`` without the GIL, and with compiled code cached on disk if a folder is writable."""
     compile_ = numba.njit(nogil=True, **options)
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -26,7 +26,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         if hasattr(dispatcher, "enable_caching"):  # not under NUMBA_DISABLE_JIT
             try:
                 dispatcher.enable_caching()
-            except (RuntimeError, OSError):  # numba looks for a folder at once
+            except (RuntimeError, OSError):  # numba looks for a folder immediately
                 _warn("neither the installation nor the home folder can be written to")
             else:
                 dispatcher._cache = _Cache(dispatcher._cache)

@@ -1,4 +1,4 @@
-"""The kernels for CPUs, compiled by numba: one pass over memory each, one thread, without Python's lock.
+"""The kernels for CPUs, compiled by numba: one pass over memory each, one thread, without the GIL.
 
 This file converts tensors to arrays and selects thresholds; the loops are in ``loops_*.py``. Compiled code is cached on
 disk, and the reducer runs each compressor once before training, so that no step waits for the compiler.

@@ -2,8 +2,8 @@
 
 This file converts tensors to launches; the programs are in ``tiles`` and ``tiles_low_rank``. Kernels that are missing
 here, and widths or blocks that do not suit tiles, run as the reference in torch on the GPU. So do PowerSGD's products,
-for which cuBLAS is there. Results are those of the reference on a CPU to the bit, except for sums, whose order differs,
-and for new residuals, some of which the reference rounds once less.
+which cuBLAS computes. Results are bit-identical to those of the reference on a CPU, except for sums, whose order
+differs, and for some new residuals, which the reference rounds once less.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class LossScale:
 
     Give it to the ``DistributedOptimizer``, which divides every gradient by it before a compressor sees it, skips the
     step on all ranks if some gradient overflowed, and calls ``update``. Residuals, clipping and
-    ``parameter.grad`` after ``backward`` are in true units, whatever the scale was::
+    ``parameter.grad`` after ``backward`` are in true units::
 
         loss_scale = disttrain.LossScale()
         optimizer = disttrain.DistributedOptimizer(inner, model, comm=comm, loss_scale=loss_scale)

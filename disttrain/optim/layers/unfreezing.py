@@ -35,7 +35,7 @@ class Unfreezing:
         num_steps: Length of the run, if known.
 
     Raises:
-        UserError: The ``until_step`` of a rule lies after the end of the run.
+        UserError: The ``until_step`` of a rule is after the end of the run.
     """
 
     def __init__(self, layers: Layers, optimizer: DistributedOptimizer, num_steps: int | None = None) -> None:

@@ -40,7 +40,7 @@ class Stage(Enum):
     """Where a bucket is in its exchange, and so what may be in ``parameter.grad``."""
 
     IDLE = "idle"
-    """No exchange: gradients of this rank only (``no_sync``), or whatever the user has put there."""
+    """No exchange: gradients of this rank only (``no_sync``), or what the user has put there."""
     GATHERING = "gathering"
     """Hooks copy gradients into ``flat``; ``parameter.grad`` becomes a view of it."""
     CLOSED = "closed"
@@ -55,7 +55,7 @@ class Stage(Enum):
 
 
 CLOSED_STAGES = (Stage.CLOSED, Stage.IN_FLIGHT)
-"""In which a gradient that comes is late."""
+"""Stages in which a gradient that comes is late."""
 
 _NEXT = {
     Stage.IDLE: (Stage.GATHERING,),
@@ -123,8 +123,8 @@ class Slot:
         if grad is None:
             self.has_mean = self.is_local = False
         elif self.has_mean and not self.is_local:
-            lies_in_buffer = not grad.is_sparse and _shares_storage(grad, self.view)
-            self.earlier_mean = grad.detach().clone() if lies_in_buffer else grad.detach()
+            is_in_buffer = not grad.is_sparse and _shares_storage(grad, self.view)
+            self.earlier_mean = grad.detach().clone() if is_in_buffer else grad.detach()
             self.parameter.grad = None
         elif copied_mean is not None:
             self.earlier_mean = copied_mean
@@ -291,7 +291,7 @@ class GradientBucket:
             keep: factor of the earlier mean.
         """
         unused = [index for index, is_used in enumerate(used) if not is_used]
-        self.state.stage(new_state, unused)  # first, since a new residual may lie in the buffer
+        self.state.stage(new_state, unused)  # first, since a new residual may be in the buffer
         if mean.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(mean)
         if scale != 1.0:

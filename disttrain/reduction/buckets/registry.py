@@ -94,7 +94,7 @@ class BucketRegistry:
         return slots
 
     def revert(self) -> None:
-        """Revert what gradients that were not stepped on have changed in the compressors' state."""
+        """Revert changes of the compressors' state by gradients that were not stepped on."""
         for bucket in self.buckets:
             bucket.state.rollback()
 

@@ -15,9 +15,10 @@ STATISTICS = Account("statistics")
 
 
 class Meter(Protocol):
-    """A measurement of some steps. The reducer calls ``is_due`` once a step, and the rest only in steps that are due.
+    """A measurement of some steps. The reducer calls ``is_due`` once a step.
 
-    ``is_due`` must be the same on all ranks, and collectives must start in the same order.
+    The other methods are called only in steps that are due. ``is_due`` must be the same on all ranks, and collectives
+    must start in the same order.
     """
 
     def is_due(self, step: int, buckets: Sequence[GradientBucket]) -> bool:

@@ -22,9 +22,9 @@ class SquaredNorms(NamedTuple):
     """Squared 2-norms of one step's gradients, in true units and before compression; equal on all ranks.
 
     Attributes:
-        local: of the gradients of a part of the batch: mean over ranks of the norms of their own gradients. In one
-            process, of the first backward pass.
-        averaged: of the mean gradient over ranks.
+        local: mean over ranks of the squared norm of their own gradient; in one process, that of the gradient of the
+            first backward pass.
+        averaged: squared norm of the mean gradient over ranks.
     """
 
     local: float

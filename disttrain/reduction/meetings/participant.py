@@ -19,7 +19,7 @@ class Participant(Protocol):
 
     Attributes:
         description: its name in errors.
-        overlap_step: whether it exchanges gradients at the step, in place of at the end of backward.
+        overlap_step: whether it exchanges gradients at the step, not at the end of backward.
         channel: the wire of its collectives.
         executor: starts and counts its collectives.
         settings: gives the optimizer's settings as text, which must be the same on all ranks at a step.

@@ -68,9 +68,9 @@ class Sequencer:
         return _sequencers[comm]
 
     def register(self, participant: Participant) -> None:
-        """Add a reducer, on all ranks at the same point of their programs. Those that no rank has any more are removed.
+        """Add a reducer, on all ranks at the same point of their programs. A collective.
 
-        A collective.
+        Reducers that no longer exist on any rank are removed.
         """
         alive = self._control.all_gather_object([entry() is not None for entry in self._registered])
         kept = [index for index, of_ranks in enumerate(zip(*alive, strict=True)) if any(of_ranks)]
@@ -119,11 +119,11 @@ class Sequencer:
         participant: Participant | None = None,
         on_arrival: ArrivalCallback | None = None,
     ) -> StepResult:
-        """Meet the other ranks as often as is needed until this rank may continue. A collective.
+        """Meet the other ranks until this rank may continue. A collective.
 
         Args:
             point: where this rank is.
-            participant: the reducer whose meeting point it is; None: all.
+            participant: the reducer whose meeting point it is; None: all reducers.
             on_arrival: see ``Reducer.finalize``. Used at a step, if all ranks are at it and only its gradients are
                 exchanged.
 

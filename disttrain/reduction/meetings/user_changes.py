@@ -1,4 +1,4 @@
-"""Detection of what the user has done to gradients since their mean arrived: dropped, stepped on or changed them."""
+"""Detection of changes by the user since the mean arrived: gradients that were dropped, stepped on or changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def are_dropped(buckets: Sequence[GradientBucket]) -> bool:
 
 
 def version(slots: Sequence[Slot]) -> int:
-    """Return a number that changes with every step on the parameters, whatever takes it."""
+    """Return a number that changes whenever parameters are modified in place, by any optimizer."""
     return sum(slot.parameter._version for slot in slots)
 
 

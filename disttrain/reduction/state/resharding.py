@@ -1,4 +1,4 @@
-"""Assigning residuals to other ranks. Their mean over ranks is preserved, since the model will receive that.
+"""Assigning residuals to other ranks. Their mean over ranks is preserved, since the model has yet to receive it.
 
 There are two kinds of per-rank tensors. Most (residuals, momenta) are as long as the parameter on every rank that has
 them, which in a hierarchical exchange is one rank of each node; their mean counts. With codecs that exchange in two
@@ -84,7 +84,7 @@ def average(buckets: Sequence[GradientBucket], comm: Communicator) -> dict[str, 
 
 
 def _plan(name: str, sizes: Mapping[int, Mapping[str, int]]) -> tuple[int, dict[int, tuple[int, int]]]:
-    """Return the length of the whole, and by rank the start of its part and what the part is divided by."""
+    """Return the length of the merged tensor, and by rank the start and the divisor of its part."""
     held = {rank: numel for rank, of_rank in sorted(sizes.items()) if (numel := of_rank.get(name, 0))}
     if not name.endswith(_OF_SERVER):
         if len(set(held.values())) > 1:

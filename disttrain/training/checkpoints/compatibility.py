@@ -82,5 +82,5 @@ def changes_since(manifest: Manifest, world_size: int, batch_size: int) -> Itera
         yield (
             f"{world_size} workers instead of {manifest.world_size}: a batch of {batch_size} is now "
             f"{batch_size / world_size:g} samples per worker, was {was / manifest.world_size:g}; every worker gets the "
-            "mean of all residuals; random generators are seeded anew"
+            "mean of all residuals; random generators are seeded again"
         )

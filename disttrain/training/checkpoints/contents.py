@@ -175,9 +175,9 @@ def load_tensors(path: Path, manifest: Manifest, part: str) -> dict[str, torch.T
 
 @contextlib.contextmanager
 def load_errors(path: Path) -> Iterator[None]:
-    """Turn whatever the block raises while it loads a checkpoint into a one-line UserError about that checkpoint.
+    """Turn errors of the block, which loads a checkpoint, into a one-line UserError about that checkpoint.
 
-    Even files that match the manifest may have been written by anybody.
+    Files that match the manifest may still come from an untrusted source.
     """
     try:
         yield

@@ -14,8 +14,8 @@ Files: TypeAlias = dict[str, dict[str, torch.Tensor]]
 class StagingBuffers:
     """Memory for the tensors of one checkpoint, reused by later ones: allocating new pages costs more than copying.
 
-    CUDA tensors are copied to pinned memory on the current stream, so training may continue at once. ``wait`` blocks
-    until the copies are complete.
+    CUDA tensors are copied to pinned memory on the current stream, and training may continue. ``wait`` blocks until the
+    copies are complete.
     """
 
     def __init__(self) -> None:

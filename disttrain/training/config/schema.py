@@ -41,7 +41,7 @@ NAMED_SECTIONS: dict[str, Registry[Any]] = {
 
 
 class _Periodic(Section):
-    """What happens every so many epochs, every so many steps, or both."""
+    """Something that is done at intervals of epochs, of steps, or both."""
 
     every_epochs: int | None = Field(default=1, ge=1, description="null: not by epochs")
     every_steps: int | None = Field(default=None, ge=1, description="null: not by steps")

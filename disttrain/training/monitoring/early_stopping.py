@@ -1,6 +1,6 @@
 """Ending a run when a held-out metric no longer improves, and restoring the weights with which it was best.
 
-Metrics are summed over ranks by ``evaluate``, so all ranks decide alike.
+Metrics are summed over ranks by ``evaluate``, so all ranks make the same decision.
 """
 
 from __future__ import annotations

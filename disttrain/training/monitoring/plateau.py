@@ -39,7 +39,7 @@ class RateFeedback:
 
 
 class PlateauFeedback(RateFeedback):
-    """Tells ``reduce_on_plateau`` the mean training loss of every so many epochs or steps, or a held-out metric."""
+    """Gives ``reduce_on_plateau`` the mean training loss of each interval of epochs or steps, or a held-out metric."""
 
     def __init__(self, schedule: ReduceOnPlateau, rate: LearningRate, comm: Communicator) -> None:
         super().__init__(rate)

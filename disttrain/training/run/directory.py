@@ -55,7 +55,7 @@ def open_run_directory(config: Config, comm: Communicator) -> RunDirectory:
 
     An earlier run of this name is renamed to ``<name>.1``, ``.2``, ... unless it is resumed. When a checkpoint other
     than the newest is resumed, the newer ones are renamed, so that ``resume=auto`` cannot return to them. Workers that
-    a launcher has restarted continue the run of their launch, whatever the config says.
+    a launcher has restarted continue the run of their launch, regardless of the config.
 
     Raises:
         UserError: there is no such checkpoint, a running process uses the directory, or ranks see different

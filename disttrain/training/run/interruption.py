@@ -26,7 +26,7 @@ class Interruption:
     """While entered, SIGTERM, SIGUSR1 or SIGINT to any rank makes all ranks stop after the same step.
 
     The request is part of the message that ranks exchange in every optimizer step anyway, so it costs nothing. A second
-    signal, at least a second after the first, ends the process at once. ::
+    signal, at least a second after the first, ends the process immediately. ::
 
         with disttrain.Interruption(optimizer) as interruption:
             for x, y in loader:

@@ -1,4 +1,4 @@
-"""Loops in which parameters rest: in some steps, or on some ranks."""
+"""Loops in which parameters are unused: in some steps, or on some ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.scripts.registry import loop
 
 @loop(telescopes=True, engines=("mpi", "horovod"))
 def experts(world: Any) -> Any:
-    """A mixture of experts: tokens of a rank go to some of them, one rests on all ranks in most steps."""
+    """A mixture of experts: tokens of a rank go to some of them, one is unused on all ranks in most steps."""
     names = ("first", "second", "third")
     model = world.wrap_model(make(lambda: Branches(names)), find_unused_parameters=True)
     optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -57,7 +57,7 @@ def layer_drop(world: Any) -> Any:
     return model
 
 
-@loop(without_ddp="it must be wrapped anew when heads are frozen")
+@loop(without_ddp="it must be wrapped again when heads are frozen")
 def tasks_in_turn(world: Any) -> Any:
     """Multi-task: heads whose requires_grad is toggled, an old habit."""
     model = make(lambda: nn.ModuleDict({"body": nn.Linear(8, 8), "a": nn.Linear(8, 4), "b": nn.Linear(8, 4)}))
@@ -137,9 +137,9 @@ def frozen_base(world: Any) -> Any:
     return model
 
 
-@loop(without_ddp="it must be wrapped anew when layers thaw")
-def thawed_layers(world: Any) -> Any:
-    """Frozen first; thawed by requires_grad_ between steps, best the last layers first."""
+@loop(without_ddp="it must be wrapped again when layers are unfrozen")
+def unfrozen_layers(world: Any) -> Any:
+    """Frozen first; unfrozen by requires_grad_ between steps, the last layers first."""
     model = mlp()
     for layer in (model[0], model[2]):
         layer.requires_grad_(False)
@@ -155,7 +155,7 @@ def thawed_layers(world: Any) -> Any:
     return model
 
 
-@loop(without_ddp="it must be wrapped anew when layers come")
+@loop(without_ddp="it must be wrapped again when layers are added")
 def added_layers(world: Any) -> Any:
     """A head is added to the model in mid-run, with a group of its own."""
     model = nn.ModuleDict({"body": mlp()})
@@ -171,7 +171,7 @@ def added_layers(world: Any) -> Any:
     return model
 
 
-@loop(without_ddp="it must be wrapped anew when layers are frozen")
+@loop(without_ddp="it must be wrapped again when layers are frozen")
 def frozen_in_mid_run(world: Any) -> Any:
     """Early layers freeze one after another (FreezeOut)."""
     model = mlp()

@@ -138,7 +138,7 @@ def adaptive_clipping(world: Any) -> Any:
 
 @loop(engines=ALL_ENGINES)
 def dropped_batches(world: Any) -> Any:
-    """A batch whose gradient is too long is dropped, by all ranks alike, as they see the same norm."""
+    """A batch whose gradient is too long is dropped by all ranks, as they see the same norm."""
     model = world.wrap_model(mlp())
     optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
     for step, (x, y) in enumerate(world.batches(6)):

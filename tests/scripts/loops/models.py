@@ -1,4 +1,4 @@
-"""Models that are more than layers in a row: shared, parametrised, checkpointed, recurrent, sparse, compiled."""
+"""Models that are more than layers in a row: shared, parametrized, checkpointed, recurrent, sparse, compiled."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def compiled_whole(world: Any) -> Any:
 
 @loop(without_threads=COMPILES, compressors=("topk",))
 def compiled_before_wrapping(world: Any) -> Any:
-    """The compiled module is what is wrapped; its names begin with _orig_mod."""
+    """The compiled module is what is wrapped; its names start with _orig_mod."""
     model = world.wrap_model(torch.compile(mlp(), backend="aot_eager"))
     optimizer = world.wrap(torch.optim.Adam(model.parameters(), lr=0.01), model)
     for x, y in world.batches():

@@ -62,7 +62,7 @@ def grad_scaler_accumulating(world: Any) -> Any:
 
 @loop(tolerance=1e-5, compressors=RESIDUALS_IN_TRUE_UNITS)
 def grad_scaler_overflow(world: Any) -> Any:
-    """An inf on one rank: all skip the step and lower the scale alike."""
+    """An inf on one rank: all skip the step and lower the scale by the same factor."""
     return scaled(world, unscale=True, bad=True)
 
 

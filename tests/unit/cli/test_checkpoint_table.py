@@ -97,7 +97,7 @@ def test_a_named_one_that_is_broken_is_an_error(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "message"), [("nowhere", "holds no checkpoint"), ("step-1", "does not exist")])
-def test_what_is_not_there_is_said(tmp_path: Path, path: str, message: str) -> None:
+def test_missing_checkpoints_are_reported(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         shown(tmp_path / path)
 

@@ -113,7 +113,7 @@ def test_inconsistent_launcher_is_the_users_error(monkeypatch):
 
 
 @pytest.mark.parametrize("collective", [AllReduce, AllGather])
-def test_time_of_the_slowest_rank_is_measured_alike_on_all(collective):
+def test_all_ranks_report_the_time_of_the_slowest(collective):
     times = simulate(3, lambda comm: doctor.seconds(comm, collective, 10))
     assert times[0] > 0
     assert times == [times[0]] * 3

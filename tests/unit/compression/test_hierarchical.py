@@ -284,7 +284,7 @@ def test_dense_trains_like_plain_dense(local_size: int) -> None:
 
 
 @every_case
-def test_trains_alike_on_all_ranks_and_a_saved_run_goes_on(case: dict[str, Any]) -> None:
+def test_replicas_are_identical_and_a_saved_run_resumes(case: dict[str, Any]) -> None:
     spec = {**case, "hierarchical": True}
 
     def run(comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:

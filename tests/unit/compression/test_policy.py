@@ -1,4 +1,4 @@
-"""Which compressor a parameter gets: rules, the dense warm-up, and what is refused."""
+"""Which compressor a parameter gets: rules, the dense warmup, and what is refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_rank_above_some_matrices_only_is_fine() -> None:
     assert PowerSGD(rank=65) == Policy.build({"name": "powersgd", "rank": 65}).assign({**SHAPES, "x": (900, 900)})[-1]
 
 
-def test_several_compressors_in_one_model_keep_replicas_alike_and_their_state_can_be_saved() -> None:
+def test_several_compressors_in_one_model_keep_replicas_identical_and_their_state_can_be_saved() -> None:
     def run(comm: Communicator) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         model, optimizer = make(comm, MIXED)
         names = {bucket.compressor.name for bucket in optimizer.reducer.buckets}

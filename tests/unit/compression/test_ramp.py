@@ -1,4 +1,4 @@
-"""Options that change over the first steps: alike on all ranks, exact to the byte, and nothing is lost on the way."""
+"""Options that change over the first steps: the same on all ranks, exact to the byte, and lossless in sum."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def padded(num_bytes: int) -> int:
 
 
 def bytes_sent(ranks: Ranks) -> list[int]:
-    """By step; alike on all ranks."""
+    """By step; the same on all ranks."""
     num_ranks = len(ranks.buckets)
     by_rank = [
         [sum(sent_bytes(item, num_ranks, rank) for item in items) for rank, items in enumerate(step)]
@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_replicas_are_alike_and_nothing_is_lost_on_the_way(case: dict[str, Any], world_size: int) -> None:
+def test_replicas_are_identical_and_nothing_is_lost(case: dict[str, Any], world_size: int) -> None:
     ranks = Ranks.make(case, world_size, SHAPES)
     means = ranks.steps(STEPS + 4)
     assert all(torch.equal(mean, step[0]) for step in means for mean in step)
@@ -111,7 +111,7 @@ def test_a_growing_rank_reaches_what_the_full_rank_reaches() -> None:
     assert residual.norm() < 1e-8 * matrix.norm()
 
 
-def test_a_resumed_run_goes_on_where_the_ramp_was() -> None:
+def test_a_resumed_run_continues_the_ramp() -> None:
     spec = {"name": "topk", "ratio": 0.01, "min_numel": 0, "ratio_ramp": {"start": 0.5, "steps": 4}}
 
     def run(comm: Communicator) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Loops run, compiled, whatever becomes of the folder in which they should be cached."""
+"""Compiled loops run even if the folder for their cache cannot be used."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def check_means(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_become_orthonormal_whatever_they_were(dtype: torch.dtype) -> None:
+def test_any_rows_become_orthonormal(dtype: torch.dtype) -> None:
     check_orthogonalize(KERNELS, dtype, DEVICE, longest=3000)
 
 

@@ -30,7 +30,7 @@ dtypes = {}
 def compile(kernel, *arguments, enable_fp_fusion, **constants):
     signature = {name: mangle_type(value) for name, value in zip(kernel.arg_names, arguments)}
     assert [*signature, *constants] == kernel.arg_names, "launched with all arguments, in order"
-    assert "i64" not in signature.values(), "an integer that needs more than others is compiled for anew"
+    assert "i64" not in signature.values(), "an integer that needs more bits is compiled for again"
     dtypes.setdefault(kernel.__name__, set()).add(signature[kernel.arg_names[0]])
     signature.update(dict.fromkeys(constants, "constexpr"))
     source = ASTSource(kernel, signature=signature, constexprs=constants)

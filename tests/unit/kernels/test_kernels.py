@@ -218,7 +218,7 @@ def test_quantize(samples: Iterator[Sample], bits: int, seed: int | None) -> Non
 
 
 def check_dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
-    """Alike on both backends for one payload, three of one and three scattered ones; what one stands for."""
+    """Compare both backends on one payload, three of one tensor and three scattered ones; return one decoded."""
     for parts in (1, 3):
         for add in (False, True):
             outs = [torch.ones_like(like) for _ in range(2)]
@@ -315,7 +315,7 @@ def test_two_means(shape: tuple[int, int], dtype: torch.dtype) -> None:
     bits=st.integers(2, 8),
     blocks=st.sampled_from([16, 32, 512]),
 )
-def test_any_floats_quantize_alike(values: list[float], bits: int, blocks: int) -> None:
+def test_any_floats_quantize_identically(values: list[float], bits: int, blocks: int) -> None:
     grad = torch.tensor(values)
     for seed in (None, 5):
         reference, fast = (kernels.quantize(grad, None, bits, blocks, seed) for kernels in (REFERENCE, FAST))

@@ -68,11 +68,11 @@ def test_products_and_rests_are_those_of_the_reference(shapes: list[tuple[int, i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernels", [FAST, REFERENCE], ids=["compiled", "reference"])
-def test_rows_become_orthonormal_whatever_they_were(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_any_rows_become_orthonormal(kernels: Kernels, dtype: torch.dtype) -> None:
     check_orthogonalize(kernels, dtype, torch.device("cpu"), longest=50_257)  # a vocabulary's
 
 
-def test_what_all_ranks_compute_alike_is_computed_in_the_order_written() -> None:
+def test_replicated_results_are_computed_in_the_order_written() -> None:
     """Whatever vectors a rank's processor has: means are formed on every rank, from the same numbers."""
     from disttrain.kernels.cpu import loops_low_rank, loops_sparse
 

@@ -45,7 +45,7 @@ def test_mixed_dtypes_have_buckets_of_their_own() -> None:
                 torch.testing.assert_close(parameter.grad.double(), expected.double(), rtol=2e-2, atol=2e-3)
 
 
-def test_small_and_one_dimensional_parameters_travel_dense_in_one_buffer() -> None:
+def test_small_and_one_dimensional_parameters_are_sent_dense_in_one_buffer() -> None:
     model, optimizer = build(MLP, SingleProcess(), compressor={"name": "topk", "min_numel": 200}, bucket_mb=None)
     dense = [bucket for bucket in optimizer.reducer.buckets if bucket.compressor.name == "dense"]
     assert len(dense) == 1

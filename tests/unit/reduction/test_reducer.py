@@ -27,7 +27,7 @@ COMPRESSORS = [
     pytest.param({"name": name, **options}, id=name)
     for name, options in {**{name: {} for name in compression.names()}, "topk": {"ratio": 0.1}}.items()
 ]
-# These owe something that is not in a residual: momentum, the signs' sizes, the roundings of a sum in half precision.
+# These lose something that is not in a residual: momentum, the signs' sizes, the roundings of a sum in half precision.
 NOT_TELESCOPING = {"bf16", "dgc", "fp16", "signsgd"}
 TELESCOPING = [
     {
@@ -93,7 +93,7 @@ def test_buckets_leave_while_backward_is_running() -> None:
 
 
 def test_order_is_by_bucket_and_not_by_readiness() -> None:
-    """Each rank uses other layers and is slow at other times; they must start alike, or the world says so."""
+    """Each rank uses other layers and is slow at other times; all must start the same collectives."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -242,9 +242,9 @@ def test_two_backward_passes_lose_nothing_under_compression(spec: dict[str, Any]
             model(inputs(comm.rank, step + 5)).square().mean().backward()
             sent += torch.cat([slot.parameter.grad.reshape(-1) for slot in optimizer.reducer.slots])
             optimizer.step()
-        owed = optimizer.state_dict()["compression"]["per_rank"]
+        per_rank = optimizer.state_dict()["compression"]["per_rank"]
         local = optimizer.reducer.slots
-        residuals = [owed.get(f"{slot.name}/residual", torch.zeros(slot.view.numel()).double()) for slot in local]
+        residuals = [per_rank.get(f"{slot.name}/residual", torch.zeros(slot.view.numel()).double()) for slot in local]
         own = copy.deepcopy(MLP)
         for step in range(3):
             own(inputs(comm.rank, step)).square().mean().backward()

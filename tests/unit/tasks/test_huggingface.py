@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         {
             "text": " ".join(WORDS[index] for index in pick[: 2 + number % 6]),
-            "label": "colour" if pick[0] < 3 else "other",
+            "label": "color" if pick[0] < 3 else "other",
         }
         for number, pick in enumerate(picks)
     ]
@@ -119,7 +119,7 @@ def test_other_kinds_of_data_hold_the_same_texts(tmp_path: Path, folder: Path, k
         path.write_text("label,text\n" + "".join(f"{line['label']},{line['text']}\n" for line in lines))
     else:
         path.mkdir()
-        for label in ("colour", "other"):
+        for label in ("color", "other"):
             (path / f"{label}.txt").write_text("\n\n".join(line["text"] for line in lines if line["label"] == label))
     ours, theirs = (tasks.registry.build(spec(folder, data=str(data))) for data in (path, folder / "texts.jsonl"))
     for part, other in zip(ours.train_data().tensors, theirs.train_data().tensors, strict=True):  # type: ignore[attr-defined]

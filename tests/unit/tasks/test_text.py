@@ -44,7 +44,7 @@ def make_files(folder: Path, count: int = 60) -> None:
     (folder / ".hidden/secret.txt").write_text("secret " * 50)
 
 
-def test_whole_files_are_held_out_wherever_the_folder_lies(tmp_path: Path) -> None:
+def test_whole_files_are_held_out_regardless_of_the_folders_location(tmp_path: Path) -> None:
     splits = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

@@ -59,7 +59,7 @@ def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, case: str) -> None:
         assert len(set(rates)) > 2, "the rate changes, before the stop and after it"
 
 
-def test_the_rate_falls_with_the_epochs_loss_on_all_ranks_alike(tmp_path: Path) -> None:
+def test_the_rate_falls_with_the_epochs_loss_on_all_ranks(tmp_path: Path) -> None:
     """An epoch is judged by the mean over all its samples; a skipped step is left out."""
     schedule = {**PLATEAU, "threshold": 10.0, "threshold_mode": "abs"}  # nothing is ever good enough
     config = make_config(tmp_path, schedule=schedule, epochs=4, task={"bad_step": 4})

@@ -80,7 +80,7 @@ def test_a_new_head_stays_fresh(tmp_path: Path) -> None:
     assert equal(values(SOURCE), values(model)) == values(model).keys() - {"head.weight", "head.bias"}
 
 
-def test_names_are_changed_by_how_they_begin(tmp_path: Path) -> None:
+def test_names_are_changed_by_prefix(tmp_path: Path) -> None:
     renamed = {f"module.{name.replace('body.', 'trunk.')}": value for name, value in values(SOURCE).items()}
     save_file(renamed, tmp_path / "w.safetensors")
     model = make(2)
@@ -180,7 +180,7 @@ def test_a_run_hands_on_the_weights_that_its_result_is_of(tmp_path: Path, result
             assert torch.equal(model[name], value) or "running" in name or "num_batches" in name, name
 
 
-def test_a_run_may_go_on_from_an_earlier_one_of_its_name_and_a_mistake_leaves_that_alone(tmp_path: Path) -> None:
+def test_a_run_may_start_from_an_earlier_one_of_its_name_which_an_error_does_not_change(tmp_path: Path) -> None:
     config = make_config(tmp_path, max_steps=2)
     _, wanted = train(config, SingleProcess())
     again = config.model_copy(update={"start_from": StartFrom(weights="nowhere.pt")})
@@ -194,7 +194,7 @@ def test_a_run_may_go_on_from_an_earlier_one_of_its_name_and_a_mistake_leaves_th
     assert torch.equal(seen[0], wanted["0.weight"])
 
 
-def test_ranks_go_on_from_the_same_weights_and_a_resumed_run_from_its_own(
+def test_ranks_start_from_the_same_weights_and_a_resumed_run_from_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(make_config(tmp_path / "first", max_steps=4), SingleProcess())

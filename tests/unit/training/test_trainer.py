@@ -179,7 +179,7 @@ def test_another_number_of_ranks_keeps_what_is_pending(
         torch.testing.assert_close(value, expected[name], rtol=1e-14, atol=1e-15)
 
 
-def test_a_non_finite_gradient_is_counted_and_the_schedule_goes_on(tmp_path: Path) -> None:
+def test_a_non_finite_gradient_is_counted_and_the_schedule_continues(tmp_path: Path) -> None:
     config = make_config(tmp_path, task={"bad_step": 1}, schedule={"name": "cosine"}, max_steps=4)
     summary, model = train(config, SingleProcess())
     assert summary["skipped_steps"] == 1

@@ -326,7 +326,7 @@ def test_dropping_gradients_that_are_on_the_wire() -> None:
 
 @pytest.mark.parametrize("synchronize_first", [False, True])
 @pytest.mark.parametrize("passes", [1, 2])  # two without no_sync: a second exchange follows
-def test_values_are_clipped_in_the_mean_wherever_it_is_stepped_on(synchronize_first: bool, passes: int) -> None:
+def test_values_are_clipped_in_the_mean_in_every_mode(synchronize_first: bool, passes: int) -> None:
     def run(comm: Communicator, clip_value: float | None) -> list[torch.Tensor]:
         model = copy.deepcopy(TEMPLATE).eval()
         sgd = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -128,7 +128,7 @@ def test_steps_that_overflow_on_one_rank_leave_no_trace_in_float16(name: str, se
 
 
 @every_compressor
-def test_a_scale_that_is_too_high_comes_down_and_training_goes_on(name: str) -> None:
+def test_a_scale_that_is_too_high_falls_and_training_continues(name: str) -> None:
     def train(comm: Communicator) -> Run:
         run = Run(comm, name, LossScale(2.0**30), clip_norm=None)
         for step in range(45):
@@ -161,11 +161,11 @@ def test_gradients_that_float16_cannot_hold_arrive_thanks_to_the_scale() -> None
     torch.testing.assert_close(gradient(LossScale()), torch.full((2, 6), 3e-9), rtol=1e-3, atol=0)
 
 
-def test_the_scale_grows_after_sound_steps_and_falls_to_its_minimum() -> None:
+def test_the_scale_grows_after_finite_steps_and_falls_to_its_minimum() -> None:
     scale = LossScale(8.0, growth_interval=2, growth_factor=4.0, backoff_factor=0.25, minimum=2.0)
     values = []
-    for is_sound in (True, True, True, False, True, False, False, True, True):
-        scale.update(is_sound)
+    for is_finite in (True, True, True, False, True, False, False, True, True):
+        scale.update(is_finite)
         values.append(scale.value)
     assert values == [8, 32, 32, 8, 8, 2, 2, 2, 8]
     assert scale.scale(torch.tensor(60000.0, dtype=torch.float16)).item() == 480000

@@ -47,7 +47,7 @@ def test_a_model_can_be_given_to_a_new_optimizer(overlap_step: bool) -> None:
 
 def test_ranks_at_the_steps_of_different_optimizers_are_named() -> None:
     def run(comm: Communicator) -> None:
-        both = [build(comm) for _ in range(2)]  # alike in every respect
+        both = [build(comm) for _ in range(2)]  # identical in every respect
         for model, optimizer in both if comm.rank == 0 else reversed(both):
             train(model, optimizer, comm.rank, range(1))
 

@@ -16,7 +16,7 @@ with torch.random.fork_rng():
         nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)
     ).double()
     INPUTS = torch.randn(10, 24, 5, dtype=torch.float64)
-THAW = {3: ["4."], 6: ["2.", "0."]}  # before these steps; the head is trained from the start
+UNFREEZE_AT = {3: ["4."], 6: ["2.", "0."]}  # before these steps; the head is trained from the start
 LAST = 10
 
 
@@ -43,7 +43,7 @@ def steps(
     last: int,
     rank: int = 0,
     world_size: int = 1,
-    unfreeze: dict[int, list[str]] = THAW,
+    unfreeze: dict[int, list[str]] = UNFREEZE_AT,
 ) -> None:
     for step in range(first, last):
         due = of(model, unfreeze.get(step, ["none"]))
@@ -74,7 +74,7 @@ COMPRESSORS: dict[str, Any] = {
 }
 
 
-def test_ranks_equal_one_process_that_thaws() -> None:
+def test_ranks_equal_one_process_that_unfreezes() -> None:
     alone = frozen_model()
     steps(alone, torch.optim.AdamW(alone.parameters(), lr=0.01, fused=True), 0, LAST)
 
@@ -98,7 +98,7 @@ def nodes_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nodes_of_two")
 @pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 @pytest.mark.parametrize("stop_at", [5, 6])
-def test_going_on_in_a_run_built_afresh_equals_no_stop_bit_for_bit(compressor: Any, stop_at: int) -> None:
+def test_resuming_with_a_new_model_is_bit_identical(compressor: Any, stop_at: int) -> None:
     def run(comm: Communicator, stop: bool) -> torch.Tensor:
         model = frozen_model()
         optimizer = wrap(model, comm, compressor)
@@ -108,9 +108,9 @@ def test_going_on_in_a_run_built_afresh_equals_no_stop_bit_for_bit(compressor: A
             model = frozen_model()
             model.load_state_dict(kept)
             optimizer = wrap(model, comm, compressor)
-            for step in THAW:
+            for step in UNFREEZE_AT:
                 if step < stop_at:
-                    optimizer.unfreeze(of(model, THAW[step]))
+                    optimizer.unfreeze(of(model, UNFREEZE_AT[step]))
             optimizer.load_state_dict(state)
         steps(model, optimizer, stop_at, LAST, comm.rank, comm.world_size)
         return weights(model)
@@ -128,7 +128,7 @@ def test_what_was_trained_before_keeps_its_state(compressor: Any) -> None:
         optimizer = wrap(model, comm, compressor)
         steps(model, optimizer, 0, 6, comm.rank, comm.world_size)
         before = optimizer.state_dict()
-        optimizer.unfreeze(of(model, THAW[6]))
+        optimizer.unfreeze(of(model, UNFREEZE_AT[6]))
         after = optimizer.state_dict()
         assert before["compression"]["step"] == after["compression"]["step"] == 6
         for kind in ("replicated", "per_rank"):
@@ -145,14 +145,14 @@ def test_what_was_trained_before_keeps_its_state(compressor: Any) -> None:
 
 
 @pytest.mark.parametrize("compressor", ["dense", COMPRESSORS["powersgd"]], ids=["dense", "powersgd"])
-def test_thawing_equals_a_run_that_trains_all_from_there(compressor: Any) -> None:
+def test_unfreezing_equals_a_run_that_trains_all_from_there(compressor: Any) -> None:
     """Of what looks at each parameter for itself: other buckets, same numbers."""
 
     def run(comm: Communicator, afresh: bool) -> torch.Tensor:
         model = frozen_model()
         optimizer = wrap(model, comm, compressor)
         steps(model, optimizer, 0, 6, comm.rank, comm.world_size)
-        optimizer.unfreeze(of(model, THAW[6]))
+        optimizer.unfreeze(of(model, UNFREEZE_AT[6]))
         if afresh:
             state, kept = optimizer.state_dict(), copy.deepcopy(model.state_dict())
             model = copy.deepcopy(TEMPLATE)
@@ -162,11 +162,11 @@ def test_thawing_equals_a_run_that_trains_all_from_there(compressor: Any) -> Non
         steps(model, optimizer, 6, LAST, comm.rank, comm.world_size, unfreeze={})
         return weights(model)
 
-    thawed, afresh = (simulate(3, lambda comm, a=a: run(comm, a))[0] for a in (False, True))  # type: ignore[misc]
-    torch.testing.assert_close(thawed, afresh, rtol=0, atol=1e-12)
+    unfrozen, afresh = (simulate(3, lambda comm, a=a: run(comm, a))[0] for a in (False, True))  # type: ignore[misc]
+    torch.testing.assert_close(unfrozen, afresh, rtol=0, atol=1e-12)
 
 
-def test_thawed_parameters_are_counted() -> None:
+def test_unfrozen_parameters_are_counted() -> None:
     def run(comm: Communicator) -> None:
         model = frozen_model()
         optimizer = wrap(model, comm, "dense")
@@ -182,7 +182,7 @@ def test_thawed_parameters_are_counted() -> None:
     simulate(2, run)
 
 
-def test_refuses_what_cannot_be_thawed() -> None:
+def test_refuses_what_cannot_be_unfrozen() -> None:
     model = frozen_model()
     inner = torch.optim.SGD([*model[4].parameters(), *model[6].parameters()], lr=0.1)
     optimizer = DistributedOptimizer(inner, model, comm=SingleProcess())

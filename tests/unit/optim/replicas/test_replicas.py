@@ -1,4 +1,4 @@
-"""Buffers of every kind, kept alike."""
+"""Buffers of every kind, kept identical on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compression does to each layer, measured; and dense steps that repay what it owes."""
+"""The measured error of compression by layer, and dense steps that send the residuals."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def measure(comm: Communicator, compressor: Any, num_steps: int = 3, **options: 
 
 
 @pytest.mark.parametrize("local_size", [3, 1])
-def test_numbers_are_those_of_their_definition(local_size: int) -> None:
+def test_numbers_match_their_definition(local_size: int) -> None:
     spec = {"name": "topk", "ratio": 0.1, "min_numel": 1, "hierarchical": local_size == 1}
     results = simulate(3, lambda comm: measure(comm, spec), local_size=local_size)
     dense = dict(zip([name for name, _ in MODEL.named_parameters()], mean_gradients(3, 2), strict=True))
     for fidelity, means, optimizer in results:
         assert isinstance(fidelity, Fidelity)
-        assert fidelity == results[0][0], "alike on all ranks, to the bit"
+        assert fidelity == results[0][0], "bit-identical on all ranks"
         assert set(fidelity.cosine) == set(fidelity.residual) == {"0.weight", "1.weight", "2.weight"}
         ours = dict(zip(dense, means[-1], strict=True))
         for name, cosine in fidelity.cosine.items():
@@ -72,15 +72,15 @@ def test_numbers_are_those_of_their_definition(local_size: int) -> None:
             assert cosine == pytest.approx(float(wanted), abs=1e-12)
         del optimizer
     for index, name in ((0, "0.weight"), (2, "1.weight"), (4, "2.weight")):
-        owed = sum(
+        residual = sum(
             float(optimizer.state_dict()["compression"]["per_rank"][f"{name}/residual"].square().sum())
             for _, _, optimizer in results
         )
         own = sum(float(gradients(rank, 2)[index].square().sum()) for rank in range(3))
-        assert results[0][0].residual[name] == pytest.approx(math.sqrt(owed / own), rel=1e-12)
+        assert results[0][0].residual[name] == pytest.approx(math.sqrt(residual / own), rel=1e-12)
 
 
-def test_what_loses_nothing_points_the_same_way_and_owes_nothing() -> None:
+def test_lossless_compression_has_cosine_one_and_no_residual() -> None:
     ((fidelity, _, _),) = [measure(SingleProcess(), {"name": "topk", "ratio": 1.0, "min_numel": 1})]
     assert all(cosine == pytest.approx(1.0) for cosine in fidelity.cosine.values())
     assert set(fidelity.residual.values()) == {0.0}
@@ -138,7 +138,7 @@ def test_a_skipped_step_is_measured_the_next_time() -> None:
     assert simulate(2, run) == [[False, False, True, False]] * 2
 
 
-def test_dense_steps_repay_what_dgc_has_gathered() -> None:
+def test_dense_steps_send_the_velocity_of_dgc() -> None:
     def run(comm: Communicator) -> list[bool]:
         optimizer = build(comm, {"name": "dgc", "min_numel": 1, "ratio": 0.1})
         for number in range(3):
@@ -161,10 +161,10 @@ def test_dense_steps_repay_what_dgc_has_gathered() -> None:
     ids=["alone", "flat", "hierarchical", "two stages"],
 )
 @pytest.mark.parametrize("compressor", TELESCOPING, ids=lambda spec: spec["name"])
-def test_dense_steps_repay_all_that_is_owed(
+def test_dense_steps_send_all_residuals(
     compressor: dict[str, Any], world_size: int, local_size: int, more: dict[str, Any]
 ) -> None:
-    """So the sum of all means is that of all gradients, and every step has given its own, dense."""
+    """The sum of all means is then that of all gradients."""
     spec = {**compressor, "min_numel": 1, **({"rank": 1} if compressor["name"] == "powersgd" else {}), **more}
 
     def run(comm: Communicator) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
@@ -188,6 +188,6 @@ def test_dense_steps_repay_all_that_is_owed(
     for means, left in simulate(world_size, run, local_size=local_size):
         assert left or spec["name"] == "dense"
         sent = [sum(parts) for parts in zip(*means, strict=True)]
-        owed = [sum(parts) for parts in zip(*(mean_gradients(world_size, number) for number in range(8)), strict=True)]
-        for one, other in zip(sent, owed, strict=True):
+        total = [sum(parts) for parts in zip(*(mean_gradients(world_size, number) for number in range(8)), strict=True)]
+        for one, other in zip(sent, total, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-11)

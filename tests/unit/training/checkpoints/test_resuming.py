@@ -143,8 +143,8 @@ def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(tmp_path:
         return optimizer.state_dict()["compression"]["per_rank"]
 
     before = pending(simulate(4, save, local_size=2))
-    owed = [value for key, value in before.items() if key.endswith(("/residual", "/velocity"))]
-    assert all(value.abs().sum() > 0 for value in owed)
+    residuals = [value for key, value in before.items() if key.endswith(("/residual", "/velocity"))]
+    assert all(value.abs().sum() > 0 for value in residuals)
     for world_size, local_size in ((2, 1), (6, 2), (4, 2)):
         after = pending(simulate(world_size, load, local_size=local_size))
         assert {key for key in before if not key.endswith(("/q", "/p"))} <= after.keys()
@@ -152,7 +152,7 @@ def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(tmp_path:
             torch.testing.assert_close(after[key], before[key], rtol=1e-6, atol=1e-6)
 
 
-def test_one_node_owes_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+def test_one_node_has_no_residuals(tmp_path: Path) -> None:
     """A hierarchical exchange to and from a single node, which is dense."""
 
     def run(comm: Communicator, hierarchical: bool, step: int | None) -> dict[str, torch.Tensor]:
@@ -178,7 +178,7 @@ def test_one_node_owes_nothing_and_keeps_nothing(tmp_path: Path) -> None:
 def test_text_on_4_2_3_and_8_ranks_trains_as_if_on_4(
     tmp_path: Path, compressor: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same batches whatever the ranks, and residuals whose mean stays: the loss stays within noise."""
+    """Batches do not depend on the ranks, and the mean residual is preserved: the loss stays within noise."""
     caplog.set_level("INFO", "disttrain")
     options = {"topk": {"ratio": 0.05, "exchange": "two_stage"}, "powersgd": {"rank": 2}}[compressor]
     changes: dict[str, Any] = {

@@ -52,7 +52,7 @@ def test_the_epochs_that_were_asked_for_are_trained(
 
 
 @pytest.mark.parametrize("schedule", [{"name": "cosine", "warmup_epochs": 2.5}, {"name": "linear", "by": "epoch"}])
-def test_schedules_go_on_at_the_same_part_of_the_run(tmp_path: Path, schedule: dict[str, Any]) -> None:
+def test_schedules_continue_at_the_same_fraction_of_the_run(tmp_path: Path, schedule: dict[str, Any]) -> None:
     """As those of a run that has had the new batch from its beginning."""
     _, expected = train_records(tmp_path / "whole", schedule=schedule, batch_size=25)
     for stop, rest in ((10, 4), (5, 6)):  # two epochs are done, or one: within the warm-up
@@ -63,7 +63,7 @@ def test_schedules_go_on_at_the_same_part_of_the_run(tmp_path: Path, schedule: d
         assert [record["lr"] for record in found[stop:]] == [record["lr"] for record in expected[-rest:]]
 
 
-def test_a_batch_that_has_grown_goes_on_in_proportion(tmp_path: Path) -> None:
+def test_a_batch_that_has_grown_keeps_its_ratio(tmp_path: Path) -> None:
     batch = {"name": "schedule", "milestones": [1, 3], "max_batch_size": 50, "lr_scaling": "sqrt"}
     changes: dict[str, Any] = {"batch": batch, "schedule": {"name": "cosine", "warmup_epochs": 1}}
     _, expected = train_records(tmp_path / "whole", batch_size=10, **changes)

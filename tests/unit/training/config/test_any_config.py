@@ -1,4 +1,4 @@
-"""Whatever a config or a command line holds: a plan that can be run, or exit code 2 and one line.
+"""For any config or command line: a plan that can be run, or exit code 2 and one line.
 
 ``make fuzz`` draws ten thousand; the default is a few.
 """

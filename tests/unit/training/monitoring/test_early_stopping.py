@@ -70,7 +70,7 @@ def errors(config: Config) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("average", [None, {"decay": 0.5}], ids=["weights", "average"])
-def test_a_run_stops_alike_on_all_ranks_and_ends_with_its_best_weights(tmp_path: Path, average: Any) -> None:
+def test_all_ranks_stop_at_the_same_step_and_restore_the_best_weights(tmp_path: Path, average: Any) -> None:
     def run(config: Config, comm: Communicator) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, float]]:
         trainer = Trainer(config, comm)
         try:
@@ -127,7 +127,7 @@ def test_resuming_with_an_average_and_early_stopping_equals_no_stop_bit_for_bit(
         assert errors(config) == errors(reference)
 
 
-def test_more_patience_lets_a_run_go_on(tmp_path: Path) -> None:
+def test_more_patience_lets_a_run_continue(tmp_path: Path) -> None:
     summary, _ = train(diverging(tmp_path), SingleProcess())
     patient = {**STOPPING, "patience": 4}
     longer, _ = train(diverging(tmp_path, early_stopping=patient, resume="auto"), SingleProcess())
@@ -136,7 +136,7 @@ def test_more_patience_lets_a_run_go_on(tmp_path: Path) -> None:
     assert (longer["steps"], longer["best"], longer["metrics"]) == (fresh["steps"], fresh["best"], fresh["metrics"])
 
 
-def test_a_run_of_another_metric_begins_to_watch_anew(tmp_path: Path) -> None:
+def test_another_metric_resets_early_stopping(tmp_path: Path) -> None:
     train(diverging(tmp_path, schedule="constant", max_steps=4), SingleProcess())
     changes: dict[str, Any] = {"schedule": "constant", "max_steps": 8, "resume": "auto"}
     summary, _ = train(diverging(tmp_path, early_stopping={**STOPPING, "mode": "max"}, **changes), SingleProcess())

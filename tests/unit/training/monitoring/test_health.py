@@ -82,7 +82,7 @@ def test_a_difference_is_only_warned_about_if_asked_for(tmp_path: Path, caplog: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_any_tensor_is_compared_whatever_its_type_and_shape(dtype: torch.dtype, victim: int) -> None:
+def test_tensors_of_any_type_and_shape_are_compared(dtype: torch.dtype, victim: int) -> None:
     def run(comm: Communicator) -> list[Any]:
         shapes = [(), (0,), (3,), (4, 5), (2, 3, 4, 5)]
         tensors = {f"{index}": torch.ones(shape).to(dtype) for index, shape in enumerate(shapes)}
@@ -106,7 +106,7 @@ def test_of_two_copies_the_first_ranks_is_taken_for_right() -> None:
     assert simulate(4, run) == [("b", [1, 2, 3])] * 4
 
 
-def test_well_behaved_ranks_are_alike_with_every_optimizer_and_compressor(tmp_path: Path) -> None:
+def test_replicas_are_identical_with_every_optimizer_and_compressor(tmp_path: Path) -> None:
     for number, (optimizer, compressor) in enumerate(
         [("adamw", {**TOPK}), ("lamb", {"name": "powersgd", "rank": 1, "min_numel": 1}), ("sgd", "dense")]
     ):
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_is_named_though_gradients_are(
     assert "step 2: the loss is inf, but all gradients are finite" in caplog.text
 
 
-def test_sound_steps_begin_the_count_anew(tmp_path: Path) -> None:
+def test_finite_steps_reset_the_count(tmp_path: Path) -> None:
     config = make_config(tmp_path, epochs=4, health={"max_skipped": 2})
     summaries = simulate(2, lambda comm: train(config, comm, poison(17))[0])
     assert [summary["skipped_steps"] for summary in summaries] == [4, 4]

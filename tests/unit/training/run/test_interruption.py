@@ -57,7 +57,7 @@ def asked(config: Config, comm: Communicator, *, rank: int, step: int) -> Any:
         {"task": {"batch_norm": True, "num_samples": 52}, "drop_last": True, "average": {"decay": 0.9}},
     ],
 )
-def test_all_ranks_stop_after_the_same_step_and_the_run_goes_on_exactly(tmp_path: Path, changes: Any) -> None:
+def test_all_ranks_stop_after_the_same_step_and_the_run_resumes_exactly(tmp_path: Path, changes: Any) -> None:
     def config(folder: str, **more: Any) -> Config:
         return make_config(tmp_path / folder, **changes, **more)
 

@@ -20,7 +20,7 @@ def test_a_launch_is_known_by_its_launcher_where_that_starts_workers_again(envir
 
 
 @pytest.mark.parametrize("step", [0, 5])
-def test_workers_that_are_started_again_go_on_whatever_the_config_says(
+def test_restarted_workers_resume_regardless_of_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Before the first checkpoint and after it; in the second launch an agent has joined the first's."""
@@ -39,7 +39,7 @@ def test_workers_that_are_started_again_go_on_whatever_the_config_says(
     assert not config.directory.with_name("test.1").exists()
 
 
-def test_another_launch_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_launch_starts_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(tmp_path, checkpoint={"every_steps": 2})
     for name in ("a", "b"):
         monkeypatch.setattr(launches, "launch_id", lambda name=name: name)

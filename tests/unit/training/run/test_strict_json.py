@@ -59,7 +59,7 @@ class Lost(Tiny):
         return {"error": (math.nan, 1), "worst": (math.inf, 1)}
 
 
-def test_a_run_without_a_finite_number_is_recorded_and_goes_on(
+def test_a_run_without_a_finite_number_is_recorded_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {
