@@ -1,6 +1,6 @@
 """The ``disttrain`` command: training, and showing configs, machines and runs.
 
-Each command that prints a table has a file of its own. ``app.py`` declares all commands and is quick to import.
+Each command that prints a table has its own file. ``app.py`` declares all commands and is quick to import.
 """
 
 from __future__ import annotations

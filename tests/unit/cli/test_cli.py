@@ -83,8 +83,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["compressor.name=qsgd", "compressor.bits=9"],
         "compressor.bits=9 should be less than or equal to",
     ),
-    "negative warm-up": (["compressor.dense_steps=-1"], "compressor.dense_steps=-1 should be greater than or equal to"),
-    "misspelt warm-up": (["compressor.dense_step=1"], "(given 1); did you mean 'compressor.dense_steps'?"),
+    "negative warmup": (["compressor.dense_steps=-1"], "compressor.dense_steps=-1 should be greater than or equal to"),
+    "misspelled warmup": (["compressor.dense_step=1"], "(given 1); did you mean 'compressor.dense_steps'?"),
     "ramp of another compressor": (["compressor.ratio_ramp.start=1"], "unknown key 'compressor.ratio_ramp'; did you"),
     "ramp without its steps": (["compressor.rank_ramp.start=1"], "missing key 'compressor.rank_ramp.steps': committed"),
     "key of a section, for the policy": (["min_numel=3"], "did you mean 'compressor.min_numel'?"),
@@ -116,12 +116,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "task without a colon": (["task.name=a.b.C"], "'a.b.C' must have a colon before the class: 'a.b:C'"),
     "required key": (["optimizer.name=adamw"], "missing key 'optimizer.lr': learning rate"),
     "no end": (["epochs=null"], "set epochs, max_steps or both"),
-    "warm-up longer than the run": (
+    "warmup longer than the run": (
         ["schedule.warmup_steps=9", "max_steps=5"],
         "less than the run's 5 steps: lower it",
     ),
-    "two warm-ups": (["schedule.warmup_steps=1", "schedule.warmup_epochs=1"], "clash: set one of them"),
-    "one cycle and a warm-up": (
+    "two warmups": (["schedule.warmup_steps=1", "schedule.warmup_epochs=1"], "clash: set one of them"),
+    "one cycle and a warmup": (
         ["schedule.name=one_cycle", "schedule.warmup_steps=1"],
         "schedule.name='one_cycle' cannot have a warmup, since",
     ),
@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["schedule.name=multi_step", "schedule.milestones=[2,9]", "max_steps=5"],
         "schedule.milestones=[2, 9]: step 9 is never reached, the run has 5 steps",
     ),
-    "milestone in the warm-up": (
+    "milestone in the warmup": (
         ["schedule.name=multi_step", "schedule.milestones=[2]", "schedule.warmup_steps=3", "max_steps=5"],
         "schedule.milestones=[2] start within the warmup of 3 steps",
     ),
@@ -150,11 +150,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["schedule.name=sequence", "schedule.parts=[{name: constant, steps: 3}]", "max_steps=5"],
         "schedule.parts last 3 steps, but the run has 5: change their lengths",
     ),
-    "warm-up longer than its part": (
+    "warmup longer than its part": (
         ["schedule.name=sequence", "schedule.parts=[{name: cosine, steps: 2, warmup_steps: 2}, cosine]", "max_steps=5"],
         "schedule.parts.0.warmup_steps=2 must be less than the part's 2 steps",
     ),
-    "warm-up of a sequence": (
+    "warmup of a sequence": (
         ["schedule.name=sequence", "schedule.parts=[cosine]", "schedule.warmup_steps=2"],
         "schedule.warmup_steps belongs to the parts of a sequence: set schedule.parts.0.warmup_steps",
     ),
@@ -222,12 +222,12 @@ LATE_MISTAKES: dict[str, tuple[list[str], str]] = {
         "engine 'mpi' needs the package mpi4py, which is not installed: run pip ins",
     ),
     "no such checkpoint": (["resume=runs/other"], "resume='runs/other': there is no complete checkpoint"),
-    "warm-up longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
+    "warmup longer than the epochs": (["schedule.warmup_steps=9"], "must be less than the run's 3 steps"),
     "metric that is not there": (
         ["schedule.name=reduce_on_plateau", "schedule.metric=eror"],
         "schedule.metric='eror' is not a metric of the task; did you mean 'error'?",
     ),
-    "warm-up longer than the epochs, in epochs": (
+    "warmup longer than the epochs, in epochs": (
         ["schedule.warmup_epochs=1"],
         "schedule.warmup_epochs=1 is 3 steps and must be less than the run's 3 steps",
     ),

@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path
             "rules": [{"match": "0.*", "use": {"name": "powersgd", "rank": 1, "min_numel": 1}}],
         },
     ],
-    ids=["dense", "topk", "powersgd", "rules and warm-up"],
+    ids=["dense", "topk", "powersgd", "rules and warmup"],
 )
 def test_resuming_equals_no_stop_bit_for_bit(tmp_path: Path, world_size: int, stop_at: int, compressor: Any) -> None:
     changes = {

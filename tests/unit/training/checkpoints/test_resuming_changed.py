@@ -55,7 +55,7 @@ def test_the_epochs_that_were_asked_for_are_trained(
 def test_schedules_continue_at_the_same_fraction_of_the_run(tmp_path: Path, schedule: dict[str, Any]) -> None:
     """As those of a run that has had the new batch from its beginning."""
     _, expected = train_records(tmp_path / "whole", schedule=schedule, batch_size=25)
-    for stop, rest in ((10, 4), (5, 6)):  # two epochs are done, or one: within the warm-up
+    for stop, rest in ((10, 4), (5, 6)):  # two epochs are done, or one: within the warmup
         output = tmp_path / str(stop)
         train_records(output, schedule=schedule, max_steps=20, checkpoint={"every_epochs": 1, "keep": 9})
         at = output / f"test/checkpoints/step-{stop:08d}"
