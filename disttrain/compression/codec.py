@@ -117,7 +117,7 @@ class Codec(Compressor):
         return saved > 2 * _ROUND_BYTES
 
     def payload_bytes(self, bucket: Bucket) -> int:
-        """Return the size of one payload, which is found by encoding zeros once for each size and dtype."""
+        """Return the size of one payload at step 0, found by encoding zeros once for each size and dtype."""
         return _payload_bytes(self, ((bucket.numel,),) if self.by_element else bucket.shapes, bucket.dtype)
 
 

@@ -59,7 +59,11 @@ class Schedule(Section, ABC):
 
     @abstractmethod
     def shape(self, time: float, length: float) -> float:
-        """Return the factor after ``time`` of ``length`` steps or epochs; ``time`` may be larger than ``length``."""
+        """Return the factor after ``time`` of ``length`` steps or epochs, both without the warmup.
+
+        ``time`` starts at 0 and may be larger than ``length``. It is whole with ``by: epoch``, and otherwise may have a
+        fraction.
+        """
 
     def factor(self, step: float, num_steps: int, steps_per_epoch: float | None = None) -> float:
         """Return the factor for step ``step``, counted from 0, of a run of ``num_steps``."""

@@ -12,9 +12,13 @@ from disttrain.training.run import strict_json
 
 
 class Tracker:
-    """Receives the records of a run, on rank 0. The base class ignores them.
+    """Receives the records of a run. The base class ignores them.
 
-    What a tracker raises costs its records, with one warning, but never the run. ``Trainer`` takes trackers::
+    All methods are called on rank 0 only, but a script constructs the tracker on every rank: open files and connections
+    in the first ``log``.
+
+    If a tracker raises, that record is lost, with one warning for all, and the run continues. ``Trainer`` takes
+    trackers::
 
         class Printer(Tracker):
             def log(self, kind, step, record):
@@ -24,7 +28,7 @@ class Tracker:
     """
 
     def log(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        """Take a record.
+        """Take a record. A resumed run repeats the records of steps after its checkpoint.
 
         Args:
             kind: "train", "evaluation" and "health" records are numbers by name. "event" records also hold text.
