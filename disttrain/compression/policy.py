@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from pydantic import Field, SerializeAsAny, field_validator
 
 from disttrain.compression.algorithms.dense import Dense
-from disttrain.compression.base import Compressor, registry
+from disttrain.compression.base import Bucket, Compressor, registry
+from disttrain.compression.whitening import Whitening
 from disttrain.errors import UserError
 from disttrain.validation import Section, keys_of, unknown_key, validate
 
-POLICY_KEYS = ("rules", "dense_steps")
+POLICY_KEYS = ("rules", "dense_steps", "dense_as", "whiten")
 """Keys of a compressor's section beside the compressor's own options."""
 _KEY = registry.key
 
@@ -52,15 +54,21 @@ class Rule(Section):
 
 
 class Policy(Section):
-    """A compressor for all parameters, rules for some of them, and a dense warmup.
+    """A compressor for all parameters, rules for some of them, dense steps, and whitening.
 
     The first rule that applies to a parameter decides; all other parameters use ``compressor``. Parameters that the
-    chosen compressor does not accept are sent dense.
+    chosen compressor does not accept are sent dense, in each step and in full precision.
     """
 
     compressor: SerializeAsAny[Compressor]
     rules: tuple[Rule, ...] = Field(default=(), description="the first one that applies to a parameter decides")
     dense_steps: int = Field(default=0, ge=0, description="initial steps that send all gradients dense")
+    dense_as: SerializeAsAny[Compressor] = Field(
+        default=Dense(), description="how dense steps and refreshes send: dense, bf16, fp16, or others without state"
+    )
+    whiten: Whitening | None = Field(
+        default=None, description="true, or a section: compress in units of the root of the optimizer's second moment"
+    )
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -69,11 +77,28 @@ class Policy(Section):
             raise UserError("should be a list of rules, such as [{match: '*.bias', use: dense}]")
         return tuple(Rule.build(rule, f"{_KEY}.rules.{index}") for index, rule in enumerate(rules))
 
+    @field_validator("dense_as", mode="before")
+    @classmethod
+    def _build_dense_as(cls, spec: Any) -> Compressor:
+        chosen = registry.build(spec, f"{_KEY}.dense_as")
+        probe = Bucket(("probe",), ((64, 64),), torch.float32, torch.device("cpu"), world_size=4)
+        if chosen.init_state(probe).tensors:
+            raise UserError(
+                f"should keep no state, as dense steps send gradients alone: {registry.name_of(chosen)} has "
+                f"{', '.join(chosen.init_state(probe).tensors)}"
+            )
+        return chosen
+
+    @field_validator("whiten", mode="before")
+    @classmethod
+    def _build_whitening(cls, spec: Any) -> Any:
+        return {True: Whitening(), False: None}[spec] if isinstance(spec, bool) else spec
+
     @classmethod
     def build(cls, spec: Policy | Compressor | str | Mapping[str, Any]) -> Policy:
         """Return a policy from a policy, a compressor or its name, or a mapping as in a config.
 
-        The mapping has the compressor's ``name`` and options, and may have ``rules`` and ``dense_steps``.
+        The mapping has the compressor's ``name`` and options, and may have the keys of this class.
 
         Raises:
             UserError: an unknown name or option, or a value out of bounds.
@@ -100,7 +125,13 @@ class Policy(Section):
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, from which ``build`` makes the same policy."""
         rules = [{**rule.model_dump(mode="json"), "use": registry.dump(rule.use)} for rule in self.rules]
-        return {**registry.dump(self.compressor), "rules": rules, "dense_steps": self.dense_steps}
+        return {
+            **registry.dump(self.compressor),
+            "rules": rules,
+            "dense_steps": self.dense_steps,
+            "dense_as": registry.dump(self.dense_as),
+            "whiten": None if self.whiten is None else self.whiten.model_dump(mode="json"),
+        }
 
     def assign(self, shapes: Mapping[str, Shape]) -> list[Compressor]:
         """Return the compressor of each parameter: Dense for those that the chosen one does not accept.

@@ -44,6 +44,35 @@ class Kernels:
         target.copy_(source)
         return None
 
+    # Whitening
+
+    def whiten(self, grad: Tensor, scale: Tensor, sizes: Sequence[int], bound: float) -> Tensor:
+        """Divide by ``scale`` and clamp to [-bound, bound], in place.
+
+        Returns:
+            The mean square of each of the parts with these ``sizes``, before clamping; float64.
+        """
+        grad.div_(scale)
+        squares = _mean_squares(grad, sizes)
+        grad.clamp_(-bound, bound)
+        return squares
+
+    def whitened_squares(self, grad: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What ``whiten`` returns, of a gradient that is left as it is."""
+        return _mean_squares(grad / scale, sizes)
+
+    def hold_second_moment(
+        self, scale: Tensor, grad: Tensor, factors: tuple[float, float, float, float], out: Tensor
+    ) -> None:
+        """Write ``max(whole (scale - eps)^2 - share grad^2, 0) / decay``; ``factors`` are (eps, whole, share, decay).
+
+        An optimizer then updates ``out`` to ``decay out + share grad^2``: the larger of ``whole (scale - eps)^2`` and
+        ``share grad^2``. All tensors have one shape, of any number of dimensions.
+        """
+        eps, whole, share, decay = factors
+        held = (scale - eps).square_().mul_(whole).addcmul_(grad, grad.to(scale.dtype), value=-share)
+        out.copy_(held.clamp_(min=0).div_(decay))
+
     # Sparsification
 
     def take_largest(self, grad: Tensor, feedback: Feedback | None, k: int) -> tuple[Tensor, Tensor]:
@@ -268,6 +297,11 @@ class Kernels:
         """Return ``factor`` with its zero rows replaced by those of ``other``."""
         pairs = zip(split_factor(factor, sizes), split_factor(other, sizes), strict=True)
         return join_factor([torch.where((part == 0).all(1, keepdim=True), before, part) for part, before in pairs])
+
+
+def _mean_squares(vector: Tensor, sizes: Sequence[int]) -> Tensor:
+    parts = vector.split(list(sizes))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() / part.numel() for part in parts])
 
 
 def _take(total: Tensor, positions: Tensor, clear: bool) -> tuple[Tensor, Tensor]:

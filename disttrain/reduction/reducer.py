@@ -248,7 +248,7 @@ class Reducer:
         step = self.step
         is_taken = result is StepResult.TAKEN and step.is_finite and step.num_exchanges > 0
         for bucket in self.buckets:
-            bucket.release(is_taken=is_taken)
+            bucket.release(is_taken=is_taken, refresh_next=step.refresh_next)
         if not step.is_finite:
             self.on_nonfinite(True)
         self.step = Step(step.number + 1)
@@ -323,6 +323,11 @@ class Reducer:
         """Whether the user has changed the mean since it arrived in this step."""
         is_averaged = self.step.phase is Phase.AVERAGED
         return self.step.is_changed or (is_averaged and any(bucket.is_changed for bucket in self.buckets))
+
+    @property
+    def wants_refresh(self) -> bool:
+        """Whether a whitened gradient of this rank is not what the second moment says."""
+        return any(bucket.whitening is not None and bucket.whitening.is_out_of_band for bucket in self.buckets)
 
     def detect_user_changes(self) -> None:
         """Notice unfrozen parameters, and gradients that were dropped or stepped on by other means."""

@@ -67,6 +67,7 @@ class Step:
         is_changed: whether the user changed the mean before a further exchange added to it.
         version: version of the parameters when the mean last arrived (``user_changes.version``).
         has_stepped: whether the optimizer has stepped on each bucket as it arrived.
+        refresh_next: whether the ranks have agreed that the next step is to be a refresh (``compression.whitening``).
         follows_drop: whether another rank dropped the step before, and this rank has yet to skip it.
     """
 
@@ -82,6 +83,7 @@ class Step:
     is_changed: bool = False
     version: int = 0
     has_stepped: bool = False
+    refresh_next: bool = False
     follows_drop: bool = False
 
     @property

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from disttrain.kernels.blocks import empty_codes, widths
-from disttrain.kernels.cpu import loops_common, loops_low_rank, loops_natural, loops_quantize, loops_sign, loops_sparse
+from disttrain.kernels.cpu import (
+    loops_common,
+    loops_low_rank,
+    loops_natural,
+    loops_quantize,
+    loops_sign,
+    loops_sparse,
+    loops_whitening,
+)
 from disttrain.kernels.factors import Factors, Shapes, Sizes
 from disttrain.kernels.feedback import Feedback
 from disttrain.kernels.reference import Tensor
@@ -29,6 +37,28 @@ class CpuKernels(ThresholdSearchKernels):
         if not is_same_layout or source.itemsize < 4 or not source.is_contiguous():
             return super().copy_finite(source, target)
         return bool(loops_common.copy_finite(source.detach().view(-1).numpy(), target.view(-1).numpy()))
+
+    def whiten(self, grad: Tensor, scale: Tensor, sizes: Sequence[int], bound: float) -> Tensor:
+        squares = torch.empty(len(sizes), dtype=torch.float64)
+        loops_whitening.whiten(
+            grad.numpy(), scale.numpy(), np.array(sizes), grad.numpy().dtype.type(bound), squares.numpy()
+        )
+        return squares
+
+    def whitened_squares(self, grad: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
+        squares = torch.empty(len(sizes), dtype=torch.float64)
+        loops_whitening.whitened_squares(grad.numpy(), scale.numpy(), np.array(sizes), squares.numpy())
+        return squares
+
+    def hold_second_moment(
+        self, scale: Tensor, grad: Tensor, factors: tuple[float, float, float, float], out: Tensor
+    ) -> None:
+        tensors = (scale, grad, out)
+        if any(one.dtype != scale.dtype or not one.is_contiguous() for one in tensors):
+            super().hold_second_moment(scale, grad, factors, out)
+            return
+        arrays = [tensor.detach().view(-1).numpy() for tensor in tensors]
+        loops_whitening.hold_second_moment(*arrays, *map(arrays[0].dtype.type, factors))
 
     def _collect(
         self, grad: Tensor, feedback: Feedback | None, threshold: float, capacity: int, *, clear: bool

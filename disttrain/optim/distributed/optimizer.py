@@ -18,6 +18,7 @@ from disttrain.optim.distributed.clipping import clip_norm_, clip_values_, mean_
 from disttrain.optim.distributed.kept_buffers import KeptBuffers
 from disttrain.optim.distributed.loss_scale import LossScale
 from disttrain.optim.distributed.parameters import add_group, check_can_be_unscaled, check_not_replaced, find_frozen
+from disttrain.optim.distributed.second_moments import SecondMoments
 from disttrain.optim.distributed.setup import build_reducer, check_arguments, connect
 from disttrain.optim.distributed.skips import SkipCounter
 from disttrain.optim.distributed.wrapper import OptimizerWrapper
@@ -47,7 +48,7 @@ class DistributedOptimizer(OptimizerWrapper):
         model: the module to train. Rank 0's parameters and buffers are copied to all ranks.
         comm: from ``disttrain.init``. Any number of optimizers may share it.
         compressor: an instance, a name (``"topk"``), or a mapping as in a config: ``{"name": "topk", "ratio": 0.01}``,
-            optionally with ``rules`` for some of the parameters and ``dense_steps`` (``compression.Policy``).
+            optionally with ``rules`` for some parameters, ``dense_steps`` and ``whiten`` (``compression.Policy``).
         bucket_mb: MiB of gradient that are exchanged together; None leaves it to the compressor.
         clip_norm: largest global norm of the mean gradient; None does not clip.
         loss_scale: scales the losses, for float16. Gradients are divided by it as they are sent, so everything else is
@@ -106,11 +107,13 @@ class DistributedOptimizer(OptimizerWrapper):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.grad_norm: torch.Tensor | None = None
         self._skips = SkipCounter()
+        policy = Policy.build(compressor)
+        self._second_moments = SecondMoments(optimizer, are_used=policy.whiten is not None)
         self.reducer, self._names = build_reducer(
             optimizer,
             model,
             comm,
-            Policy.build(compressor),
+            policy,
             bucket_mb=bucket_mb,
             overlap_step=overlap_step,
             loss_scale=loss_scale,
@@ -217,6 +220,8 @@ class DistributedOptimizer(OptimizerWrapper):
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         if self.loss_scale is not None:
             raise UserError("a step with a closure cannot be skipped, so it takes no loss_scale: train in bfloat16")
+        if self._second_moments.are_used:
+            raise UserError("compressor.whiten takes no closure: call backward, then step()")
         result: Any = self.inner.step(lambda: self._evaluate(closure))  # type: ignore[arg-type,return-value]
         self._kept_buffers.keep()
         return result
@@ -247,7 +252,7 @@ class DistributedOptimizer(OptimizerWrapper):
         result = None
         if not reducer.step.has_stepped:
             self._clip()
-            result = self.inner.step()
+            result = self._second_moments.step(reducer.buckets)
         reducer.end_step(step_result)
         self._kept_buffers.keep()
         return result
@@ -263,7 +268,7 @@ class DistributedOptimizer(OptimizerWrapper):
     def _step_on(self, bucket: GradientBucket) -> None:
         if self.clip_value is not None:
             clip_values_([bucket.flat], self.clip_value)
-        self.inner.step()  # which skips parameters without a gradient: all but those of this bucket
+        self._second_moments.step([bucket])  # skips parameters without a gradient: all but those of this bucket
 
     def _clip(self) -> None:
         gradients = list(mean_gradients(self.reducer.buckets))
@@ -313,6 +318,7 @@ class DistributedOptimizer(OptimizerWrapper):
         """
         last = self.reducer.sequencer.join()
         share(self.model, self.inner, self.comm, last)
+        self._second_moments.share(self.reducer.buckets, self.comm, last)
 
     # Parameters
 

@@ -26,6 +26,7 @@ import torch
 from disttrain.compression import Bucket, Compressor, Dense, hierarchical
 from disttrain.compression.base import NewState, Program, State
 from disttrain.compression.flush import FlushResiduals
+from disttrain.compression.whitening import BucketWhitening
 from disttrain.errors import UserError
 from disttrain.kernels import for_device
 from disttrain.reduction.meetings.status import Use
@@ -115,6 +116,10 @@ class Slot:
             return Use.LATE
         return Use.USED if self.is_used else Use.UNUSED
 
+    def like(self, flat: torch.Tensor) -> torch.Tensor:
+        """View a flat tensor of the parameter's elements as ``view`` views its part of the buffer."""
+        return flat.as_strided(self.view.shape, self.view.stride())
+
     def open(self) -> None:
         """Start an exchange. Set the mean of earlier exchanges aside, so that it is not sent again."""
         self.position, self.is_used, self.is_pending = None, False, self.is_expected
@@ -197,6 +202,8 @@ class GradientBucket:
     """A flat buffer of gradients, its compressor (used from step ``dense_steps`` on) and the compressor's state.
 
     Attributes:
+        dense: the compressor of dense steps.
+        whitening: the units in which the compressor sees gradients, if not their own.
         stage: where it is in its exchange.
         num_pending: number of gradients that the bucket waits for in the open exchange.
         version: version of ``flat`` when the mean arrived; another one shows that the user has written there since.
@@ -207,6 +214,8 @@ class GradientBucket:
     state: State
     flat: torch.Tensor
     dense_steps: int = 0
+    dense: Compressor = _DENSE
+    whitening: BucketWhitening | None = None
     slots: list[Slot] = field(default_factory=list)
     version: int = 0
     stage: Stage = Stage.IDLE
@@ -273,6 +282,10 @@ class GradientBucket:
     def launch(self, gradient: torch.Tensor) -> Program:
         """Return the current compressor's program over ``gradient``, which it may overwrite."""
         self._advance(Stage.IN_FLIGHT)
+        if self.whitening is not None:
+            if not self.is_dense_step:
+                return self.whitening.reduce(self.current_compressor, gradient)
+            self.whitening.observe(gradient)
         return hierarchical.reduce(self.current_compressor, gradient, self.description, self.state)
 
     def finalize(
@@ -321,9 +334,14 @@ class GradientBucket:
         for slot in self.slots:
             slot.parameter.grad = None
 
-    def release(self, *, is_taken: bool) -> None:
-        """End the step. The compressor's state of the step counts if it ``is_taken``, and is reverted otherwise."""
+    def release(self, *, is_taken: bool, refresh_next: bool = False) -> None:
+        """End the step. The compressor's state of the step counts if it ``is_taken``, and is reverted otherwise.
+
+        ``refresh_next`` says whether the ranks have agreed on a refresh of whitened gradients in the next step.
+        """
         self.stage = Stage.IDLE
+        if self.whitening is not None:
+            self.whitening.end_step(is_taken=is_taken, is_refresh=self.is_dense_step, refresh_next=refresh_next)
         if not is_taken:
             self.state.rollback()
         else:
@@ -336,12 +354,19 @@ class GradientBucket:
     # The compressor
 
     @property
+    def is_dense_step(self) -> bool:
+        """Whether gradients alone are sent in this step: in the first ``dense_steps``, and in refreshes."""
+        is_refresh = self.whitening is not None and self.whitening.is_refresh
+        return is_refresh or self.state.step < self.dense_steps
+
+    @property
     def current_compressor(self) -> Compressor:
-        """The compressor of this step: dense in the first ``dense_steps``, and while residuals are flushed."""
-        step = self.state.step
-        if step < self.dense_steps:
-            return _DENSE
-        return _FLUSH if step < self.state.dense_until and not self.compressor.is_lossless else self.compressor
+        """The compressor of this step, which differs in dense steps and while residuals are flushed."""
+        if self.compressor.is_lossless:
+            return self.compressor
+        if self.is_dense_step:
+            return self.dense
+        return _FLUSH if self.state.step < self.state.dense_until else self.compressor
 
     def exchange_dense(self, num_steps: int) -> None:
         """Exchange gradients dense in the next ``num_steps`` steps, and send the residual along with them."""

@@ -9,6 +9,7 @@ import torch
 
 from disttrain.compression import Bucket, Compressor, Policy, hierarchical
 from disttrain.compression.base import Hierarchy
+from disttrain.compression.whitening import BucketWhitening
 from disttrain.reduction.buckets.bucket import GradientBucket, NamedParameter, Slot
 
 
@@ -59,7 +60,9 @@ def build_buckets(
     buckets = [_build(chosen, [member for _, member in group], rank, world_size, hierarchy) for chosen, group in groups]
     indices = indices or {name: index for index, (name, _) in enumerate(parameters)}
     for bucket in buckets:
-        bucket.dense_steps = policy.dense_steps
+        bucket.dense_steps, bucket.dense = policy.dense_steps, policy.dense_as
+        if policy.whiten is not None and not bucket.compressor.is_lossless:
+            bucket.whitening = BucketWhitening(policy.whiten, bucket.description, bucket.state)
         for slot in bucket.slots:
             slot.index = indices[slot.name]
     return buckets

@@ -87,6 +87,8 @@ class BucketRegistry:
             rehearse(*kind, self._comm.world_size)
         for bucket in buckets:
             bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # warmups and ramps follow the run
+            if bucket.whitening is not None:
+                bucket.whitening.start()
         slots = [slot for bucket in buckets for slot in bucket.slots]
         self.buckets = [*self.buckets, *buckets]
         self.slots += slots

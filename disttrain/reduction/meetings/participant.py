@@ -59,6 +59,10 @@ class Participant(Protocol):
     def has_changed_means(self) -> bool:
         """Whether the user has changed the mean since it arrived in this step."""
 
+    @property
+    def wants_refresh(self) -> bool:
+        """Whether a whitened gradient of this rank is not what the second moment says."""
+
     def detect_user_changes(self) -> None:
         """Notice unfrozen parameters, and gradients that were dropped or stepped on by other means."""
 

@@ -236,7 +236,7 @@ class Sequencer:
                 if point is MeetingPoint.STEP and is_own:
                     return StepResult.DROPPED
             if agreed.is_step and (is_own or point is MeetingPoint.JOIN):
-                one.agreed_vote = agreed.vote
+                one.agreed_vote, one.step.refresh_next = agreed.vote, bool(agreed.wants_refresh)
                 result = StepResult.TAKEN if one.step.is_finite else StepResult.NON_FINITE
                 if point is not MeetingPoint.JOIN:
                     return result

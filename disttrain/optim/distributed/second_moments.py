@@ -1,0 +1,188 @@
+"""The second moments of an optimizer, in whose units whitened gradients are compressed (``compression.whitening``).
+
+The optimizer's step stays its own: it gets a mean gradient g, and updates its second moment v to ``decay v + share
+g^2``. With v set beforehand, that is:
+
+* after compressed steps, whose g says little about the square of the gradient: the larger of v at the last refresh and
+  ``share g^2``. The latter counts where an entry exceeds 1 / sqrt(share) times its root mean square. There it bounds
+  the step as it does without compression.
+* in a refresh: what the last v and the square of g make up together. A refresh counts for all steps since the last one,
+  but for no more than a share of ``_MAX_WEIGHT``, since one square says little about its mean.
+
+In the warmup, whose steps are all refreshes, v is not set: these are the optimizer's own steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from disttrain.collectives import Broadcast
+from disttrain.comm.base import Communicator
+from disttrain.comm.coalescing import run_coalesced
+from disttrain.compression.whitening import BucketWhitening
+from disttrain.errors import UserError
+from disttrain.kernels import for_device
+from disttrain.optim.optimizers.lamb import LAMB
+from disttrain.reduction.buckets.bucket import GradientBucket, Slot
+
+Group = Mapping[str, Any]
+
+
+_MAX_WEIGHT = 0.05
+
+
+@dataclass(frozen=True)
+class _Update:
+    """How an optimizer updates and uses its second moment: ``v <- decay v + share g^2``, ``v / correction + eps``.
+
+    Attributes:
+        key: of v in the optimizer's state.
+        decay, share: of a parameter group.
+        correction: of a parameter group after a number of steps.
+        weight: share of the last ``age`` of so many steps in v; of a parameter group, ``age`` and the number.
+        refusal: a key of parameter groups that uses v in another way.
+    """
+
+    key: str
+    decay: Callable[[Group], float]
+    share: Callable[[Group], float]
+    correction: Callable[[Group, float], float]
+    weight: Callable[[Group, int, float], float]
+    refusal: str = ""
+
+
+def _beta2(group: Group) -> float:
+    return float(group["betas"][1])
+
+
+def _adam_correction(group: Group, steps: float) -> float:
+    return 1 - _beta2(group) ** steps if group.get("bias_correction", True) else 1.0
+
+
+_ADAM = _Update(
+    "exp_avg_sq",
+    decay=_beta2,
+    share=lambda group: 1 - _beta2(group),
+    correction=_adam_correction,
+    weight=lambda group, age, steps: (1 - _beta2(group) ** age) / _adam_correction(group, steps),
+    refusal="amsgrad",
+)
+_RMSPROP = _Update(
+    "square_avg",
+    decay=lambda group: float(group["alpha"]),
+    share=lambda group: 1 - float(group["alpha"]),
+    correction=lambda group, steps: 1.0,
+    weight=lambda group, age, steps: 1 - float(group["alpha"]) ** age,
+    refusal="centered",
+)
+_ADAGRAD = _Update(
+    "sum",
+    decay=lambda group: 1.0,
+    share=lambda group: 1.0,
+    correction=lambda group, steps: steps,  # the mean of the squares, not their sum, is comparable between steps
+    weight=lambda group, age, steps: age / steps,
+)
+_UPDATES: dict[type[Optimizer], _Update] = {
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    LAMB: _ADAM,
+    torch.optim.RMSprop: _RMSPROP,
+    torch.optim.Adagrad: _ADAGRAD,
+}
+
+
+class SecondMoments:
+    """Keeps the second moments of a torch optimizer and the scales of whitened buckets in step.
+
+    Args:
+        optimizer: the torch optimizer.
+        are_used: whether some gradients are whitened. If not, any optimizer will do, and its steps are left alone.
+
+    Raises:
+        UserError: the optimizer has no second moment, or uses it in a way that is not supported.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, are_used: bool) -> None:
+        self._optimizer, self.are_used = optimizer, are_used
+        if not are_used:
+            return
+        update = _UPDATES.get(type(optimizer))
+        if update is None:
+            raise UserError(
+                "compressor.whiten divides gradients by the root of the optimizer's second moment, which "
+                f"{type(optimizer).__name__} is not known to have: leave it out, or use one of "
+                f"{', '.join(one.__name__ for one in _UPDATES)}"
+            )
+        self._update = update
+        for group in optimizer.param_groups:
+            if group.get(update.refusal):
+                raise UserError(f"compressor.whiten does not support {type(optimizer).__name__} with {update.refusal}")
+            if update.decay(group) <= 0:
+                raise UserError("compressor.whiten needs a second moment that lasts: its decay rate is 0")
+
+    def step(self, buckets: Sequence[GradientBucket]) -> Any:
+        """Step the optimizer on the gradients of these buckets."""
+        if not self.are_used:
+            return self._optimizer.step()
+        self._prepare(buckets)
+        result = self._optimizer.step()
+        self._take_scales(buckets)
+        return result
+
+    @torch.no_grad()
+    def _prepare(self, buckets: Sequence[GradientBucket]) -> None:
+        """Set the second moments that the optimizer is about to update with the gradients of these buckets."""
+        for whitening, is_refresh, index, slot, group in self._whitened(buckets):
+            age, state = whitening.age(index), self._optimizer.state.get(slot.parameter, {})
+            if age is None or self._update.key not in state or (is_refresh and age == 1):
+                continue
+            assert slot.parameter.grad is not None
+            steps = float(state["step"]) + 1
+            decay, share = self._update.decay(group), self._update.share(group)
+            whole = self._update.correction(group, steps)
+            if is_refresh:
+                weight = max(share / whole, min(self._update.weight(group, age, steps), _MAX_WEIGHT))
+                whole, share = whole * (1 - weight), share - whole * weight
+            for_device(slot.parameter.device).hold_second_moment(
+                slot.like(whitening.part(index)),
+                slot.parameter.grad,
+                (group.get("eps", 0.0), whole, share, decay),
+                state[self._update.key],
+            )
+
+    @torch.no_grad()
+    def _take_scales(self, buckets: Sequence[GradientBucket]) -> None:
+        """Take the scales of the buckets from the second moments, if the step was a refresh."""
+        for whitening, is_refresh, index, slot, group in self._whitened(buckets):
+            if is_refresh:
+                state = self._optimizer.state[slot.parameter]
+                mean_square = state[self._update.key] / self._update.correction(group, float(state["step"]))
+                scale = slot.like(whitening.part(index))
+                scale.copy_(mean_square.sqrt_()).add_(group.get("eps", 0.0))
+                whitening.note_update(index)
+
+    @staticmethod
+    def share(buckets: Sequence[GradientBucket], comm: Communicator, root: int) -> None:
+        """Copy the scales of rank ``root`` to all ranks. A collective."""
+        tensors = [tensor for bucket in buckets if bucket.whitening is not None for tensor in bucket.whitening.tensors]
+        run_coalesced(tensors, comm, lambda flat: Broadcast(flat, root))
+
+    def _whitened(self, buckets: Sequence[GradientBucket]) -> Iterator[tuple[BucketWhitening, bool, int, Slot, Group]]:
+        """Yield the whitened parameters that have a gradient.
+
+        Yields:
+            The bucket's whitening, whether the step is a refresh, the parameter's index in the bucket, its slot and its
+            group.
+        """
+        groups = {parameter: group for group in self._optimizer.param_groups for parameter in group["params"]}
+        for bucket in buckets:
+            if bucket.whitening is not None:
+                is_refresh = bucket.is_dense_step
+                for index, slot in enumerate(bucket.slots):
+                    if slot.parameter.grad is not None:
+                        yield bucket.whitening, is_refresh, index, slot, groups[slot.parameter]
