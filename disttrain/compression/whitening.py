@@ -14,6 +14,8 @@ Related: 1-bit Adam (Tang et al. 2021, arXiv:2102.02888) freezes v and compresse
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from pydantic import Field
 
@@ -21,6 +23,24 @@ from disttrain.compression import hierarchical
 from disttrain.compression.base import Bucket, Compressor, Program, State
 from disttrain.kernels import for_device
 from disttrain.validation import Section
+
+
+class Band(IntEnum):
+    """What a rank says of its whitened gradients. The maximum over ranks tells whether to refresh."""
+
+    NOTHING = 0
+    """There was none to compare."""
+    BELOW = 1
+    """The mean square of some parameter is below the band. That counts if it is so on all ranks."""
+    WITHIN = 2
+    ABOVE = 3
+    """The mean square of some parameter is above the band."""
+
+    @property
+    def asks_for_refresh(self) -> bool:
+        """Whether ranks with this maximum refresh in the next step."""
+        return self in (Band.BELOW, Band.ABOVE)
+
 
 _SCALE, _SCHEDULE = "whitening_scale", "whitening_schedule"
 _START, _NEXT, _UPDATED = range(3)  # columns of the schedule, which has a row for each parameter
@@ -35,14 +55,14 @@ class Whitening(Section):
 
     warmup_steps: int = Field(default=100, ge=1, description="first steps of each parameter, which are sent dense")
     refresh_growth: float = Field(
-        default=0.1, gt=0, le=1, description="steps from one refresh to the next, as a share of the steps so far"
+        default=0.2, gt=0, le=1, description="steps from one refresh to the next, as a share of the steps so far"
     )
     max_interval: int = Field(default=128, ge=1, description="largest number of steps from one refresh to the next")
     band: float = Field(
         default=16.0,
         gt=1,
         description="refresh in the next step if the mean square of a parameter's whitened gradient exceeds this times "
-        "the number of workers, or falls below its inverse, on any worker",
+        "the number of workers on any worker, or falls below its inverse on all",
     )
     bound: float = Field(
         default=64.0, gt=1, description="whitened entries are clamped to this magnitude, far above what is usual"
@@ -54,11 +74,11 @@ class BucketWhitening:
 
     Attributes:
         scale: (bucket.numel,), what gradients are divided by.
-        is_out_of_band: whether this rank's last gradient has left the band, so that the next step is to be a refresh.
+        band: how this rank's last gradient compares with the second moment.
     """
 
     def __init__(self, options: Whitening, bucket: Bucket, state: State) -> None:
-        self.is_out_of_band = False
+        self.band = Band.NOTHING
         self._options, self._bucket, self._state = options, bucket, state
         ones = torch.ones(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         state.add(_SCALE, ones, bucket.numels, replicated=True)
@@ -107,7 +127,12 @@ class BucketWhitening:
         """
         band = self._options.band
         present = squares[squares > 0]
-        self.is_out_of_band = bool(((present < 1 / band) | (present > band * self._bucket.world_size)).any())
+        if (present > band * self._bucket.world_size).any():
+            self.band = Band.ABOVE
+        elif (present < 1 / band).any():
+            self.band = Band.BELOW
+        else:
+            self.band = Band.WITHIN if present.numel() else Band.NOTHING
 
     # The optimizer calls these with the index of a parameter in the bucket.
 
@@ -139,7 +164,7 @@ class BucketWhitening:
             refresh_next: whether the ranks have agreed that the next step is to be one.
         """
         if not is_taken:
-            self.is_out_of_band = False
+            self.band = Band.NOTHING
             return
         step, options = self._state.step, self._options
         if is_refresh:

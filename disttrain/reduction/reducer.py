@@ -22,6 +22,7 @@ import torch
 
 from disttrain.comm.base import Communicator
 from disttrain.compression import Policy
+from disttrain.compression.whitening import Band
 from disttrain.reduction.buckets.bucket import CLOSED_STAGES, GradientBucket, NamedParameter, Slot, Stage, all_finite
 from disttrain.reduction.buckets.registry import BucketRegistry
 from disttrain.reduction.exchange import Exchange, Executor, finish
@@ -325,9 +326,10 @@ class Reducer:
         return self.step.is_changed or (is_averaged and any(bucket.is_changed for bucket in self.buckets))
 
     @property
-    def wants_refresh(self) -> bool:
-        """Whether a whitened gradient of this rank is not what the second moment says."""
-        return any(bucket.whitening is not None and bucket.whitening.is_out_of_band for bucket in self.buckets)
+    def band(self) -> Band:
+        """How this rank's whitened gradients compare with the second moments."""
+        bands = {bucket.whitening.band for bucket in self.buckets if bucket.whitening is not None}
+        return next((one for one in (Band.ABOVE, Band.BELOW, Band.WITHIN) if one in bands), Band.NOTHING)
 
     def detect_user_changes(self) -> None:
         """Notice unfrozen parameters, and gradients that were dropped or stepped on by other means."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from disttrain.comm.base import Communicator
+from disttrain.compression.whitening import Band
 from disttrain.reduction.buckets.bucket import GradientBucket, Slot
 from disttrain.reduction.exchange import Executor
 from disttrain.reduction.meetings.status import Status
@@ -60,8 +61,8 @@ class Participant(Protocol):
         """Whether the user has changed the mean since it arrived in this step."""
 
     @property
-    def wants_refresh(self) -> bool:
-        """Whether a whitened gradient of this rank is not what the second moment says."""
+    def band(self) -> Band:
+        """How this rank's whitened gradients compare with the second moments."""
 
     def detect_user_changes(self) -> None:
         """Notice unfrozen parameters, and gradients that were dropped or stepped on by other means."""

@@ -17,6 +17,7 @@ import torch
 
 from disttrain.collectives import AllReduce
 from disttrain.comm.base import Communicator
+from disttrain.compression.whitening import Band
 from disttrain.reduction.meetings import contradictions
 from disttrain.reduction.meetings.backward_passes import BackwardPasses
 from disttrain.reduction.meetings.participant import ArrivalCallback, Participant
@@ -236,7 +237,7 @@ class Sequencer:
                 if point is MeetingPoint.STEP and is_own:
                     return StepResult.DROPPED
             if agreed.is_step and (is_own or point is MeetingPoint.JOIN):
-                one.agreed_vote, one.step.refresh_next = agreed.vote, bool(agreed.wants_refresh)
+                one.agreed_vote, one.step.refresh_next = agreed.vote, Band(agreed.band).asks_for_refresh
                 result = StepResult.TAKEN if one.step.is_finite else StepResult.NON_FINITE
                 if point is not MeetingPoint.JOIN:
                     return result

@@ -73,7 +73,7 @@ class Status:
         has_unweighted: whether the rank sends gradients of losses without weights.
         is_nonfinite: whether one of its gradients is inf or NaN.
         vote: see ``Reducer``.
-        wants_refresh: see ``Participant``.
+        band: see ``compression.whitening``.
         size: number of parameters that it exchanges.
         settings: checksum of the optimizer's settings, at a step.
         gradients: checksum of gradients that the user has changed, at a step.
@@ -94,7 +94,7 @@ class Status:
     has_unweighted: int = 0
     is_nonfinite: int = 0
     vote: int = 0
-    wants_refresh: int = 0
+    band: int = 0
     size: int = 0
     min_size: int = 0
     settings: int = NOTHING
