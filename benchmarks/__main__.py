@@ -7,7 +7,7 @@ from collections.abc import Callable
 import typer
 
 from benchmarks import index
-from benchmarks.accuracy import convergence, finetune, recipe
+from benchmarks.accuracy import convergence, finetune, mean_bits, recipe
 from benchmarks.speed import checkpointing, encoders, plots, step_time
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convergence": convergence.main,
     "recipe": recipe.main,
     "finetune": finetune.main,
+    "mean-bits": mean_bits.main,
     "plot": plots.main,
     "index": index.main,
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import convergence, finetune, recipe
+from benchmarks.accuracy import convergence, finetune, mean_bits, recipe
 from benchmarks.common.machine import ROOT, describe_hardware
 from benchmarks.common.options import RESULTS
 from benchmarks.speed import checkpointing, encoders, plots, step_time
@@ -26,6 +26,7 @@ SUMMARIES: dict[str, Callable[[dict[str, Any]], str]] = {
     "convergence": convergence.summarize_result,
     "recipe": recipe.summarize_result,
     "finetune": finetune.summarize_result,
+    "mean-bits": mean_bits.summarize_result,
 }
 HEADER = """\
 # Results

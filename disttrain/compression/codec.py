@@ -14,6 +14,7 @@ from typing_extensions import Self
 from disttrain.collectives import AllGather
 from disttrain.compression import two_stage
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, Shapes, State
+from disttrain.compression.mean_encoders import mean_encoder
 from disttrain.compression.payload import Layout, Payload
 from disttrain.errors import UserError
 from disttrain.kernels import Feedback
@@ -33,11 +34,13 @@ class Codec(Compressor):
 
     * ``all_gather``: every rank receives the payloads of all others, (W-1) P bytes.
     * ``two_stage``: each rank averages one W-th of the gradient, encodes the mean again, and all-gathers that. It
-      receives 2 (W-1)/W P bytes, however many ranks there are, at the cost of a second rounding; see ``two_stage``.
+      receives (W-1)/W (P + P2) bytes, however many ranks there are, at the cost of a second rounding; see
+      ``two_stage``. P2 is P, or with ``mean_bits`` the size of a mean encoded by ``mean_encoders``.
     """
 
     min_two_stage_world_size: ClassVar[int] = 3
-    """The smallest world size for which ``auto`` may choose two stages. Larger if a second encoding loses much."""
+    """The smallest world size for which ``auto`` may choose two stages without ``mean_bits``. Larger if a second
+    encoding loses much."""
     by_element: ClassVar[bool] = True
     """Whether any chunk of the bucket can be encoded by itself, which two stages need."""
 
@@ -45,11 +48,16 @@ class Codec(Compressor):
     exchange: Literal["auto", "all_gather", "two_stage"] = Field(
         default="auto", description="how payloads are exchanged; auto: what receives fewer bytes, in view of its rounds"
     )
+    mean_bits: Literal[2, 3, 4, 8] | None = Field(
+        default=None, description="bits an entry of the mean in two stages; null: encoded like the gradients"
+    )
 
     @model_validator(mode="after")
     def _can_be_split(self) -> Self:
         if self.exchange == "two_stage" and not self.by_element:
             raise UserError(f"{self.name} cannot be exchanged in two stages: set exchange to auto or all_gather")
+        if self.mean_bits is not None and (self.exchange == "all_gather" or not self.by_element):
+            raise UserError(f"mean_bits needs two stages, in which this {self.name} is not exchanged: leave it out")
         return self
 
     @abstractmethod
@@ -101,7 +109,7 @@ class Codec(Compressor):
             feedback = state.feedback("residual")
             new_state["residual"] = feedback.new_residual
         if self._takes_two_stages(bucket):
-            mean, of_mean = yield from two_stage.reduce(self, grad, feedback, bucket, state)
+            mean, of_mean = yield from two_stage.reduce(self, self._mean_encoder, grad, feedback, bucket, state)
             return mean, new_state | of_mean
         payload = self.encode_with_residual(grad, feedback, bucket, state)
         layout = Layout.of(payload)
@@ -109,11 +117,22 @@ class Codec(Compressor):
         self.decode_mean([layout.unpack(message) for message in received], grad, bucket)
         return grad, new_state
 
+    @property
+    def _mean_encoder(self) -> two_stage.MeanEncoder | None:
+        return None if self.mean_bits is None else mean_encoder(self.mean_bits)
+
     def _takes_two_stages(self, bucket: Bucket) -> bool:
         world_size = bucket.world_size
-        if self.exchange != "auto" or not self.by_element or world_size < self.min_two_stage_world_size:
-            return self.exchange == "two_stage" and world_size > 1
-        saved = (world_size - 1) * (1 - 2 / world_size) * self.payload_bytes(bucket)
+        if world_size == 1 or not self.by_element or self.exchange == "all_gather":
+            return False
+        if self.exchange == "two_stage":
+            return True
+        of_gradient = of_mean = self.payload_bytes(bucket)
+        if (encoder := self._mean_encoder) is not None:
+            of_mean = encoder.layout(bucket).nbytes
+        elif world_size < self.min_two_stage_world_size:
+            return False
+        saved = (world_size - 1) * (of_gradient - (of_gradient + of_mean) / world_size)
         return saved > 2 * _ROUND_BYTES
 
     def payload_bytes(self, bucket: Bucket) -> int:

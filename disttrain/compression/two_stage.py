@@ -3,8 +3,10 @@
     all-to-all   every rank encodes its gradient in chunks, one for each rank, which averages the chunks it receives
     all-gather   every rank encodes its mean once more, and all ranks decode all means
 
-For payloads of P bytes from W ranks, each rank receives 2 (W-1)/W P bytes, where an all-gather alone takes (W-1) P. The
-second encoding has an error feedback of its own: each rank keeps a residual of the chunk that it averages.
+For payloads of P1 bytes from W ranks, and P2 bytes of an encoded mean, each rank receives (W-1)/W (P1 + P2) bytes,
+where an all-gather alone takes (W-1) P1. The mean is encoded as the gradients are, so that P1 = P2, or by an encoder of
+its own (``mean_encoders``). The second encoding has an error feedback of its own: each rank keeps a residual of the
+chunk that it averages.
 """
 
 from __future__ import annotations
@@ -35,6 +37,13 @@ class Encoder(Protocol):
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None: ...
 
 
+class MeanEncoder(Encoder, Protocol):
+    """An encoder of the mean alone. The sizes of its payloads depend only on the bucket."""
+
+    def layout(self, bucket: Bucket) -> Layout:
+        """Return the layout of the payload of a bucket."""
+
+
 class Chunk(NamedTuple):
     """The elements of a bucket from ``start`` to ``end``, which one rank averages. It may be empty.
 
@@ -45,6 +54,10 @@ class Chunk(NamedTuple):
     start: int
     end: int
     bucket: Bucket
+
+    @property
+    def is_empty(self) -> bool:
+        return self.start == self.end
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """Return these elements of a flat tensor, as a view."""
@@ -76,10 +89,19 @@ def add_mean_residual(state: State, bucket: Bucket) -> None:
     state.add(MEAN_RESIDUAL, zeros, sizes, replicated=False)
 
 
-def reduce(codec: Encoder, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State) -> Program:
+def reduce(
+    codec: Encoder,
+    mean_encoder: MeanEncoder | None,
+    grad: torch.Tensor,
+    feedback: Feedback | None,
+    bucket: Bucket,
+    state: State,
+) -> Program:
     """Exchange ``grad`` in two stages.
 
     Args:
+        codec: encodes the gradients.
+        mean_encoder: encodes their mean; None: ``codec`` does.
         feedback: the error feedback of the gradient; None switches off that of the mean as well.
 
     Returns:
@@ -87,19 +109,19 @@ def reduce(codec: Encoder, grad: torch.Tensor, feedback: Feedback | None, bucket
     """
     chunks = split_chunks(bucket)
 
-    def encode(chunk: Chunk, feedback: Feedback | None) -> Payload:
-        if chunk.start == chunk.end:
+    def encode(encoder: Encoder, chunk: Chunk, feedback: Feedback | None) -> Payload:
+        if chunk.is_empty:
             return {"empty": grad[:0]}
-        return codec.encode_with_residual(chunk.of(grad), feedback, chunk.bucket, state)
+        return encoder.encode_with_residual(chunk.of(grad), feedback, chunk.bucket, state)
 
-    def decode(payloads: Sequence[Payload], chunk: Chunk) -> None:
-        if chunk.start < chunk.end:
-            codec.decode_mean(payloads, chunk.of(grad), chunk.bucket)
+    def decode(encoder: Encoder, payloads: Sequence[Payload], chunk: Chunk) -> None:
+        if not chunk.is_empty:
+            encoder.decode_mean(payloads, chunk.of(grad), chunk.bucket)
 
     layouts: list[Layout] = []
     messages = []
     for chunk in chunks:
-        payload = encode(chunk, None if feedback is None else feedback.chunk(chunk.start, chunk.end))
+        payload = encode(codec, chunk, None if feedback is None else feedback.chunk(chunk.start, chunk.end))
         layouts.append(Layout.of(payload))
         messages.append(layouts[-1].pack(payload, layouts[0].nbytes))
     received = yield AllToAll(messages, same_size=True)
@@ -107,14 +129,18 @@ def reduce(codec: Encoder, grad: torch.Tensor, feedback: Feedback | None, bucket
 
     start, end, _ = chunks[bucket.rank]
     mean = Chunk(start, end, bucket.part(start, end, "mean"))
-    layout = layouts[bucket.rank]
-    decode([layout.unpack(message) for message in received], mean)
+    decode(codec, [layouts[bucket.rank].unpack(message) for message in received], mean)
     new_state: NewState = {}
     mean_feedback = None
     if feedback is not None:
         mean_feedback = state.feedback(MEAN_RESIDUAL)
         new_state[MEAN_RESIDUAL] = mean_feedback.new_residual
-    received = yield AllGather(layout.pack(encode(mean, mean_feedback), layouts[0].nbytes), same_size=True)
+    encoder = codec
+    if mean_encoder is not None:
+        encoder = mean_encoder
+        layouts = [Layout({}, 0) if chunk.is_empty else mean_encoder.layout(chunk.bucket) for chunk in chunks]
+    packed = layouts[bucket.rank].pack(encode(encoder, mean, mean_feedback), layouts[0].nbytes)
+    received = yield AllGather(packed, same_size=True)
     for message, layout, chunk in zip(received, layouts, chunks, strict=True):
-        decode([layout.unpack(message)], chunk)
+        decode(encoder, [layout.unpack(message)], chunk)
     return grad, new_state

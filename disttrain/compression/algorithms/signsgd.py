@@ -28,6 +28,7 @@ class SignSGD(FusedCodec):
     name = "signsgd"
 
     error_feedback: Literal[False] = Field(default=False, description="always false: a vote has no error to feed back")
+    mean_bits: None = Field(default=None, description="always null: the result of a vote has one bit")
     block_size: int = Field(default=512, ge=8, multiple_of=8, description="entries that abstain together")
 
     def encode_with_residual(

@@ -36,6 +36,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "qsgd", "bits": 4},
     {"name": "qsgd", "bits": 4, "error_feedback": True},
     {"name": "efsign"},
+    {"name": "efsign", "exchange": "two_stage", "mean_bits": 2},
     {"name": "powersgd", "rank": 2},
 ]
 LAYOUTS = [(4, 2), (6, 3), (6, 2), (8, 2), (8, 4)]  # ranks, ranks a node
@@ -93,6 +94,10 @@ def run_steps(case: dict[str, Any], world_size: int, local_size: int, num_steps:
 
 def total_gradient(world_size: int, num_steps: int) -> torch.Tensor:
     return torch.stack([gradient(step, rank) for step in range(num_steps) for rank in range(world_size)]).sum(0)
+
+
+def padded(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
 
 
 def by_parameter(state: State, name: str) -> list[torch.Tensor]:
@@ -159,6 +164,11 @@ def test_bytes_between_nodes_are_those_of_the_compressor_on_a_nodes_mean(
             case {"name": "powersgd", "rank": width}:
                 sizes = [min(width, *shape) * sum(shape) for shape in own.bucket.matrix_shapes]
                 assert sent == sum(sizes) * 8
+            case {"name": "efsign", "mean_bits": 2}:
+                length = math.ceil(own.bucket.numel / num_nodes)
+                blocks = math.ceil(length / 256)
+                assert length <= 4096
+                assert sent == (num_nodes - 1) * (512 + 16) + padded(2 * 8 * blocks) + 64 * blocks
             case {"name": "efsign" | "qsgd"}:
                 assert isinstance(compressor, Codec)
                 assert sent == compressor.payload_bytes(own.bucket)

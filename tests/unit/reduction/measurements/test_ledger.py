@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,8 @@ SPECS: list[dict[str, Any]] = [
     {"name": "topk", "ratio": 0.07},
     {"name": "topk", "ratio": 0.07, "exchange": "two_stage"},
     {"name": "qsgd", "exchange": "two_stage"},
+    {"name": "efsign", "exchange": "two_stage", "mean_bits": 2},
+    {"name": "topk", "ratio": 0.07, "exchange": "two_stage", "mean_bits": 3},
     {"name": "efsign"},
     {"name": "randomk", "ratio": 0.1},
     {"name": "powersgd", "rank": 2},
@@ -186,6 +189,12 @@ def test_bytes_received_are_the_formulas(world_size: int) -> None:
     sections = [64 * number + padded(4 * number) for number in blocks]
     blockwise = of({"name": "blockwise8", "block_size": 64, "exchange": "two_stage"}, "blockwise8")
     assert blockwise == 2 * [others * section for section in sections], "to the owners, and back to all"
+    blocks = [math.ceil(math.ceil(numel / world_size) / 256) for numel in numels]  # of a rank's chunk of the mean
+    sections = [padded(4) + 4096 // 8 for _ in numels]  # one block of signs is longer than any chunk
+    for bits in (2, 3, 4, 8):
+        means = [padded(4 * number * (2 if bits == 2 else 1)) + 32 * bits * number for number in blocks]
+        efsign = of({"name": "efsign", "exchange": "two_stage", "mean_bits": bits}, "efsign")
+        assert efsign == [others * section for section in [*sections, *means]], f"{bits} bits on the way back"
 
 
 def test_the_table_names_buckets_compressors_and_collectives() -> None:

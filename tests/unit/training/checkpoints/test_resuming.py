@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "natural": {"error_feedback": True, "exchange": "two_stage"},
     "qsgd": {"error_feedback": True, "exchange": "two_stage"},
     "terngrad": {"error_feedback": True},
-    "efsign": {"exchange": "two_stage"},
+    "efsign": {"exchange": "two_stage", "mean_bits": 2},
     "blockwise4": {"exchange": "two_stage"},
 }
 
