@@ -54,9 +54,10 @@ class FidelityMeter:
         return self._measures_cosine or (self._every is not None and (step + 1) % self._every == 0)
 
     def before_exchange(self, bucket: GradientBucket, flat: torch.Tensor) -> None:
-        if bucket.current_compressor.is_lossless:
+        if bucket.is_dense_step or bucket.current_compressor.is_lossless:
             return
-        self._own[bucket] = _squares(bucket.description.split(flat))
+        seen = flat if bucket.whitening is None else flat / bucket.whitening.scale  # the units of the residual
+        self._own[bucket] = _squares(bucket.description.split(seen))
         if self._measures_cosine:
             self._dense[bucket] = self._executor.start(AllReduce(flat.clone(), "mean"), STATISTICS)
 

@@ -112,8 +112,9 @@ def pending(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def make(comm: Communicator, spec: dict[str, Any], num_steps: int) -> tuple[torch.nn.Module, DistributedOptimizer]:
     model = torch.nn.Sequential(torch.nn.Linear(20, 12), torch.nn.Tanh(), torch.nn.Linear(12, 7)).double()
+    inner = torch.optim.AdamW if "whiten" in spec else torch.optim.SGD
     optimizer = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.05), model, comm=comm, compressor=spec, bucket_mb=0.001
+        inner(model.parameters(), lr=0.05), model, comm=comm, compressor=spec, bucket_mb=0.001
     )
     for step in range(num_steps):
         generator = torch.Generator().manual_seed(10 * step + comm.rank)
@@ -126,15 +127,21 @@ def make(comm: Communicator, spec: dict[str, Any], num_steps: int) -> tuple[torc
 HAVE_STATE = [name for name in compression.names() if name != "dense"]
 
 
-@pytest.mark.parametrize("layout", ["flat", "flat, flushed", "nodes", "nodes, flushed"])
+@pytest.mark.parametrize(
+    "layout", ["flat", "flat, flushed", "flat, whitened", "nodes", "nodes, flushed", "nodes, whitened"]
+)
 @pytest.mark.parametrize("name", HAVE_STATE)
-def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(tmp_path: Path, name: str, layout: str) -> None:
-    spec = {**spec_of(name), "hierarchical": "nodes" in layout}
+def test_other_numbers_of_ranks_keep_what_every_compressor_has_pending(
+    tmp_path: Path, name: str, layout: str, way: str
+) -> None:
+    spec = {**spec_of(name), "hierarchical": layout == "nodes"}
+    if way == "whitened":
+        spec["whiten"] = {"warmup_steps": 1, "refresh_growth": 1.0, "band": 1e9}
 
     def save(comm: Communicator) -> dict[str, torch.Tensor]:
-        model, optimizer = make(comm, spec, 3)
+        model, optimizer = make(comm, spec, 6 if way == "whitened" else 3)
         own: dict[str, torch.Tensor] = optimizer.state_dict()["compression"]["per_rank"]
-        checkpoints.save(comm, tmp_path, model, optimizer, 3, flush="flushed" in layout)
+        checkpoints.save(comm, tmp_path, model, optimizer, 3, flush=way == "flushed")
         return own
 
     def load(comm: Communicator) -> dict[str, torch.Tensor]:
