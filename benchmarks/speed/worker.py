@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import disttrain
 from benchmarks.speed.frameworks import FRAMEWORKS, Framework, TrainingSetup
-from benchmarks.speed.models import MODELS, make_batch
+from benchmarks.speed.models import MODELS, OPTIMIZERS, make_batch
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--framework", choices=list(FRAMEWORKS), required=True)
     parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     parser.add_argument("--bucket-mb", type=float, default=None)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--socket", required=True)
@@ -88,7 +89,9 @@ def main() -> None:
             match json.loads(command):
                 case {"do": "prepare", "setting": setting}:
                     torch.manual_seed(0)
-                    setups.append(framework.prepare(MODELS[arguments.model](), setting, arguments.bucket_mb))
+                    model = MODELS[arguments.model]()
+                    inner = OPTIMIZERS[arguments.optimizer](model)
+                    setups.append(framework.prepare(model, inner, setting, arguments.bucket_mb))
                     reply({})
                 case {"do": "step", "setup": index, "num_warmup": num_warmup, "num_steps": num_steps}:
                     reply(time_steps(framework, setups[index], batch, num_warmup, num_steps))
