@@ -9,15 +9,19 @@ import typer
 from benchmarks import index
 from benchmarks.accuracy import convergence, finetune, recipe
 from benchmarks.speed import checkpointing, encoders, plots, step_time
+from benchmarks.time_to_loss import command as time_to_loss
+from benchmarks.time_to_loss import plot as time_to_loss_plot
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "step-time": step_time.main,
+    "time-to-loss": time_to_loss.main,
     "encoders": encoders.main,
     "checkpointing": checkpointing.main,
     "convergence": convergence.main,
     "recipe": recipe.main,
     "finetune": finetune.main,
     "plot": plots.main,
+    "plot-time-to-loss": time_to_loss_plot.main,
     "index": index.main,
 }
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import disttrain
+from disttrain.comm import Communicator
 
 
 @dataclass
@@ -57,17 +58,19 @@ class Framework(ABC):
 
 
 NO_EXCHANGE = {"name": "alone"}
+POWERSGD_START = 2
+"""The first step that torch's PowerSGD hook may compress."""
 
 
 class Disttrain(Framework):
     """disttrain. A setting is a compressor, or ``NO_EXCHANGE``: every worker trains a model of its own.
 
     ``overlap_step`` among a compressor's options goes to the optimizer. The engine is the one that the launcher's
-    environment implies.
+    environment implies, or ``comm``, if given.
     """
 
-    def __init__(self) -> None:
-        self.comm = disttrain.init(device="cpu", timeout=120)
+    def __init__(self, comm: Communicator | None = None) -> None:
+        self.comm = comm or disttrain.init(device="cpu", timeout=120)
         self.rank = self.comm.rank
 
     def prepare(
@@ -94,7 +97,10 @@ class Disttrain(Framework):
 
 
 class TorchDDP(Framework):
-    """torch's DistributedDataParallel with its default options. A setting is a communication hook."""
+    """torch's DistributedDataParallel with its default options. A setting is a communication hook.
+
+    That of ``powersgd`` may have a ``rank`` and the step at which compression ``start``s.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -114,7 +120,10 @@ class TorchDDP(Framework):
             module.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif setting["name"] == "powersgd":
             state = powerSGD_hook.PowerSGDState(
-                None, matrix_approximation_rank=4, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+                None,
+                matrix_approximation_rank=setting.get("rank", 4),
+                start_powerSGD_iter=setting.get("start", POWERSGD_START),
+                orthogonalization_epsilon=1e-8,
             )
             module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         return TrainingSetup(model, module, inner)
