@@ -32,7 +32,7 @@ def main(
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "disttrain"  # the same results give the same file
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     runs = [
         run
@@ -42,9 +42,13 @@ def main(
     ]
     if not runs:
         sys.exit(f"error: no {mode} runs with seed {seed} in {', '.join(map(str, results))}")
-    links = list(dict.fromkeys(run["rate"] for run in runs))
+    order = list(LINKS)
+    links = sorted(
+        dict.fromkeys(run["rate"] for run in runs), key=lambda link: order.index(link) if link in LINKS else len(order)
+    )
     colors = _choose_colors(runs, pyplot.get_cmap("tab10").colors)
-    figure, axes = pyplot.subplots(1, len(links), figsize=(1.0 + 3.2 * len(links), 3.6), sharey=True, squeeze=False)
+    size = (1.0 + 3.2 * len(links), 3.6)
+    figure, axes = pyplot.subplots(1, len(links), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, link in zip(axes[0], links, strict=True):
         its = [run for run in runs if run["rate"] == link]
         for run in its:
@@ -54,16 +58,21 @@ def main(
             axis.plot(*zip(*points, strict=True), style, color=colors[name], linewidth=1.1, label=name)
             if run["seconds"] is not None:
                 axis.plot(run["seconds"], run["target"], "o", color=colors[name], markersize=3)
+        axis.set_ylim(top=min(axis.get_ylim()[1], its[0]["target"] + 1))  # where the lines differ
         axis.axhline(its[0]["target"], color=TARGET, linewidth=0.6, zorder=0)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_title(LINKS.get(link, link), fontsize=9)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("held-out loss, bits per byte", fontsize=8)
-    figure.supxlabel(f"seconds of training ({mode}); points: dense training's final loss and tolerance", fontsize=8)
+    axes[0][len(links) // 2].set_xlabel(
+        f"seconds of training ({mode}); points: dense training's final loss + tolerance", fontsize=8
+    )
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.04 * (1 + len(names) // 3), 1, 1))
-    figure.legend(handles, names, loc="lower center", ncols=3, fontsize=7, frameon=False, bbox_to_anchor=(0.5, 0.02))
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(output, metadata={"Date": None})
 
 
