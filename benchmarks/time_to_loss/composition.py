@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.speed.frameworks import POWERSGD_START
 
 DENSE, REFRESH, COMPRESSED = "dense", "refresh", "compressed"
-DENSE_FRACTION = 0.49
-"""A step that sends at least this fraction of float32's bytes is dense: also one that sends them as bfloat16."""
+DENSE_FRACTION = 0.5
+"""A step that sends at least this fraction of the gradients' elements without the setting's compressors is dense."""
 SHORT_WARMUP = 5
 """Dense steps of a variant whose compressed steps are timed."""
 ALWAYS = 10**9
@@ -47,23 +47,28 @@ BASELINE = Variant.of("ddp", {"name": "none"})
 OWN_DENSE = Variant.of("disttrain", {"name": "dense"})
 
 
-def find_kinds(variant: Variant, sent: Sequence[int | None], dense_bytes: int | None) -> list[str]:
+def compressed_by(setting: Mapping[str, Any]) -> set[str]:
+    """Return the names of the compressors of a setting of disttrain, those of its rules included, without ``dense``."""
+    uses = [rule["use"] for rule in setting.get("rules", [])]
+    return {setting["name"], *(use if isinstance(use, str) else use["name"] for use in uses)} - {"dense"}
+
+
+def find_kinds(variant: Variant, dense_fractions: Sequence[float | None]) -> list[str]:
     """Return the kind of each step: dense, compressed, or a refresh, which is dense after compressed ones.
 
     Args:
-        variant: decides for DDP, whose bytes are not counted: only its PowerSGD hook starts dense.
-        sent: bytes sent in each step from the first on.
-        dense_bytes: bytes of a step without compression.
+        variant: decides for DDP, where what is sent is not known: only its PowerSGD hook starts dense.
+        dense_fractions: for each step from the first on, the fraction of elements that were sent dense.
     """
-    if dense_bytes is None:
+    if variant.who == "ddp":
         setting = variant.setting
         start = {"none": math.inf, "powersgd": setting.get("start", POWERSGD_START)}.get(setting["name"], 0)
-        return [DENSE if step < start else COMPRESSED for step in range(len(sent))]
+        return [DENSE if step < start else COMPRESSED for step in range(len(dense_fractions))]
     kinds = []
     dense = DENSE
-    for number in sent:
-        assert number is not None
-        if number >= DENSE_FRACTION * dense_bytes:
+    for fraction in dense_fractions:
+        assert fraction is not None
+        if fraction >= DENSE_FRACTION:
             kinds.append(dense)
         else:
             kinds.append(COMPRESSED)
@@ -75,10 +80,15 @@ def forms_of(variant: Variant) -> list[Variant]:
     """Return the variants to time for the kinds of steps of one: itself, or always dense and soon compressed."""
     setting = variant.setting
     key = "start" if variant.who == "ddp" else "dense_steps"
-    if not setting.get(key):
+    whiten = setting.get("whiten")
+    if not setting.get(key) and not whiten:
         return [variant]
-    short = min(setting[key], SHORT_WARMUP)
-    return [Variant.of(variant.who, {**setting, key: number}) for number in (ALWAYS, short)]
+    soon = {**setting, key: min(setting.get(key, 0), SHORT_WARMUP)}
+    if whiten:
+        options = {} if whiten is True else whiten
+        # Refreshes at step 8, 12, 18, ...: some of each kind are timed.
+        soon["whiten"] = {**options, "warmup_steps": SHORT_WARMUP, "refresh_growth": 0.5}
+    return [Variant.of(variant.who, form) for form in ({**setting, key: ALWAYS}, soon)]
 
 
 def first_step_at(evaluations: Sequence[Sequence[float | None]], target: float) -> float | None:

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.speed.frameworks import Disttrain
-from benchmarks.time_to_loss.composition import Variant
+from benchmarks.time_to_loss.composition import Variant, compressed_by
 from benchmarks.time_to_loss.recipe import Recipe, TrainingRun, mean_loss
 from benchmarks.time_to_loss.workers import Cluster, train_runs
 from disttrain.comm import Communicator, simulate
@@ -83,7 +83,7 @@ class CurveStore:
             "seed": seed,
             "evaluations": [[step, loss] for step, *_, loss in run["evaluations"]],
             "sent_bytes": encode_runs(run["sent_bytes"]),
-            "dense_bytes": run["dense_bytes"],
+            "dense_fractions": encode_runs(run["dense_fractions"]),
         }
         console.print(f"curve of {variant.who} {variant.spec}, seed {seed}: {run['evaluations'][-1][-1]}", markup=False)
         if self._path is not None:
@@ -102,33 +102,30 @@ def simulate_run(
     # Built in turn and here, because the ranks share torch's random generator.
     models = [recipe.build_model(seed) for _ in range(workers)]
 
-    def train(comm: Communicator) -> tuple[list[tuple[float, int]], list[int | None], int]:
+    def train(comm: Communicator) -> tuple[list[tuple[float, int]], dict[str, list[Any]]]:
         setup = Disttrain(comm).prepare(
             models[comm.rank], recipe.build_optimizer(models[comm.rank]), compressor, bucket_mb=None
         )
-        run = TrainingRun(recipe, setup, comm.rank, workers, seed)
-        shares, sent, dense_bytes = [run.evaluate()], [], 0
+        run = TrainingRun(recipe, setup, comm.rank, workers, seed, compressed_by(compressor))
+        shares: list[tuple[float, int]] = [run.evaluate()]
+        sent: dict[str, list[Any]] = {"sent_bytes": [], "dense_fractions": []}
         for step in range(0, recipe.steps, evaluate_every):
             reply = run.train(min(evaluate_every, recipe.steps - step))
-            sent += reply["sent_bytes"]
-            dense_bytes = reply["dense_bytes"]
+            for name, values in sent.items():
+                values += reply[name]
             shares.append(run.evaluate())
-        return shares, sent, dense_bytes
+        return shares, sent
 
     results = simulate(workers, train, timeout=TIMEOUT, in_turns=True)
     steps = [*range(0, recipe.steps, evaluate_every), recipe.steps]
-    losses = [mean_loss(shares) for shares in zip(*(shares for shares, _, _ in results), strict=True)]
-    return {
-        "evaluations": [list(pair) for pair in zip(steps, losses, strict=True)],
-        "sent_bytes": results[0][1],
-        "dense_bytes": results[0][2],
-    }
+    losses = [mean_loss(shares) for shares in zip(*(shares for shares, _ in results), strict=True)]
+    return {"evaluations": [list(pair) for pair in zip(steps, losses, strict=True)], **results[0][1]}
 
 
-def encode_runs(values: Sequence[int | str | None]) -> list[list[int | str | None]]:
+def encode_runs(values: Sequence[Any]) -> list[list[Any]]:
     """Return runs of equal values as ``[count, value]``."""
     return [[len(list(group)), value] for value, group in itertools.groupby(values)]
 
 
-def decode_runs(runs: Sequence[Sequence[Any]]) -> list[int | None]:
+def decode_runs(runs: Sequence[Sequence[Any]]) -> list[Any]:
     return [value for count, value in runs for _ in range(count)]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from benchmarks.speed.frameworks import TrainingSetup
 from disttrain import DistributedOptimizer
+from disttrain.reduction import Ledger
 from disttrain.tasks.text import Text
 
 CLIP_NORM = 1.0
@@ -92,10 +93,13 @@ class TrainingRun:
         setup: the model, prepared by a framework.
         rank, world_size: decide about this rank's data.
         seed: of the order of the samples.
+        compressors: names of those that do not send dense.
     """
 
-    def __init__(self, recipe: Recipe, setup: TrainingSetup, rank: int, world_size: int, seed: int) -> None:
-        self.setup, self._task = setup, recipe.task
+    def __init__(
+        self, recipe: Recipe, setup: TrainingSetup, rank: int, world_size: int, seed: int, compressors: set[str]
+    ) -> None:
+        self.setup, self._task, self._compressors = setup, recipe.task, compressors
         self._schedule = LambdaLR(setup.optimizer, recipe.lr_factor)
         self._batches = recipe.batches(rank, world_size, seed)
         held_out: Any = recipe.task.eval_data()
@@ -105,10 +109,10 @@ class TrainingRun:
         """Train some steps further.
 
         Returns:
-            ``seconds`` of each step, from loading its batch to the optimizer's step; ``sent_bytes`` of each step, None
-            if the framework does not count them; ``dense_bytes``, the same of a step without compression.
+            Of each step ``seconds``, from loading its batch to the optimizer's step, and ``sent_bytes`` and
+            ``dense_fractions``, the fraction of the elements sent dense, both None if the framework does not count.
         """
-        seconds, sent = [], []
+        seconds, sent, fractions = [], [], []
         optimizer = self.setup.optimizer
         ledger = optimizer.wire if isinstance(optimizer, DistributedOptimizer) else None
         for _ in range(num_steps):
@@ -121,11 +125,15 @@ class TrainingRun:
             self._schedule.step()
             seconds.append(time.perf_counter() - start)
             sent.append(None if ledger is None else ledger.last_step.sent_bytes)
-        return {
-            "seconds": seconds,
-            "sent_bytes": sent,
-            "dense_bytes": None if ledger is None else ledger.last_step.dense_bytes,
-        }
+            fractions.append(None if ledger is None else self._dense_fraction(ledger))
+        return {"seconds": seconds, "sent_bytes": sent, "dense_fractions": fractions}
+
+    def _dense_fraction(self, ledger: Ledger) -> float:
+        """Return the fraction of the last step's elements that were not sent by a compressor of the setting."""
+        buckets = {entry.account.index: entry.account for entry in ledger.entries if entry.account.bucket is not None}
+        sizes = [(account.bucket.numel, account.compressor) for account in buckets.values() if account.bucket]
+        dense = sum(size for size, compressor in sizes if compressor not in self._compressors)
+        return round(dense / max(1, sum(size for size, _ in sizes)), 3)
 
     def _clip(self) -> None:
         optimizer = self.setup.optimizer

@@ -38,7 +38,7 @@ def describe_real_runs(
     for variant, run in zip(variants, trained, strict=True):
         step = first_step_at(run["evaluations"], target)
         steps, seconds = zip(*((step, seconds) for step, seconds, _ in run["evaluations"]), strict=True)
-        kinds = find_kinds(variant, run["sent_bytes"], run["dense_bytes"])
+        kinds = find_kinds(variant, run["dense_fractions"])
         runs.append(
             {
                 **_describe(rate, "real", variant, seed, target, step, run["evaluations"], run["sent_bytes"], kinds),
@@ -70,7 +70,7 @@ def compose_runs(
         target = find_target(store.get(OWN_DENSE, seed)["evaluations"], tolerance)
         curve = store.get(OWN_DENSE if variant == BASELINE else variant, seed)
         sent = decode_runs(curve["sent_bytes"])
-        kinds = find_kinds(variant, sent, curve["dense_bytes"])
+        kinds = find_kinds(variant, decode_runs(curve["dense_fractions"]))
         by_turn = seconds_by_turn(times, kinds, dense_seconds)
         its = {kind: median_seconds(times).get(kind, by_turn[0][kind]) for kind in by_turn[0]}
         total = cumulate(kinds, its)

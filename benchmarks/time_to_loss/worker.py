@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.speed.frameworks import FRAMEWORKS
 from benchmarks.speed.worker_group import serve
+from benchmarks.time_to_loss.composition import compressed_by
 from benchmarks.time_to_loss.recipe import Recipe, TrainingRun
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     def prepare(setting: dict[str, Any], seed: int) -> dict[str, Any]:
         model = recipe.build_model(seed)
         setup = framework.prepare(model, recipe.build_optimizer(model), setting, None)
-        runs.append(TrainingRun(recipe, setup, framework.rank, arguments.workers, seed))
+        runs.append(TrainingRun(recipe, setup, framework.rank, arguments.workers, seed, compressed_by(setting)))
         return {}
 
     def train(run: int, num_steps: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.network import ShapedNetwork
 from benchmarks.speed.worker_group import WorkerGroup
-from benchmarks.time_to_loss.composition import SHORT_WARMUP, Variant, find_kinds, forms_of
+from benchmarks.time_to_loss.composition import DENSE, REFRESH, SHORT_WARMUP, Variant, find_kinds, forms_of
 from benchmarks.time_to_loss.recipe import Recipe, mean_loss
 
 PORT = 29400
@@ -37,18 +37,18 @@ class Cluster:
 
 @dataclass
 class _Member:
-    """A run, in the processes of a group; ``sent`` has the bytes of its steps, None where they are not counted."""
+    """A run, in the processes of a group, and what its steps have sent, see ``TrainingRun.train``."""
 
     group: WorkerGroup
     index: int
-    sent: list[int | None] = field(default_factory=list)
-    dense_bytes: int | None = None
+    sent_bytes: list[int | None] = field(default_factory=list)
+    dense_fractions: list[float | None] = field(default_factory=list)
 
     def train(self, num_steps: int) -> np.ndarray:
         """Return the seconds of each step, the mean over workers."""
         replies = self.group.request(do="train", run=self.index, num_steps=num_steps)
-        self.sent += replies[0]["sent_bytes"]
-        self.dense_bytes = replies[0]["dense_bytes"]
+        self.sent_bytes += replies[0]["sent_bytes"]
+        self.dense_fractions += replies[0]["dense_fractions"]
         seconds: np.ndarray = np.mean([reply["seconds"] for reply in replies], axis=0)
         return seconds
 
@@ -94,8 +94,8 @@ def train_runs(
     """Train all variants from start to end, alternating between two evaluations, whose time does not count.
 
     Returns:
-        For each variant ``evaluations``, each with step, seconds of training and bits per byte; ``sent_bytes`` of each
-        step; ``dense_bytes``.
+        For each variant ``evaluations``, each with step, seconds of training and bits per byte; ``sent_bytes`` and
+        ``dense_fractions`` of each step.
     """
     with start(cluster, recipe, variants, seed) as members:
         seconds = [0.0] * len(members)
@@ -109,7 +109,7 @@ def train_runs(
                 evaluations[number].append([step + num_steps, round(seconds[number], 4), member.evaluate()])
             step += num_steps
         return [
-            {"evaluations": found, "sent_bytes": member.sent, "dense_bytes": member.dense_bytes}
+            {"evaluations": found, "sent_bytes": member.sent_bytes, "dense_fractions": member.dense_fractions}
             for member, found in zip(members, evaluations, strict=True)
         ]
 
@@ -124,17 +124,23 @@ def time_kinds(
     Returns:
         For each variant the seconds by kind: a list for each turn, of those of its steps that were of this kind.
     """
-    trained = [(number, form) for number, variant in enumerate(variants) for form in forms_of(variant)]
+    trained = [
+        (number, form, place > 0)
+        for number, variant in enumerate(variants)
+        for place, form in enumerate(forms_of(variant))
+    ]
     found: list[dict[str, list[list[float]]]] = [{} for _ in variants]
-    with start(cluster, recipe, [form for _, form in trained], seed=0) as members:
+    with start(cluster, recipe, [form for _, form, _ in trained], seed=0) as members:
         for member in members:
             member.train(SHORT_WARMUP + 3)
         order = list(zip(trained, members, strict=True))
         for turn in range(turns):
-            for (number, form), member in order if turn % 2 == 0 else reversed(order):
+            for (number, form, is_soon_compressed), member in order if turn % 2 == 0 else reversed(order):
                 seconds = member.train(1 + num_steps)
-                kinds = find_kinds(form, member.sent, member.dense_bytes)[-num_steps:]
+                kinds = find_kinds(form, member.dense_fractions)[-num_steps:]
                 for kind, value in zip(kinds, seconds[1:].tolist(), strict=True):
-                    lists = found[number].setdefault(kind, [[] for _ in range(turns)])
+                    # The second form's warmup is over: what is dense is a refresh, even before a compressed step.
+                    its = REFRESH if is_soon_compressed and kind == DENSE else kind
+                    lists = found[number].setdefault(its, [[] for _ in range(turns)])
                     lists[turn].append(round(value, 5))
     return found

@@ -18,7 +18,9 @@ from benchmarks.time_to_loss.composition import (
     DENSE,
     OWN_DENSE,
     REFRESH,
+    SHORT_WARMUP,
     Variant,
+    compressed_by,
     find_kinds,
     first_step_at,
     forms_of,
@@ -28,22 +30,29 @@ from benchmarks.time_to_loss.composition import (
 from benchmarks.time_to_loss.curves import CurveStore, decode_runs, encode_runs, simulate_run
 from benchmarks.time_to_loss.recipe import Recipe
 from benchmarks.time_to_loss.rows import compose_runs, describe_real_runs, make_rows, summarize_result, tabulate
+from disttrain.compression import Policy
 
 SIGN = Variant.of("disttrain", {"name": "efsign", "dense_steps": 2})
 LOW_RANK = Variant.of("ddp", {"name": "powersgd", "start": 3})
 
 
 def test_kinds_follow_from_what_was_sent() -> None:
-    sent = [1000, 1010, 30, 30, 1000, 30]
-    assert find_kinds(SIGN, sent, 1000) == [DENSE, DENSE, COMPRESSED, COMPRESSED, REFRESH, COMPRESSED]
-    assert find_kinds(Variant.of("disttrain", {"name": "bf16"}), [500, 505], 1000) == [DENSE, DENSE]
+    fractions = [1.0, 1.0, 0.0, 0.1, 1.0, 0.0]
+    assert find_kinds(SIGN, fractions) == [DENSE, DENSE, COMPRESSED, COMPRESSED, REFRESH, COMPRESSED]
+    assert find_kinds(OWN_DENSE, [1.0, 1.0]) == [DENSE, DENSE]
+
+
+def test_compressors_of_rules_compress_too() -> None:
+    rules = [{"match": "*.bias", "use": "dense"}, {"match": "a.*", "use": {"name": "topk", "ratio": 0.1}}]
+    assert compressed_by({"name": "efsign", "rules": [*rules, {"use": "bf16"}]}) == {"efsign", "topk", "bf16"}
+    assert compressed_by(OWN_DENSE.setting) == set()
 
 
 def test_kinds_of_ddp_follow_from_its_hook() -> None:
-    sent: list[int | None] = [None] * 4
-    assert find_kinds(BASELINE, sent, None) == [DENSE] * 4
-    assert find_kinds(LOW_RANK, sent, None) == [DENSE] * 3 + [COMPRESSED]
-    assert find_kinds(Variant.of("ddp", {"name": "fp16"}), sent, None) == [COMPRESSED] * 4
+    unknown = [None] * 4
+    assert find_kinds(BASELINE, unknown) == [DENSE] * 4
+    assert find_kinds(LOW_RANK, unknown) == [DENSE] * 3 + [COMPRESSED]
+    assert find_kinds(Variant.of("ddp", {"name": "fp16"}), unknown) == [COMPRESSED] * 4
 
 
 def test_a_variant_that_starts_dense_is_timed_in_two_forms() -> None:
@@ -52,6 +61,12 @@ def test_a_variant_that_starts_dense_is_timed_in_two_forms() -> None:
     assert soon.setting["dense_steps"] < 10
     assert [form.setting["start"] > 1e6 for form in forms_of(LOW_RANK)] == [True, False]
     assert forms_of(BASELINE) == [BASELINE]
+    always, soon = forms_of(Variant.of("disttrain", {"name": "efsign", "whiten": {"band": 8.0}}))
+    assert always.setting["dense_steps"] > 1e6
+    assert soon.setting["whiten"] == {"band": 8.0, "warmup_steps": SHORT_WARMUP, "refresh_growth": 0.5}
+    assert soon.setting["dense_steps"] == 0
+    for form in (always, soon):
+        Policy.build(form.setting)
 
 
 def test_the_target_is_reached_between_two_evaluations() -> None:
@@ -93,7 +108,8 @@ def write_curves(path: Path, sign_loss: float) -> None:
     def curve(variant: Variant, sent: list[int], losses: list[float]) -> dict[str, Any]:
         return {
             "who": variant.who, "setting": variant.setting, "seed": 0, "sent_bytes": encode_runs(sent),
-            "dense_bytes": 1000, "evaluations": [[step, loss] for step, loss in zip((0, 2, 4), losses, strict=True)],
+            "dense_fractions": encode_runs([float(number == 1000) for number in sent]),
+            "evaluations": [[step, loss] for step, loss in zip((0, 2, 4), losses, strict=True)],
         }  # fmt: skip
 
     curves = [
@@ -138,8 +154,9 @@ def test_a_setting_that_never_reaches_the_target_says_so(tmp_path: Path) -> None
 
 
 def test_real_runs_are_compared_by_their_own_seconds() -> None:
-    theirs = {"evaluations": [[0, 0.0, 8.0], [10, 20.0, 2.0]], "sent_bytes": [None] * 10, "dense_bytes": None}
-    ours = {"evaluations": [[0, 0.0, 8.0], [10, 5.0, 1.0]], "sent_bytes": [1000] * 10, "dense_bytes": 1000}
+    unknown = [None] * 10
+    theirs = {"evaluations": [[0, 0.0, 8.0], [10, 20.0, 2.0]], "sent_bytes": unknown, "dense_fractions": unknown}
+    ours = {"evaluations": [[0, 0.0, 8.0], [10, 5.0, 1.0]], "sent_bytes": [1000] * 10, "dense_fractions": [1.0] * 10}
     baseline, dense = make_rows(describe_real_runs("none", [BASELINE, OWN_DENSE], 0, [theirs, ours], tolerance=0.0))
     assert (baseline["seconds"], baseline["ratio"], baseline["sent_bytes"]) == (20, 1, None)
     assert dense["seconds"] == pytest.approx(5 * 6 / 7)
@@ -169,9 +186,12 @@ def test_all_numbers_of_workers_train_on_the_same_batches(tmp_path: Path) -> Non
 def test_a_simulated_run_learns_and_counts_bytes(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a simple text " * 300)
     recipe = Recipe(str(tmp_path / "text.txt"), 8, 1, 8, 4, steps=30, lr=0.01, warmup_steps=2)
-    setting = {"name": "efsign", "dense_steps": 10}
+    setting = {"name": "efsign", "whiten": {"warmup_steps": 10}, "dense_as": "bf16"}
     run = simulate_run(recipe, 2, setting, seed=0, evaluate_every=20)
     assert [step for step, _ in run["evaluations"]] == [0, 20, 30]
     assert run["evaluations"][-1][1] < run["evaluations"][0][1]
     variant = Variant.of("disttrain", setting)
-    assert find_kinds(variant, run["sent_bytes"], run["dense_bytes"]) == [DENSE] * 10 + [COMPRESSED] * 20
+    kinds = find_kinds(variant, run["dense_fractions"])
+    assert kinds[:10] == [DENSE] * 10
+    assert set(kinds) == {DENSE, COMPRESSED, REFRESH}
+    assert run["sent_bytes"][kinds.index(COMPRESSED)] < run["sent_bytes"][kinds.index(REFRESH)]
