@@ -31,6 +31,7 @@ from benchmarks.common.options import (
     JobsOption,
     LabelOption,
     OutputOption,
+    SeedsOption,
     parse_compressor,
     parse_rate,
 )
@@ -80,7 +81,7 @@ def main(
     text: Annotated[str | None, typer.Option(help="As task.path; by default the standard library's source.")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Bits per byte above dense training's final loss.")] = 0.02,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between two evaluations.")] = 25,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind, with the seeds 0, 1, ...")] = 1,
+    seeds: SeedsOption = 1,
     turns: Annotated[int, typer.Option(min=2, help="composed: turns of each setting.")] = 12,
     timed_steps: Annotated[int, typer.Option(min=1, help="composed: steps timed in a turn.")] = 3,
     curves: Annotated[

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import typer
 from rich.table import Table
 
 from benchmarks.common.options import describe_compressor
@@ -90,9 +91,14 @@ def compose_runs(
 
 
 def find_target(evaluations: Sequence[Sequence[float | None]], tolerance: float) -> float:
-    """Return the last loss plus the tolerance; -inf, which no run reaches, if dense training diverged."""
-    loss = evaluations[-1][-1]
-    return float("-inf") if loss is None else loss + tolerance
+    """Return the last loss plus the tolerance.
+
+    Raises:
+        typer.BadParameter: the loss is not finite.
+    """
+    if (loss := evaluations[-1][-1]) is None:
+        raise typer.BadParameter("dense training diverges: lower --lr, or raise --lr-warmup")
+    return loss + tolerance
 
 
 def make_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -107,7 +113,8 @@ def make_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for variant, its in by_variant.items():
             row = {"rate": rate, "mode": mode, "who": variant.who, "setting": variant.setting, "seeds": len(its)}
             row["reached"] = sum(run["seconds"] is not None for run in its)
-            row["final_loss"] = float(np.mean([run["evaluations"][-1][-1] or np.inf for run in its]))
+            losses = [run["evaluations"][-1][-1] for run in its]
+            row["final_loss"] = None if None in losses else float(np.mean(losses))
             row["final_seconds"] = float(np.mean([run["evaluations"][-1][1] for run in its]))
             is_reached = row["reached"] == len(its) and all(run["seconds"] is not None for run in baseline)
             for name in ("steps", "seconds", "sent_bytes"):
@@ -132,7 +139,7 @@ def tabulate(rows: Sequence[dict[str, Any]], result: Mapping[str, Any]) -> Table
                 row["who"],
                 describe_compressor(row["setting"]),
                 *_format(row),
-                f"{row['final_loss']:.3f}",
+                "not finite" if row["final_loss"] is None else f"{row['final_loss']:.3f}",
             )
             for row in rows
         ),

@@ -164,6 +164,20 @@ def test_real_runs_are_compared_by_their_own_seconds() -> None:
     assert dense["ratio"] == pytest.approx(0.2143, abs=1e-4)
 
 
+def test_a_run_that_diverges_is_not_reached_unless_it_is_the_dense_one() -> None:
+    unknown = [None] * 10
+    dense = {"evaluations": [[0, 0.0, 8.0], [10, 20.0, 2.0]], "sent_bytes": unknown, "dense_fractions": unknown}
+    lost = {"evaluations": [[0, 0.0, 8.0], [10, 20.0, None]], "sent_bytes": unknown, "dense_fractions": unknown}
+    variants = [BASELINE, LOW_RANK]
+    rows = make_rows(describe_real_runs("none", variants, 0, [dense, lost], tolerance=0.0))
+    assert [row["reached"] for row in rows] == [1, 0]
+    out = io.StringIO()
+    Console(file=out, width=160).print(tabulate(rows, {"recipe": vars(RECIPE), "workers": 2, "tolerance": 0.0}))
+    assert "not finite" in out.getvalue()
+    with pytest.raises(typer.BadParameter, match="dense training diverges"):
+        describe_real_runs("none", variants, 0, [lost, dense], tolerance=0.0)
+
+
 def test_curves_of_another_recipe_are_refused(tmp_path: Path) -> None:
     write_curves(tmp_path / "curves.json", 3.0)
     with pytest.raises(typer.BadParameter, match="has curves of"):
