@@ -9,9 +9,12 @@ import typer
 from benchmarks import index
 from benchmarks.accuracy import convergence, finetune, mean_bits, recipe
 from benchmarks.speed import checkpointing, encoders, plots, step_time
+from benchmarks.time_to_loss import command as time_to_loss
+from benchmarks.time_to_loss import plot as time_to_loss_plot
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "step-time": step_time.main,
+    "time-to-loss": time_to_loss.main,
     "encoders": encoders.main,
     "checkpointing": checkpointing.main,
     "convergence": convergence.main,
@@ -19,6 +22,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": finetune.main,
     "mean-bits": mean_bits.main,
     "plot": plots.main,
+    "plot-time-to-loss": time_to_loss_plot.main,
     "index": index.main,
 }
 

@@ -16,11 +16,13 @@ from benchmarks.accuracy import convergence, finetune, mean_bits, recipe
 from benchmarks.common.machine import ROOT, describe_hardware
 from benchmarks.common.options import RESULTS
 from benchmarks.speed import checkpointing, encoders, plots, step_time
+from benchmarks.time_to_loss import rows as time_to_loss
 
 INDEX = RESULTS / "README.md"
 # The subdirectory of a benchmark's results -> the function that summarizes one of them in a line.
 SUMMARIES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-time": step_time.summarize_result,
+    "time-to-loss": time_to_loss.summarize_result,
     "encoders": encoders.summarize_result,
     "checkpointing": checkpointing.summarize_result,
     "convergence": convergence.summarize_result,
@@ -54,13 +56,15 @@ def make_index() -> str:
     quotes = find_quotes()
     parts = [HEADER]
     for benchmark, summarize in SUMMARIES.items():
+        if not (paths := sorted((RESULTS / benchmark).glob("*.json"))):
+            continue
         parts += [
             f"\n## {benchmark}\n",
             "| date | result | machine | what it shows | quoted in |",
             "|---|---|---|---|---|",
         ]
         commands = []
-        for path in sorted((RESULTS / benchmark).glob("*.json")):
+        for path in paths:
             result = json.loads(path.read_text())
             date, name = path.stem[:10], path.stem[11:] or benchmark
             link = f"[{name}]({benchmark}/{path.stem}.md)"

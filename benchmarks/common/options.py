@@ -33,10 +33,10 @@ def parse_rate(text: str) -> float | None:
 
 
 def parse_compressor(text: str) -> dict[str, Any]:
-    """Parse ``name:field=value,field=value`` into the mapping that a config has."""
+    """Parse ``name:field=value,field=value`` into the mapping that a config has. Values may be JSON."""
     name, _, fields = text.partition(":")
     compressor: dict[str, Any] = {"name": name}
-    for item in fields.split(",") if fields else []:
+    for item in _split(fields) if fields else []:
         key, equals, value = item.partition("=")
         if not equals:
             raise typer.BadParameter(f"expected field=value, got {item!r} in {text!r}")
@@ -58,3 +58,15 @@ def parse_environment(texts: list[str]) -> dict[str, str]:
     if invalid := [text for text, (name, equals, _) in zip(texts, pairs, strict=True) if not (name and equals)]:
         raise typer.BadParameter(f"expected NAME=VALUE, got {invalid[0]!r}")
     return {name: value for name, _, value in pairs}
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

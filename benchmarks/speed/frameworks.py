@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import disttrain
-from benchmarks.speed.models import sgd
+from disttrain.comm import Communicator
 
 
 @dataclass
@@ -38,11 +38,14 @@ class Framework(ABC):
     rank: int
 
     @abstractmethod
-    def prepare(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> TrainingSetup:
+    def prepare(
+        self, model: nn.Module, inner: Optimizer, setting: Mapping[str, Any], bucket_mb: float | None
+    ) -> TrainingSetup:
         """Make ``model`` ready for training.
 
         Args:
             model: has the same initial weights on every rank and in every framework.
+            inner: steps on the averaged gradients of ``model``.
             setting: the compressor or communication hook, by ``name``, and its options.
             bucket_mb: size of gradient buckets; None is the framework's default.
         """
@@ -55,25 +58,29 @@ class Framework(ABC):
 
 
 NO_EXCHANGE = {"name": "alone"}
+POWERSGD_START = 2
+"""The first step that torch's PowerSGD hook may compress."""
 
 
 class Disttrain(Framework):
     """disttrain. A setting is a compressor, or ``NO_EXCHANGE``: every worker trains a model of its own.
 
     ``overlap_step`` among a compressor's options goes to the optimizer. The engine is the one that the launcher's
-    environment implies.
+    environment implies, or ``comm``, if given.
     """
 
-    def __init__(self) -> None:
-        self.comm = disttrain.init(device="cpu", timeout=120)
+    def __init__(self, comm: Communicator | None = None) -> None:
+        self.comm = comm or disttrain.init(device="cpu", timeout=120)
         self.rank = self.comm.rank
 
-    def prepare(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> TrainingSetup:
+    def prepare(
+        self, model: nn.Module, inner: Optimizer, setting: Mapping[str, Any], bucket_mb: float | None
+    ) -> TrainingSetup:
         if setting == NO_EXCHANGE:
-            return TrainingSetup(model, model, sgd(model))
+            return TrainingSetup(model, model, inner)
         compressor = {key: value for key, value in setting.items() if key != "overlap_step"}
         optimizer = disttrain.DistributedOptimizer(
-            sgd(model),
+            inner,
             model,
             comm=self.comm,
             compressor=compressor,
@@ -90,7 +97,10 @@ class Disttrain(Framework):
 
 
 class TorchDDP(Framework):
-    """torch's DistributedDataParallel with its default options. A setting is a communication hook."""
+    """torch's DistributedDataParallel with its default options. A setting is a communication hook.
+
+    That of ``powersgd`` may have a ``rank`` and the step at which compression ``start``s.
+    """
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -98,7 +108,9 @@ class TorchDDP(Framework):
         dist.init_process_group("gloo")
         self.rank = dist.get_rank()
 
-    def prepare(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> TrainingSetup:
+    def prepare(
+        self, model: nn.Module, inner: Optimizer, setting: Mapping[str, Any], bucket_mb: float | None
+    ) -> TrainingSetup:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
         # The PowerSGD hook blocks inside gloo's callbacks and deadlocks with more than one bucket.
@@ -108,10 +120,13 @@ class TorchDDP(Framework):
             module.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif setting["name"] == "powersgd":
             state = powerSGD_hook.PowerSGDState(
-                None, matrix_approximation_rank=4, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+                None,
+                matrix_approximation_rank=setting.get("rank", 4),
+                start_powerSGD_iter=setting.get("start", POWERSGD_START),
+                orthogonalization_epsilon=1e-8,
             )
             module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return TrainingSetup(model, module, sgd(model))
+        return TrainingSetup(model, module, inner)
 
     def barrier(self) -> None:
         import torch.distributed as dist
@@ -133,13 +148,13 @@ class Horovod(Framework):
         hvd.init()
         self.rank = hvd.rank()
 
-    def prepare(self, model: nn.Module, setting: Mapping[str, Any], bucket_mb: float | None) -> TrainingSetup:
+    def prepare(
+        self, model: nn.Module, inner: Optimizer, setting: Mapping[str, Any], bucket_mb: float | None
+    ) -> TrainingSetup:
         import horovod.torch as hvd
 
         compression = hvd.Compression.fp16 if setting["name"] == "fp16" else hvd.Compression.none
-        optimizer = hvd.DistributedOptimizer(
-            sgd(model), named_parameters=model.named_parameters(), compression=compression
-        )
+        optimizer = hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters(), compression=compression)
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         return TrainingSetup(model, model, optimizer)
 

@@ -1,4 +1,4 @@
-"""The models that are timed, their batches and their optimizer."""
+"""The models that are timed, their batches and their optimizers."""
 
 from __future__ import annotations
 
@@ -68,3 +68,10 @@ def make_batch(model: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}

@@ -48,6 +48,11 @@ class Model(str, Enum):
     GPT = "gpt"
 
 
+class InnerOptimizer(str, Enum):
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
 class Engine(str, Enum):
     GLOO = "gloo"
     HOROVOD = "horovod"
@@ -76,6 +81,9 @@ def main(
         list[Engine],
         typer.Option(help="gloo: against torch DDP. horovod: against its own optimizer (horovodrun or mpirun)."),
     ] = [Engine.GLOO],  # noqa: B006
+    optimizer: Annotated[
+        InnerOptimizer, typer.Option(help="Of both sides: sgd has momentum, adamw is torch's.")
+    ] = InnerOptimizer.SGD,
     workers: Annotated[int, typer.Option(min=1, max=64, help="One on each host.")] = 4,
     turns: Annotated[int, typer.Option(min=2, help="Turns of each setting.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps in a turn, after one untimed step.")] = 3,
@@ -104,6 +112,7 @@ def main(
         "at_once": at_once,
         "hooks": [{"name": "none"}, *({"name": chosen.value} for chosen in hook)],
         "bucket_mb": bucket_mb,
+        "optimizer": optimizer.value,
         "peer_env": parse_environment(peer_env),
     }
     if (reason := ShapedNetwork.unavailable()) is not None:
@@ -137,7 +146,7 @@ def main(
         "settings": settings,
         "rows": rows,
     }
-    write_result(tabulate(rows, workers), result, output, "step-time", label)
+    write_result(tabulate(rows, workers, optimizer.value), result, output, "step-time", label)
 
 
 def split_settings(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +174,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time all settings of both groups in turns and return one row for each; the first is the baseline."""
     peer, launcher, pause_when_idle = ENGINES[engine]
-    options = ["--model", model.value]
+    options = ["--model", model.value, "--optimizer", settings["optimizer"]]
     if settings["bucket_mb"] is not None:
         options += ["--bucket-mb", str(settings["bucket_mb"])]
     num_threads = max(1, (os.cpu_count() or 1) // workers)
@@ -226,9 +235,9 @@ def check_same_results(ours: list[dict[str, float]], theirs: list[dict[str, floa
                 )
 
 
-def tabulate(rows: list[dict[str, Any]], workers: int) -> Table:
+def tabulate(rows: list[dict[str, Any]], workers: int, optimizer: str) -> Table:
     return make_table(
-        f"Median step of {workers} workers; ratios to the peer without compression",
+        f"Median step of {workers} workers with {optimizer}; ratios to the peer without compression",
         ("link", "model", "engine", "who", "with"),
         ("ms", "ratio", "95 % interval", "CPU ms", "MB sent"),
         (
@@ -252,6 +261,8 @@ def tabulate(rows: list[dict[str, Any]], workers: int) -> Table:
 def summarize_result(result: dict[str, Any]) -> str:
     """Return the best and the worst ratio of every combination of link, model and engine."""
     texts = []
+    # Results from before the option was there have no name of an optimizer: they are all of SGD.
+    optimizer = result.get("settings", {}).get("optimizer", "sgd")
     for (rate, model, engine), group in itertools.groupby(
         result["rows"], key=lambda row: (row["rate"], row["model"], row["engine"])
     ):
@@ -261,5 +272,6 @@ def summarize_result(result: dict[str, Any]) -> str:
         ratios = [f"{row['ratio']:.3f} ({describe_compressor(row['setting'])})" for row in (best, worst)]
         link = f"{rate} links" if rate != "none" else "unshaped links"
         span = " to ".join(dict.fromkeys(ratios))
-        texts.append(f"{model}, {engine}, {link}: {span} of {rows[0]['who']}'s step")
+        trained = model if optimizer == "sgd" else f"{model} with {optimizer}"
+        texts.append(f"{trained}, {engine}, {link}: {span} of {rows[0]['who']}'s step")
     return "; ".join(texts)

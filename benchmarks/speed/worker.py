@@ -1,17 +1,11 @@
-"""One worker of the step-time benchmark: ``python -m benchmarks.speed.worker``, started by ``WorkerGroup``.
-
-It receives commands over a Unix socket, which works across network namespaces and puts no traffic on the measured
-network.
-"""
+"""One worker of the step-time benchmark: ``python -m benchmarks.speed.worker``, started by ``WorkerGroup``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +13,8 @@ from torch.nn import functional as F
 
 import disttrain
 from benchmarks.speed.frameworks import FRAMEWORKS, Framework, TrainingSetup
-from benchmarks.speed.models import MODELS, make_batch
+from benchmarks.speed.models import MODELS, OPTIMIZERS, make_batch
+from benchmarks.speed.worker_group import serve
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--framework", choices=list(FRAMEWORKS), required=True)
     parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     parser.add_argument("--bucket-mb", type=float, default=None)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--socket", required=True)
@@ -75,27 +71,23 @@ def main() -> None:
     framework = FRAMEWORKS[arguments.framework]()
     batch = make_batch(arguments.model, framework.rank)
     setups: list[TrainingSetup] = []
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(arguments.socket)
-        stream = connection.makefile("rw")
 
-        def reply(value: Any) -> None:
-            stream.write(json.dumps(value) + "\n")
-            stream.flush()
+    def prepare(setting: dict[str, Any]) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = MODELS[arguments.model]()
+        inner = OPTIMIZERS[arguments.optimizer](model)
+        setups.append(framework.prepare(model, inner, setting, arguments.bucket_mb))
+        return {}
 
-        reply({"rank": framework.rank, "pid": os.getpid()})
-        while command := stream.readline():
-            match json.loads(command):
-                case {"do": "prepare", "setting": setting}:
-                    torch.manual_seed(0)
-                    setups.append(framework.prepare(MODELS[arguments.model](), setting, arguments.bucket_mb))
-                    reply({})
-                case {"do": "step", "setup": index, "num_warmup": num_warmup, "num_steps": num_steps}:
-                    reply(time_steps(framework, setups[index], batch, num_warmup, num_steps))
-                case {"do": "fingerprint", "setup": index}:
-                    reply(fingerprint(setups[index], batch))
-                case _:
-                    break
+    def step(setup: int, num_warmup: int, num_steps: int) -> dict[str, Any]:
+        return time_steps(framework, setups[setup], batch, num_warmup, num_steps)
+
+    commands: dict[str, Callable[..., Any]] = {
+        "prepare": prepare,
+        "step": step,
+        "fingerprint": lambda setup: fingerprint(setups[setup], batch),
+    }
+    serve(arguments.socket, framework.rank, commands)
     framework.close()
 
 

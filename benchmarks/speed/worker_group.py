@@ -1,4 +1,8 @@
-"""The workers of one framework, started by its launcher and commanded over a Unix socket."""
+"""The workers of one framework, started by its launcher and commanded over a Unix socket.
+
+The socket works across network namespaces and puts no traffic on the measured network. Commands and replies are lines
+of JSON: ``WorkerGroup`` sends a command to all workers, ``serve`` answers it in each.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +24,8 @@ from typing import Any
 from benchmarks.common.machine import ROOT
 from benchmarks.network import ShapedNetwork, rank_environment
 
-WORKER_MODULE = "benchmarks.speed.worker"
+STEP_TIME_WORKER = "benchmarks.speed.worker"
 START_TIMEOUT = 120.0  # seconds
-REPLY_TIMEOUT = 300.0  # seconds
 
 
 class WorkerError(RuntimeError):
@@ -44,6 +47,8 @@ class WorkerGroup:
         pause_when_idle: stop the workers' processes between commands. Horovod's background threads communicate all
             the time, which would disturb the other group.
         environment: further environment variables.
+        module: the worker's program, which calls ``serve``.
+        reply_timeout: seconds that a command may take.
     """
 
     framework: str
@@ -55,6 +60,8 @@ class WorkerGroup:
     port: int = 29400
     pause_when_idle: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    module: str = STEP_TIME_WORKER
+    reply_timeout: float = 300.0
     _processes: list[subprocess.Popen[Any]] = field(default_factory=list)
     _streams: dict[int, Any] = field(default_factory=dict)
     _pids: list[int] = field(default_factory=list)
@@ -105,14 +112,14 @@ class WorkerGroup:
             listener.listen(self.num_workers)
             listener.settimeout(1.0)
             with self._log.open("w") as log:
-                self._launch([sys.executable, "-m", WORKER_MODULE, "--socket", path, *self.options], log)
+                self._launch([sys.executable, "-m", self.module, "--socket", path, *self.options], log)
             deadline = time.monotonic() + START_TIMEOUT
             while len(self._streams) < self.num_workers:
                 if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
                     raise WorkerError(self._failure_message("did not start"))
                 with contextlib.suppress(TimeoutError):
                     connection, _ = listener.accept()
-                    connection.settimeout(REPLY_TIMEOUT)
+                    connection.settimeout(self.reply_timeout)
                     stream = connection.makefile("rw")
                     hello = self._read_reply(stream)
                     self._streams[hello["rank"]] = stream
@@ -124,7 +131,8 @@ class WorkerGroup:
         python = Path(sys.executable)
         environment = {
             "OMP_NUM_THREADS": str(self.num_threads),
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(REPLY_TIMEOUT)),  # the timeout also runs while a group is paused
+            # This timeout also runs while a group is paused.
+            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(int(self.reply_timeout)),
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             **self.environment,
@@ -163,7 +171,7 @@ class WorkerGroup:
         except TimeoutError:
             line = ""
         if not line:
-            raise WorkerError(self._failure_message(f"exited, or did not reply within {REPLY_TIMEOUT:.0f} s"))
+            raise WorkerError(self._failure_message(f"exited, or did not reply within {self.reply_timeout:.0f} s"))
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -188,3 +196,28 @@ class WorkerGroup:
             process.kill()
             process.wait()
         self._directory.cleanup()
+
+
+def serve(path: str, rank: int, commands: Mapping[str, Callable[..., Any]]) -> None:
+    """Answer the commands of a ``WorkerGroup`` until it ends.
+
+    Args:
+        path: of the group's socket.
+        rank: of this worker.
+        commands: what to call for each value of ``do``, with the command's other fields. The result, a JSON value, is
+            the reply.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        stream = connection.makefile("rw")
+
+        def reply(value: Any) -> None:
+            stream.write(json.dumps(value) + "\n")
+            stream.flush()
+
+        reply({"rank": rank, "pid": os.getpid()})
+        while line := stream.readline():
+            command = json.loads(line)
+            if (do := command.pop("do")) == "end":
+                break
+            reply(commands[do](**command))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import typer
 
@@ -26,6 +28,10 @@ def test_invalid_rates_are_refused(text: str) -> None:
 def test_compressors_become_the_mapping_of_a_config() -> None:
     assert parse_compressor("dense") == {"name": "dense"}
     assert parse_compressor("topk:ratio=0.01,mode=x") == {"name": "topk", "ratio": 0.01, "mode": "x"}
+    rules = [{"match": "*.bias", "use": "dense"}, {"use": "bf16"}]
+    text = f"efsign:whiten={json.dumps({'band': 8, 'bound': 16})},rules={json.dumps(rules)},dense_steps=3"
+    nested = {"whiten": {"band": 8, "bound": 16}, "rules": rules, "dense_steps": 3}
+    assert parse_compressor(text) == {"name": "efsign", **nested}
     with pytest.raises(typer.BadParameter, match="expected field=value"):
         parse_compressor("topk:ratio")
 

@@ -47,12 +47,13 @@ def test_groups_that_train_differently_are_refused() -> None:
 
 
 def test_results_are_written_beside_earlier_ones(tmp_path: Path) -> None:
-    table = step_time.tabulate(RESULT["rows"], RESULT["workers"])
+    table = step_time.tabulate(RESULT["rows"], RESULT["workers"], "adamw")
     first = write_result(table, RESULT, tmp_path, "step-time", "try")
     second = write_result(table, RESULT, tmp_path, "step-time", "try")
     assert first != second
     assert json.loads(first.with_suffix(".json").read_text()) == RESULT
     assert second.with_suffix(".json").exists()
+    assert "4 workers with adamw" in first.read_text()
     assert "0.839 - 0.887" in first.read_text()
     assert "topk, ratio=0.01" in first.read_text()
     assert "python x" in first.read_text()
@@ -63,3 +64,5 @@ def test_a_result_is_summarized_by_its_best_and_worst_ratio() -> None:
     dense = {**ROW, "setting": {"name": "dense"}, "ratio": 0.95}
     text = step_time.summarize_result({"rows": [baseline, dense, ROW]})
     assert text == "mlp, gloo, 1gbit links: 0.853 (topk, ratio=0.01) to 0.950 (dense) of ddp's step"
+    text = step_time.summarize_result({"settings": {"optimizer": "adamw"}, "rows": [baseline, dense]})
+    assert text == "mlp with adamw, gloo, 1gbit links: 0.950 (dense) of ddp's step"
