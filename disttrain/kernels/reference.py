@@ -13,6 +13,15 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.kernels.blocks import POWERS, from_planes, noise, powers_above, store_mean, to_blocks, to_planes
+from disttrain.kernels.chunks import (
+    POSITION_BITS,
+    Chunks,
+    Entries,
+    decode_values,
+    encode_values,
+    pack_entries,
+    unpack,
+)
 from disttrain.kernels.factors import (
     Factors,
     Shapes,
@@ -101,6 +110,42 @@ class Kernels:
         for part, positions in zip(values, indices, strict=True):
             # Indices of one payload differ (except in its padding, which adds zeros), so any order gives the same sum.
             total.index_add_(0, positions.long(), part, alpha=share)
+
+    # Sparsification in chunks
+
+    def take_largest_of_chunks(
+        self, grad: Tensor, feedback: Feedback | None, chunks: Chunks, value_bits: int | None
+    ) -> Entries:
+        """Take the entries of largest magnitude of each chunk, with values of 2, 4, 8 or 16 bits, or unrounded if None.
+
+        16 bits are those of bfloat16, at most its largest number. Fewer bits are a sign and a level of an even grid
+        from the smallest to the largest magnitude taken of the chunk. Among equal magnitudes the first entries are
+        taken, and NaN counts as zero. No step waits for the device.
+        """
+        total = self.add_residual(grad, feedback)
+        parts = []
+        for rows, kept in chunks.rows(total):
+            magnitude = rows.abs().nan_to_num_(nan=0.0, posinf=math.inf)
+            order = magnitude.sort(dim=1, descending=True, stable=True).indices
+            positions = order[:, :kept].sort(dim=1).values
+            values = rows.gather(1, positions)
+            coded, scales, sent = encode_values(values, value_bits)
+            if feedback is not None:
+                rows.scatter_(1, positions, values - sent)
+            parts.append((coded.reshape(-1), scales, positions.to(torch.int16).view(-1)))
+        coded, scales, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
+        return pack_entries(coded, scales, positions, value_bits)
+
+    def chunks_mean(
+        self, parts: Sequence[Entries], chunks: Chunks, value_bits: int | None, out: Tensor, *, add: bool = False
+    ) -> None:
+        """Write, or add, the mean of several vectors encoded by ``take_largest_of_chunks`` to ``out``."""
+        total = out if add else out.zero_()
+        share, numel = 1.0 / len(parts), out.numel()
+        starts = chunks.of_entries(chunks.starts(numel, out.device), numel)
+        for part in parts:
+            indices = starts + unpack(part.positions, len(starts), POSITION_BITS)
+            total.index_add_(0, indices, decode_values(part, chunks, value_bits, out) * share)
 
     # Uniform quantization
 

@@ -25,6 +25,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"ratio": 0.2, "error_feedback": False},
         {"ratio": 0.1, "exchange": "two_stage"},
         {"ratio": 0.1, "selection": "estimated"},
+        {"ratio": 0.1, "chunk_size": 64},
+        {"ratio": 0.2, "chunk_size": 4096, "value_bits": 16, "error_feedback": False},
+        {"ratio": 0.1, "chunk_size": 64, "value_bits": 4, "exchange": "two_stage"},
+        {"ratio": 0.1, "chunk_size": 48, "value_bits": 2, "ratio_ramp": {"start": 0.5, "steps": 3}},
     ],
     "threshold": [{"ratio": 0.1}, {"ratio": 0.2, "error_feedback": False}],
     "randomk": [

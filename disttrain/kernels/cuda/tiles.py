@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_jit = triton.jit(do_not_specialize=["capacity", "count", "blocks", "seed"])
+_jit = triton.jit(do_not_specialize=["capacity", "count", "blocks", "seed", "kept", "kept_of_rest", "chunks"])
 
 
 @triton.jit

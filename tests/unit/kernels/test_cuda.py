@@ -14,7 +14,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
-from disttrain.kernels import Feedback, Kernels  # noqa: E402
+from disttrain.kernels import Chunks, Feedback, Kernels  # noqa: E402
 from disttrain.kernels.cuda.kernels import CudaKernels  # noqa: E402
 from tests.unit.kernels.orthonormal_checks import check_orthogonalize  # noqa: E402
 
@@ -119,6 +119,43 @@ def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
     assert torch.equal(values.cpu(), expected[0])
     assert torch.equal(indices.cpu(), expected[1])
     assert count == expected[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("numel", "chunk", "ratio"), [(1, 16, 1.0), (200, 64, 0.1), (128, 64, 1.0), (4200, 4096, 0.02)]
+)
+@pytest.mark.parametrize("value_bits", [None, 4, 16])
+@pytest.mark.parametrize("make", [vector, ties])
+def test_chunks_are_the_reference(
+    make: Callable[[int, torch.dtype, int], torch.Tensor],
+    value_bits: int | None,
+    numel: int,
+    chunk: int,
+    ratio: float,
+    dtype: torch.dtype,
+) -> None:
+    grad, residual = make(numel, dtype, 0), make(numel, dtype, 1)
+    chunks = Chunks(chunk, max(1, round(ratio * chunk)), max(1, round(ratio * (numel % chunk))))
+    new_residual, own_new_residual = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
+    expected = REFERENCE.take_largest_of_chunks(grad, Feedback(residual, new_residual), chunks, value_bits)
+    own_feedback = Feedback(residual.to(DEVICE), own_new_residual)
+    entries = KERNELS.take_largest_of_chunks(grad.to(DEVICE), own_feedback, chunks, value_bits)
+    assert_same([*entries, own_new_residual], [*expected, new_residual])
+    means = [torch.ones_like(grad), torch.ones_like(grad, device=DEVICE)]
+    REFERENCE.chunks_mean([expected] * 3, chunks, value_bits, means[0], add=True)
+    KERNELS.chunks_mean([entries] * 3, chunks, value_bits, means[1], add=True)
+    assert torch.equal(means[1].cpu(), means[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_without_feedback_leave_the_gradient(dtype: torch.dtype) -> None:
+    grad = vector(200, dtype, 0)
+    grad[7] = math.nan
+    expected = REFERENCE.take_largest_of_chunks(grad, None, Chunks(64, 6, 1), 4)
+    own = grad.to(DEVICE, copy=True)
+    assert_same(list(KERNELS.take_largest_of_chunks(own, None, Chunks(64, 6, 1), 4)), list(expected))
+    assert torch.equal(own.cpu().nan_to_num(), grad.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

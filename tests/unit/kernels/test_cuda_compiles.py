@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from disttrain.kernels import Feedback
+from disttrain.kernels import Chunks, Feedback
 from disttrain.kernels.cuda import kernels as cuda
 
 dtypes = {}
@@ -46,6 +46,8 @@ for dtype in (torch.float32, torch.float64):
         kernels.take_above(grad, feedback, 0.5, 100)
         kernels.take_largest(grad, feedback, 100)
         kernels.sign(grad, feedback, 4096)
+        for value_bits in (None, 4, 16):
+            kernels.take_largest_of_chunks(grad, feedback, Chunks(4096, 41, 0), value_bits)
         for seed in (None, 3, 2**32 - 3):
             kernels.quantize(grad, feedback, 8 if seed is None else 4, 2048, seed)
     for add in (False, True):

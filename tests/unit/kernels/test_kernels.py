@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disttrain.kernels import Feedback, Kernels, for_device
+from disttrain.kernels import Chunks, Entries, Feedback, Kernels, for_device
 from disttrain.kernels.blocks import widths
+from disttrain.kernels.chunks import POSITION_BITS, unpack
 
 pytest.importorskip("numba")
 
@@ -191,6 +192,90 @@ def test_sparse_mean() -> None:
                 dense[indices.long()] += values / 3
             start = make("normal", 1000, dtype, 9) if add else 0
             torch.testing.assert_close(outs[1], dense + start)
+
+
+def chunks_of(size: int, chunk: int, ratio: float) -> Chunks:
+    return Chunks(chunk, max(1, round(ratio * chunk)), max(1, round(ratio * (size % chunk))))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ratio", "value_bits"), [(16, 0.3, 2), (64, 0.05, None), (64, 1.0, 8), (4096, 0.01, 4), (4096, 0.3, 16)]
+)
+def test_take_largest_of_chunks(samples: Iterator[Sample], chunk: int, ratio: float, value_bits: int | None) -> None:
+    for sample in samples:
+        total, size = total_of(sample), len(sample[0])
+        chunks = chunks_of(size, chunk, ratio)
+        reference, fast = both("take_largest_of_chunks", sample, chunks, value_bits)
+        assert_same(reference, fast)
+        *entries, new_residual = fast
+        check_entries(Entries(*entries), total, new_residual, chunks, value_bits)
+
+
+def check_entries(
+    entries: Entries, total: torch.Tensor, new_residual: torch.Tensor | None, chunks: Chunks, value_bits: int | None
+) -> None:
+    """Check what is decoded by both backends against the largest entries, found anew."""
+    for parts, add in itertools.product((1, 3), (False, True)):
+        outs = [torch.ones_like(total) for _ in range(2)]
+        for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+            kernels.chunks_mean([entries] * parts, chunks, value_bits, out, add=add)
+        assert torch.equal(*outs)
+    REFERENCE.chunks_mean([entries], chunks, value_bits, out)
+    if new_residual is not None:
+        assert torch.equal(new_residual, total - out)
+    for part, sent in zip(total.split(chunks.size), out.split(chunks.size), strict=True):
+        kept = chunks.kept if len(part) == chunks.size else chunks.kept_of_rest
+        largest = torch.zeros_like(part)
+        positions = part.abs().sort(descending=True, stable=True).indices[:kept]
+        largest[positions] = part[positions]
+        # Nothing else is sent, and no error is larger than half a step, or half a unit of bfloat16's last digit.
+        assert not sent[largest == 0].any()
+        errors, magnitudes = (largest - sent).abs(), part[positions].abs()
+        if value_bits == 16:
+            assert (errors <= largest.abs() * 2.0**-8 + 2.0**-133).all()
+        elif value_bits is None:
+            assert not errors.any()
+        else:
+            step = (magnitudes.max() - magnitudes.min()) / (2 ** (value_bits - 1) - 1)
+            assert (errors <= 0.501 * step + 4 * torch.finfo(part.dtype).eps * magnitudes.max()).all()
+
+
+def test_chunks_take_the_first_of_equals_and_fit_any_scale() -> None:
+    grad = torch.ones(3 * 4096)
+    grad[4096:8192] = 1e-30 * make("normal", 4096, torch.float32)
+    grad[8192:8200] = 1e30
+    for kernels in (REFERENCE, FAST):
+        entries = kernels.take_largest_of_chunks(grad, None, Chunks(4096, 20, 0), None)
+        positions = unpack(entries.positions, 60, POSITION_BITS).view(3, 20)
+        assert positions[0].tolist() == [*range(20)]
+        assert positions[2].tolist() == [*range(20)]
+        assert positions[1].tolist() == sorted(grad[4096:8192].abs().topk(20).indices.tolist())
+
+
+@pytest.mark.parametrize("value_bits", [None, 4, 16])
+def test_chunks_with_nan_or_inf_are_of_the_same_size(value_bits: int | None) -> None:
+    """The step will be skipped, but other ranks count on the size."""
+    for spoilt, stride in itertools.product((math.nan, math.inf), (1, 50)):
+        grad = make("normal", 5000, torch.float32)
+        grad[::stride] = spoilt
+        chunks = chunks_of(5000, 4096, 0.01)
+        for kernels in (REFERENCE, FAST):
+            entries = kernels.take_largest_of_chunks(
+                total := grad.clone(), Feedback.in_place(total), chunks, value_bits
+            )
+            positions = unpack(entries.positions, chunks.count(5000), POSITION_BITS)
+            assert (positions[:41].diff() > 0).all()
+            assert ((positions >= 0) & (positions < 4096)).all()
+            assert (positions[41:] < 5000 - 4096).all()
+
+
+def test_bfloat16_values_never_overflow() -> None:
+    largest = torch.finfo(torch.float32).max
+    grad = torch.tensor([largest, -largest, 1 + 2**-8, 1 + 3 * 2**-8] * 4)  # ties are rounded to even
+    for kernels, dtype in itertools.product((REFERENCE, FAST), DTYPES):
+        entries = kernels.take_largest_of_chunks(grad.to(dtype), None, Chunks(16, 16, 0), 16)
+        bound = torch.finfo(torch.bfloat16).max
+        assert entries.values[:4].tolist() == [bound, -bound, 1, 1 + 2**-6]
 
 
 @pytest.mark.parametrize("seed", [None, 123456789012345])
