@@ -220,14 +220,12 @@ class Kernels:
             total += powers[code.long()].view(scale.numel(), block) * scale.unsqueeze(1)
         store_mean(total, len(codes), out, add)
 
-    # One bit
+    # One or two bits
 
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         """Encode with one bit an entry (set: negative) and the mean magnitude of each block: (uint8 planes, scales)."""
         blocks = to_blocks(self.add_residual(grad, feedback), block)
-        sizes = torch.full((len(blocks),), block, dtype=blocks.dtype, device=blocks.device)
-        sizes[-1] = grad.numel() - (len(blocks) - 1) * block
-        scales = blocks.abs().sum(1) / sizes
+        scales = blocks.abs().sum(1) / _sizes(blocks, grad.numel())
         negative = blocks < 0
         if feedback is not None:
             sent = torch.where(negative, -scales.unsqueeze(1), scales.unsqueeze(1))
@@ -243,6 +241,36 @@ class Kernels:
             negative = from_planes(packed.view(scale.numel(), -1), 1).bool()
             total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
         store_mean(total, len(bits), out, add)
+
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        """Encode with two bits an entry and two scales a block: (uint8 planes, scales (2 * blocks,)).
+
+        The lower bit is set for negative entries, the upper one for magnitudes that reach the block's mean magnitude.
+        The scales are the mean of the magnitudes below that mean, of every block, and then that of the others.
+        """
+        blocks = to_blocks(self.add_residual(grad, feedback), block)
+        magnitude, sizes = blocks.abs(), _sizes(blocks, grad.numel())
+        upper = magnitude >= (magnitude.sum(1) / sizes).unsqueeze(1)
+        num_upper = torch.minimum(upper.sum(1), sizes)  # in a block of zeros the padding reaches the mean, too
+        low = torch.where(upper, 0, magnitude).sum(1) / (sizes - num_upper).clamp_(min=1)
+        high = torch.where(upper, magnitude, 0).sum(1) / num_upper.clamp_(min=1)
+        negative = blocks < 0
+        if feedback is not None:
+            sent = torch.where(upper, high.unsqueeze(1), low.unsqueeze(1))
+            _store(blocks - torch.where(negative, -sent, sent), feedback.new_residual)
+        return to_planes(negative.to(torch.uint8) | (upper.to(torch.uint8) << 1), 2), torch.cat([low, high])
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        """Write, or add, the mean of several vectors encoded by ``sign_and_level`` to ``out``."""
+        total = torch.zeros(scales[0].numel() // 2, block, dtype=out.dtype, device=out.device)
+        for packed, pair in zip(codes, scales, strict=True):
+            code = from_planes(packed.view(len(total), -1), 2)
+            low, high = pair.view(2, -1, 1)
+            magnitude = torch.where(code >= 2, high, low)
+            total += torch.where((code & 1).bool(), -magnitude, magnitude)
+        store_mean(total, len(codes), out, add)
 
     def sign_vote(
         self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
@@ -321,6 +349,13 @@ def _take(total: Tensor, positions: Tensor, clear: bool) -> tuple[Tensor, Tensor
     if clear:
         total[positions] = 0
     return values, positions.to(torch.int32)
+
+
+def _sizes(blocks: Tensor, numel: int) -> Tensor:
+    """Return the number of entries of each block, without the padding of the last one, in the blocks' dtype."""
+    sizes = torch.full((len(blocks),), blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    sizes[-1] = numel - (len(blocks) - 1) * blocks.shape[1]
+    return sizes
 
 
 def _store(blocks: Tensor, vector: Tensor) -> None:

@@ -96,6 +96,22 @@ def test_efsign_loses_exactly_what_its_angle_says(kind: str) -> None:
 
 
 @every_kind
+def test_efsign_of_two_bits_loses_exactly_what_its_means_leave(kind: str) -> None:
+    x = draw(kind)
+    kept, of_one_bit = (one_step({"name": "efsign", "bits": bits, "block_size": 64}, x).view(-1, 64) for bits in (2, 1))
+    for block, sent, coarse in zip(x.view(-1, 64), kept, of_one_bit, strict=True):
+        magnitude, captured = block.abs(), 0.0
+        for level in (magnitude < magnitude.mean(), magnitude >= magnitude.mean()):
+            if level.any():
+                mean = float(magnitude[level].mean())
+                torch.testing.assert_close(sent[level], mean * block[level].sign(), rtol=1e-12, atol=1e-14)
+                captured += int(level.sum()) * mean**2
+        lost = float((block - sent).square().sum())
+        assert lost == pytest.approx(float(block.square().sum()) - captured, abs=1e-11)
+        assert lost <= float((block - coarse).square().sum()) + 1e-12
+
+
+@every_kind
 def test_onebit_loses_exactly_what_its_means_leave(kind: str) -> None:
     x = draw(kind)
     kept = one_step({"name": "onebit"}, x, MATRIX).view(16, 64)

@@ -49,7 +49,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "terngrad": [{}, {"error_feedback": True, "block_size": 64}, {"clip": None, "exchange": "two_stage"}],
     "natural": [{}, {"error_feedback": True, "block_size": 64}, {"exchange": "two_stage"}],
-    "efsign": [{}, {"exchange": "two_stage", "block_size": 64}],
+    "efsign": [
+        {},
+        {"exchange": "two_stage", "block_size": 64},
+        {"bits": 2, "block_size": 64},
+        {"bits": 2, "exchange": "two_stage"},
+    ],
     "signsgd": [{}, {"exchange": "two_stage", "block_size": 64}],
     "blockwise8": [{}, {"exchange": "two_stage", "block_size": 64}],
     "powersgd": [{"rank": 1}, {"rank": 4}, {"rank": 2, "alternating": True}],

@@ -157,6 +157,17 @@ class CpuKernels(ThresholdSearchKernels):
     ) -> None:
         loops_sign.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
 
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        codes, low = empty_codes(grad, 2, block)
+        scales = torch.empty(2, low.numel(), dtype=grad.dtype)
+        loops_sign.sign_and_level(grad.numpy(), *_arrays(feedback), block, codes.numpy(), scales.numpy())
+        return codes, scales.view(-1)
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        loops_sign.sign_and_level_mean(_stack(codes), _stack(scales), block, add, out.numpy())
+
     def sign_vote(
         self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:

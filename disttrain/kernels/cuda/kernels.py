@@ -134,6 +134,30 @@ class CudaKernels(ThresholdSearchKernels):
             ADD=add, LENGTH=block // 8, **_EXACT,
         )  # fmt: skip
 
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        if not _suits_tiles(2, block):
+            return super().sign_and_level(grad, feedback, block)
+        residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
+        codes, low = empty_codes(grad, 2, block)
+        scales, count = grad.new_empty(2 * low.numel()), low.numel()
+        tiles.sign_and_level[(count,)](
+            grad, residual, new_residual, codes, scales, grad.numel(), count,
+            HAS_RESIDUAL=has_residual, HAS_FEEDBACK=has_feedback, LENGTH=block // 4, **_EXACT,
+        )  # fmt: skip
+        return codes, scales
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        if not _suits_tiles(2, block):
+            super().sign_and_level_mean(codes, scales, block, out, add=add)
+            return
+        count = scales[0].numel() // 2
+        tiles.sign_and_level_mean[(count,)](
+            torch.stack(list(codes)), torch.stack(list(scales)), out, out.numel(), len(codes), count,
+            ADD=add, LENGTH=block // 4, **_EXACT,
+        )  # fmt: skip
+
     def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:
         scaled = torch.empty_like(factor)
         tiles_low_rank.scale[(len(sizes),)](factor, scaled, _plan(tuple(sizes), factor.device), TILE=_TILE, **_EXACT)

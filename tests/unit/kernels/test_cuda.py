@@ -178,19 +178,20 @@ def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 63, 64, 200])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_sign_is_the_reference(numel: int, with_residual: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["sign", "sign_and_level"])
+def test_sign_is_the_reference(name: str, numel: int, with_residual: bool, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
     feedback, own_feedback = (
         Feedback(residual.to(device), torch.empty_like(grad, device=device)) if with_residual else None
         for device in ("cpu", DEVICE)
     )
-    bits, scales = REFERENCE.sign(grad, feedback, 64)
-    own_bits, own_scales = KERNELS.sign(grad.to(DEVICE), own_feedback, 64)
+    bits, scales = getattr(REFERENCE, name)(grad, feedback, 64)
+    own_bits, own_scales = getattr(KERNELS, name)(grad.to(DEVICE), own_feedback, 64)
     assert torch.equal(own_bits.cpu(), bits)
     torch.testing.assert_close(own_scales.cpu(), scales, rtol=1e-6, atol=0)
     if feedback is not None and own_feedback is not None:
         torch.testing.assert_close(own_feedback.new_residual.cpu(), feedback.new_residual, rtol=1e-5, atol=1e-6)
-    check_means("sign_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
+    check_means(f"{name}_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
 
 
 def check_means(

@@ -353,6 +353,42 @@ def test_sign(samples: Iterator[Sample]) -> None:
         assert ((outs[1] < 0) == ((total < 0) & (outs[1] != 0))).all()
 
 
+def test_sign_and_level(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        total = total_of(sample)
+        reference, fast = both("sign_and_level", sample, BLOCK)
+        tolerance = 2 * BLOCK * torch.finfo(total.dtype).eps  # sums of BLOCK numbers in another order
+        magnitudes, sent = total.abs(), [torch.full_like(total, math.nan) for _ in range(2)]
+        for (codes, scales, new_residual), out in zip((reference, fast), sent, strict=True):
+            assert codes.numel() == math.ceil(len(total) / BLOCK) * BLOCK // 4
+            assert scales.numel() == math.ceil(len(total) / BLOCK) * 2
+            REFERENCE.sign_and_level_mean([codes], [scales], BLOCK, out)
+            assert new_residual is None or torch.equal(new_residual, total - out)
+            assert ((out < 0) == ((total < 0) & (out != 0))).all()
+        for part, of_reference, of_fast in zip(
+            magnitudes.split(BLOCK), sent[0].split(BLOCK), sent[1].split(BLOCK), strict=True
+        ):
+            # A magnitude next to the mean may be on either side of it.
+            mean, largest = float(part.double().mean()), float(part.max())
+            near = (part.double() - mean).abs() <= tolerance * largest
+            upper = part.double() > mean
+            for out in (of_reference.abs().double(), of_fast.abs().double()):
+                for level in (upper & ~near, ~upper & ~near):
+                    if level.any() and not near.any():
+                        expected = part[level].double().mean().expand(int(level.sum()))
+                        smallest = torch.finfo(total.dtype).smallest_normal
+                        torch.testing.assert_close(out[level], expected, rtol=tolerance, atol=smallest)
+            if near.all():
+                torch.testing.assert_close(of_fast, of_reference, rtol=tolerance, atol=0)
+        codes, scales, _ = reference
+        for parts, add in itertools.product((1, 3), (False, True)):
+            outs = [torch.ones_like(total) for _ in range(2)]
+            for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+                many = list(torch.stack([codes] * parts)) if add else [codes.clone()] * parts
+                kernels.sign_and_level_mean(many, [scales] * parts, BLOCK, out, add=add)
+            assert torch.equal(*outs)
+
+
 def test_sign_vote(samples: Iterator[Sample]) -> None:
     for sample in samples:
         total = total_of(sample)
