@@ -114,6 +114,8 @@ def _keep_largest(found, places, k, low):
         num_equal -= is_equal
         found[kept], places[kept] = found[i], places[i]
         kept += (magnitude >= high) | is_equal
+        if kept == k:
+            break
     return low
 
 
