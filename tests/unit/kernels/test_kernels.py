@@ -444,3 +444,6 @@ def test_any_floats_quantize_identically(values: list[float], bits: int, blocks:
         assert sum(widths(bits)) == bits
     assert_same(*(kernels.natural(grad, None, blocks, 5) for kernels in (REFERENCE, FAST)))
     assert_same(*(kernels.take_largest(grad, None, len(values)) for kernels in (REFERENCE, FAST)))
+    chunks = chunks_of(len(values), blocks, bits / 16)
+    for value_bits in (None, 2, 8, 16):
+        assert_same(*(kernels.take_largest_of_chunks(grad, None, chunks, value_bits) for kernels in (REFERENCE, FAST)))
