@@ -30,7 +30,10 @@ from disttrain.compression.base import dry_run
 from disttrain.compression.payload import Layout
 
 # In addition to every registered compressor with its default options.
-MORE = ["qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated"]
+MORE = [
+    "qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated",
+    "topk:chunk_size=4096", "topk:chunk_size=4096,value_bits=4", "efsign:bits=2",
+]  # fmt: skip
 
 
 def main(

@@ -47,7 +47,7 @@ def widths(bits: int) -> list[int]:
 
 
 def to_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes, uint8 (blocks, n), into 1-d uint8 of blocks * n * bits / 8 bytes."""
+    """Pack codes (blocks, n), of an integer type that holds them, into 1-d uint8 of blocks * n * bits / 8 bytes."""
     count, size = codes.shape
     parts, shift = [], 0
     for width in widths(bits):
@@ -56,20 +56,21 @@ def to_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         for plane in range(1, 8 // width):
             part |= planes[:, plane] << (plane * width)
         assert part.shape[1] == size * width // 8
-        parts.append(part)
+        parts.append(part.to(torch.uint8))
         shift += width
     return torch.cat(parts, dim=1).view(-1)
 
 
 def from_planes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack (blocks, n * bits / 8) bytes into codes, uint8 (blocks, n)."""
+    """Unpack (blocks, n * bits / 8) bytes into codes (blocks, n): uint8, or int16 if they need more bits."""
     size = packed.shape[1] * 8 // bits
-    codes = torch.zeros(packed.shape[0], size, dtype=torch.uint8, device=packed.device)
+    dtype = torch.uint8 if bits <= 8 else torch.int16
+    codes = torch.zeros(packed.shape[0], size, dtype=dtype, device=packed.device)
     shift = offset = 0
     for width in widths(bits):
         part = packed[:, offset : offset + size * width // 8]
         planes = [(part >> (plane * width)) & (2**width - 1) for plane in range(8 // width)]
-        codes |= torch.cat(planes, dim=1) << shift
+        codes |= torch.cat(planes, dim=1).to(dtype) << shift
         shift += width
         offset += size * width // 8
     return codes

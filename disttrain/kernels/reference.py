@@ -13,6 +13,15 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.kernels.blocks import POWERS, from_planes, noise, powers_above, store_mean, to_blocks, to_planes
+from disttrain.kernels.chunks import (
+    POSITION_BITS,
+    Chunks,
+    Entries,
+    decode_values,
+    encode_values,
+    pack_entries,
+    unpack,
+)
 from disttrain.kernels.factors import (
     Factors,
     Shapes,
@@ -131,6 +140,42 @@ class Kernels:
             # Indices of one payload differ (except in its padding, which adds zeros), so any order gives the same sum.
             total.index_add_(0, positions.long(), part, alpha=share)
 
+    # Sparsification in chunks
+
+    def take_largest_of_chunks(
+        self, grad: Tensor, feedback: Feedback | None, chunks: Chunks, value_bits: int | None
+    ) -> Entries:
+        """Take the entries of largest magnitude of each chunk, with values of 2, 4, 8 or 16 bits, or unrounded if None.
+
+        16 bits are those of bfloat16, at most its largest number. Fewer bits are a sign and a level of an even grid
+        from the smallest to the largest magnitude taken of the chunk. Among equal magnitudes the first entries are
+        taken, and NaN counts as zero. No step waits for the device.
+        """
+        total = self.add_residual(grad, feedback)
+        parts = []
+        for rows, kept in chunks.rows(total):
+            magnitude = rows.abs().nan_to_num_(nan=0.0, posinf=math.inf)
+            order = magnitude.sort(dim=1, descending=True, stable=True).indices
+            positions = order[:, :kept].sort(dim=1).values
+            values = rows.gather(1, positions)
+            coded, scales, sent = encode_values(values, value_bits)
+            if feedback is not None:
+                rows.scatter_(1, positions, values - sent)
+            parts.append((coded.reshape(-1), scales, positions.to(torch.int16).view(-1)))
+        coded, scales, positions = (torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True))
+        return pack_entries(coded, scales, positions, value_bits)
+
+    def chunks_mean(
+        self, parts: Sequence[Entries], chunks: Chunks, value_bits: int | None, out: Tensor, *, add: bool = False
+    ) -> None:
+        """Write, or add, the mean of several vectors encoded by ``take_largest_of_chunks`` to ``out``."""
+        total = out if add else out.zero_()
+        share, numel = 1.0 / len(parts), out.numel()
+        starts = chunks.of_entries(chunks.starts(numel, out.device), numel)
+        for part in parts:
+            indices = starts + unpack(part.positions, len(starts), POSITION_BITS)
+            total.index_add_(0, indices, decode_values(part, chunks, value_bits, out) * share)
+
     # Uniform quantization
 
     def quantize(
@@ -204,14 +249,12 @@ class Kernels:
             total += powers[code.long()].view(scale.numel(), block) * scale.unsqueeze(1)
         store_mean(total, len(codes), out, add)
 
-    # One bit
+    # One or two bits
 
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         """Encode with one bit an entry (set: negative) and the mean magnitude of each block: (uint8 planes, scales)."""
         blocks = to_blocks(self.add_residual(grad, feedback), block)
-        sizes = torch.full((len(blocks),), block, dtype=blocks.dtype, device=blocks.device)
-        sizes[-1] = grad.numel() - (len(blocks) - 1) * block
-        scales = blocks.abs().sum(1) / sizes
+        scales = blocks.abs().sum(1) / _sizes(blocks, grad.numel())
         negative = blocks < 0
         if feedback is not None:
             sent = torch.where(negative, -scales.unsqueeze(1), scales.unsqueeze(1))
@@ -227,6 +270,36 @@ class Kernels:
             negative = from_planes(packed.view(scale.numel(), -1), 1).bool()
             total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
         store_mean(total, len(bits), out, add)
+
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        """Encode with two bits an entry and two scales a block: (uint8 planes, scales (2 * blocks,)).
+
+        The lower bit is set for negative entries, the upper one for magnitudes that reach the block's mean magnitude.
+        The scales are the mean of the magnitudes below that mean, of every block, and then that of the others.
+        """
+        blocks = to_blocks(self.add_residual(grad, feedback), block)
+        magnitude, sizes = blocks.abs(), _sizes(blocks, grad.numel())
+        upper = magnitude >= (magnitude.sum(1) / sizes).unsqueeze(1)
+        num_upper = torch.minimum(upper.sum(1), sizes)  # in a block of zeros the padding reaches the mean, too
+        low = torch.where(upper, 0, magnitude).sum(1) / (sizes - num_upper).clamp_(min=1)
+        high = torch.where(upper, magnitude, 0).sum(1) / num_upper.clamp_(min=1)
+        negative = blocks < 0
+        if feedback is not None:
+            sent = torch.where(upper, high.unsqueeze(1), low.unsqueeze(1))
+            _store(blocks - torch.where(negative, -sent, sent), feedback.new_residual)
+        return to_planes(negative.to(torch.uint8) | (upper.to(torch.uint8) << 1), 2), torch.cat([low, high])
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        """Write, or add, the mean of several vectors encoded by ``sign_and_level`` to ``out``."""
+        total = torch.zeros(scales[0].numel() // 2, block, dtype=out.dtype, device=out.device)
+        for packed, pair in zip(codes, scales, strict=True):
+            code = from_planes(packed.view(len(total), -1), 2)
+            low, high = pair.view(2, -1, 1)
+            magnitude = torch.where(code >= 2, high, low)
+            total += torch.where((code & 1).bool(), -magnitude, magnitude)
+        store_mean(total, len(codes), out, add)
 
     def sign_vote(
         self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
@@ -310,6 +383,13 @@ def _take(total: Tensor, positions: Tensor, clear: bool) -> tuple[Tensor, Tensor
     if clear:
         total[positions] = 0
     return values, positions.to(torch.int32)
+
+
+def _sizes(blocks: Tensor, numel: int) -> Tensor:
+    """Return the number of entries of each block, without the padding of the last one, in the blocks' dtype."""
+    sizes = torch.full((len(blocks),), blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    sizes[-1] = numel - (len(blocks) - 1) * blocks.shape[1]
+    return sizes
 
 
 def _store(blocks: Tensor, vector: Tensor) -> None:

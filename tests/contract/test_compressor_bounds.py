@@ -58,6 +58,24 @@ def test_topk_is_a_contraction(kind: str, ratio: float) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("value_bits", [None, 2, 4, 8, 16])
+def test_topk_is_a_contraction_in_every_chunk(kind: str, value_bits: int | None) -> None:
+    x = draw(kind)
+    kept = one_step({"name": "topk", "ratio": 0.1, "chunk_size": 128, "value_bits": value_bits}, x)
+    for chunk, sent in zip(x.view(-1, 128), kept.view(-1, 128), strict=True):
+        positions = chunk.abs().sort(descending=True, stable=True).indices[:13]
+        assert sent.count_nonzero() == chunk[positions].count_nonzero()
+        taken, rounded = chunk[positions], sent[positions]
+        assert ((taken - rounded).abs() <= taken.abs()).all()
+        if value_bits is not None and value_bits <= 8:
+            step = (taken.abs().max() - taken.abs().min()) / (2 ** (value_bits - 1) - 1)
+            assert ((taken - rounded).abs() <= step / 2 * (1 + 1e-12) + 1e-14).all()
+        else:
+            tolerance = 0 if value_bits is None else 2.0**-8
+            torch.testing.assert_close(rounded, taken, rtol=tolerance, atol=0)
+
+
+@every_kind
 @pytest.mark.parametrize("case", [{"name": "topk", "selection": "estimated"}, {"name": "threshold"}], ids=case_id)
 def test_what_exceeds_a_threshold_is_a_contraction_by_the_number_sent(case: dict[str, Any], kind: str) -> None:
     x = draw(kind)
@@ -75,6 +93,22 @@ def test_efsign_loses_exactly_what_its_angle_says(kind: str) -> None:
     for block, sent in zip(x.view(-1, 64), kept, strict=True):
         wanted = float(block.square().sum() - block.abs().sum() ** 2 / 64)
         assert float((block - sent).square().sum()) == pytest.approx(wanted, abs=1e-12)
+
+
+@every_kind
+def test_efsign_of_two_bits_loses_exactly_what_its_means_leave(kind: str) -> None:
+    x = draw(kind)
+    kept, of_one_bit = (one_step({"name": "efsign", "bits": bits, "block_size": 64}, x).view(-1, 64) for bits in (2, 1))
+    for block, sent, coarse in zip(x.view(-1, 64), kept, of_one_bit, strict=True):
+        magnitude, captured = block.abs(), 0.0
+        for level in (magnitude < magnitude.mean(), magnitude >= magnitude.mean()):
+            if level.any():
+                mean = float(magnitude[level].mean())
+                torch.testing.assert_close(sent[level], mean * block[level].sign(), rtol=1e-12, atol=1e-14)
+                captured += int(level.sum()) * mean**2
+        lost = float((block - sent).square().sum())
+        assert lost == pytest.approx(float(block.square().sum()) - captured, abs=1e-11)
+        assert lost <= float((block - coarse).square().sum()) + 1e-12
 
 
 @every_kind

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = [
     {"name": "dense"},
     {"name": "topk", "ratio": 1.0},
+    {"name": "topk", "ratio": 1.0, "chunk_size": 64},
     {"name": "randomk", "ratio": 1.0},
     {"name": "randomk", "ratio": 1.0, "error_feedback": False, "scaled": True},
     {"name": "dgc", "ratio": 1.0},
@@ -243,6 +244,7 @@ def test_bytes_do_not_depend_on_values(case: dict[str, Any]) -> None:
 
 NUMEL = sum(math.prod(shape) for shape in SHAPES)
 ROOM = math.ceil(1.25 * round(0.1 * NUMEL))
+KEPT = NUMEL // 64 * 6 + round(0.1 * (NUMEL % 64))  # of chunks of 64: 6 of each, and of the shorter one
 MATRICES = ((16, 40), (40, 1), (8, 27), (1, 1), (64, 1), (5, 7))
 
 
@@ -259,6 +261,16 @@ def padded(num_bytes: int) -> int:
         ({"name": "bf16"}, 2 * NUMEL),
         ({"name": "topk", "ratio": 0.1}, 2 * padded(4 * round(0.1 * NUMEL))),
         ({"name": "topk", "ratio": 0.1, "selection": "estimated"}, 2 * padded(4 * ROOM)),
+        ({"name": "topk", "ratio": 0.1, "chunk_size": 64}, padded(4 * KEPT) + padded(3 * math.ceil(KEPT / 2))),
+        *(
+            (
+                {"name": "topk", "ratio": 0.1, "chunk_size": 64, "value_bits": bits},
+                padded(math.ceil(bits / 8 * KEPT))
+                + (padded(2 * 4 * math.ceil(NUMEL / 64)) if bits <= 8 else 0)
+                + padded(3 * math.ceil(KEPT / 2)),
+            )
+            for bits in (2, 4, 8, 16)
+        ),
         ({"name": "threshold", "ratio": 0.1}, 2 * padded(4 * ROOM)),
         ({"name": "randomk", "ratio": 0.1}, 4 * round(0.1 * NUMEL)),
         ({"name": "dgc", "ratio": 0.1}, 2 * padded(4 * round(0.1 * NUMEL))),
@@ -267,6 +279,7 @@ def padded(num_bytes: int) -> int:
         ({"name": "terngrad", "block_size": 64}, blocks * 16 + padded(4 * blocks)),
         ({"name": "natural", "block_size": 64}, blocks * 64 + padded(4 * blocks)),
         ({"name": "efsign", "block_size": 64}, padded(blocks * 8) + padded(4 * blocks)),
+        ({"name": "efsign", "bits": 2, "block_size": 64}, padded(blocks * 16) + padded(2 * 4 * blocks)),
         ({"name": "signsgd", "block_size": 64}, padded(blocks * 8) + padded(blocks)),
         ({"name": "onebit"}, 4096 // 8 + padded(4 * 2 * sum(rows for rows, _ in MATRICES))),
         ({"name": "powersgd", "rank": 2}, 4 * sum(min(2, n, m) * (n + m) for n, m in MATRICES)),
@@ -304,8 +317,13 @@ def test_build_takes_instances_names_and_mappings() -> None:
         ("topkk", "did you mean 'topk'"),
         ({"name": "topk", "ration": 0.1}, "did you mean 'compressor.ratio'"),
         ({"name": "topk", "ratio": 2.0}, "ratio"),
+        ({"name": "topk", "chunk_size": 100}, "chunk_size"),
+        ({"name": "topk", "value_bits": 4}, "needs a chunk_size"),
+        ({"name": "topk", "chunk_size": 64, "value_bits": 3}, "value_bits"),
+        ({"name": "topk", "chunk_size": 64, "selection": "estimated"}, "needs selection=exact"),
         ({"name": "powersgd", "rank": 0}, "rank"),
         ({"name": "qsgd", "bits": 9}, "bits"),
+        ({"name": "efsign", "bits": 3}, "bits"),
         ({"name": "randomk", "scaled": True}, "error_feedback=false"),
         ({"name": "signsgd", "error_feedback": True}, "error_feedback"),
         ({"name": "onebit", "exchange": "two_stage"}, "cannot be exchanged in two stages"),

@@ -77,6 +77,41 @@ def from_bits(typing_context, bits):
 
 
 @intrinsic
+def halfway(typing_context, low, high):
+    """Return the number whose bits are the mean of those of two positive numbers of one type, rounded down.
+
+    It is ``low`` if there is no number between them, so that a bisection ends after as many steps as a number has bits.
+    """
+
+    def generate(context, builder, signature, arguments):
+        bits = ir.IntType(low.bitwidth)
+        total = builder.add(*(builder.bitcast(argument, bits) for argument in arguments))
+        return builder.bitcast(builder.lshr(total, ir.Constant(bits, 1)), context.get_value_type(low))
+
+    return low(low, low), generate
+
+
+@intrinsic
+def round_to_bfloat16(typing_context, number):
+    """Round to the nearest number of bfloat16, ties to even, and at most to its largest; by way of float32."""
+
+    def generate(context, builder, signature, arguments):
+        bits, single = ir.IntType(32), ir.FloatType()
+        narrow = arguments[0] if number.bitwidth == 32 else builder.fptrunc(arguments[0], single)
+        magnitude = builder.and_(builder.bitcast(narrow, bits), ir.Constant(bits, 0x7FFFFFFF))
+        sign = builder.and_(builder.bitcast(narrow, bits), ir.Constant(bits, 0x80000000))
+        odd = builder.and_(builder.lshr(magnitude, ir.Constant(bits, 16)), ir.Constant(bits, 1))
+        rounded = builder.add(magnitude, builder.add(odd, ir.Constant(bits, 0x7FFF)))
+        rounded = builder.and_(rounded, ir.Constant(bits, 0xFFFF0000))
+        largest = ir.Constant(bits, 0x7F7F0000)
+        rounded = builder.select(builder.icmp_unsigned("<", rounded, largest), rounded, largest)
+        result = builder.bitcast(builder.or_(rounded, sign), single)
+        return result if number.bitwidth == 32 else builder.fpext(result, context.get_value_type(number))
+
+    return number(number), generate
+
+
+@intrinsic
 def add_and_compare(typing_context, grad, residual, total, start, threshold):
     """Write ``grad + residual`` to ``total`` for 16 entries from ``start`` on.
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from disttrain.kernels.blocks import empty_codes, widths
+from disttrain.kernels.blocks import empty_codes, num_blocks, widths
+from disttrain.kernels.chunks import POSITION_BITS, Chunks, Entries, is_coded, padded
 from disttrain.kernels.cpu import (
+    loops_chunks,
     loops_common,
     loops_low_rank,
     loops_natural,
@@ -99,6 +101,41 @@ class CpuKernels(ThresholdSearchKernels):
         for part, positions in zip(values, indices, strict=True):
             loops_sparse.scatter(part.numpy(), positions.numpy(), share, out.numpy())
 
+    def take_largest_of_chunks(
+        self, grad: Tensor, feedback: Feedback | None, chunks: Chunks, value_bits: int | None
+    ) -> Entries:
+        residual, new_residual = _arrays(feedback)
+        total = torch.empty_like(grad).numpy() if new_residual is None else new_residual
+        count, coded = chunks.count(grad.numel()), is_coded(value_bits)
+        values, codes = np.empty(0 if coded else count, total.dtype), np.empty(count if coded else 0, np.uint8)
+        scales = torch.empty(2, num_blocks(grad.numel(), chunks.size), dtype=grad.dtype)
+        positions = np.empty(count, np.int16)
+        loops_chunks.take(
+            grad.numpy(), residual, total, *chunks, value_bits or 0, values, codes, scales.numpy(), positions
+        )
+        sent = torch.from_numpy(values)
+        if is_coded(value_bits):
+            sent = _pack(codes, value_bits)
+        elif value_bits == 16:
+            sent = sent.to(torch.bfloat16)
+        return Entries(sent, scales.view(-1) if coded else scales.new_empty(0), _pack(positions, POSITION_BITS))
+
+    def chunks_mean(
+        self, parts: Sequence[Entries], chunks: Chunks, value_bits: int | None, out: Tensor, *, add: bool = False
+    ) -> None:
+        if not add:
+            out.zero_()
+        count, array = chunks.count(out.numel()), out.numpy()
+        share = array.dtype.type(1.0 / len(parts))
+        for part in parts:
+            values, codes, scales = np.empty(0, array.dtype), np.empty(0, np.uint8), np.empty((2, 0), array.dtype)
+            if is_coded(value_bits):
+                codes, scales = _unpack(part.values, count, value_bits), part.scales.view(2, -1).numpy()
+            else:
+                values = part.values.to(out.dtype).numpy()
+            positions = _unpack(part.positions, count, POSITION_BITS)
+            loops_chunks.add_entries(values, codes, scales, positions, *chunks, value_bits or 0, share, array)
+
     def quantize(
         self, grad: Tensor, feedback: Feedback | None, bits: int, block: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
@@ -142,6 +179,17 @@ class CpuKernels(ThresholdSearchKernels):
         self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
     ) -> None:
         loops_sign.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
+
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        codes, low = empty_codes(grad, 2, block)
+        scales = torch.empty(2, low.numel(), dtype=grad.dtype)
+        loops_sign.sign_and_level(grad.numpy(), *_arrays(feedback), block, codes.numpy(), scales.numpy())
+        return codes, scales.view(-1)
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        loops_sign.sign_and_level_mean(_stack(codes), _stack(scales), block, add, out.numpy())
 
     def sign_vote(
         self, bits: Sequence[Tensor], weights: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
@@ -198,6 +246,23 @@ def _arrays(feedback: Feedback | None) -> tuple[Any, Any]:
         return None, None
     residual, new_residual = feedback
     return None if residual is None else residual.numpy(), new_residual.numpy()
+
+
+def _pack(codes: Any, bits: int) -> Tensor:
+    """Pack as ``chunks.pack`` does."""
+    size = padded(codes.size, bits)
+    padded_codes = np.zeros(size, codes.dtype)
+    padded_codes[: codes.size] = codes
+    packed = torch.empty(size * bits // 8, dtype=torch.uint8)
+    loops_chunks.pack(padded_codes, np.array(widths(bits)), packed.numpy())
+    return packed
+
+
+def _unpack(packed: Tensor, count: int, bits: int) -> Any:
+    """Unpack as ``chunks.unpack`` does."""
+    codes = np.empty(padded(count, bits), np.uint8 if bits <= 8 else np.int16)
+    loops_chunks.unpack(packed.numpy(), np.array(widths(bits)), codes)
+    return codes[:count]
 
 
 def _stack(parts: Sequence[Tensor]) -> Any:

@@ -17,7 +17,7 @@ jit = compiled()
 # Ignores NaN and -0 (finiteness is checked elsewhere), so that clamping is vectorized and still exact.
 jit_finite = compiled(fastmath={"nnan", "nsz"})
 jit_reordered = compiled(fastmath={"nnan", "nsz", "reassoc"})
-_jit_reordered_nan = compiled(fastmath={"reassoc"})
+jit_reassociated = compiled(fastmath={"reassoc"})
 inline = compiled(inline="always")
 # Inlined by LLVM, which then knows that references to borrowed arrays are not counted.
 jit_borrowed = compiled(forceinline=True)
@@ -79,7 +79,7 @@ def store_mean(work, count, add, out):
             out[i] = work[i] / count
 
 
-@_jit_reordered_nan
+@jit_reassociated
 def _copy_and_sum_zeros(source, target):
     total = source.dtype.type(0)
     for i in range(source.size):

@@ -84,11 +84,11 @@ def _quantize(
         if new_residual is not None and size < block:
             copy(spare[:size], new_residual[start : start + size])
         if bits < 8:
-            _pack(code, widths, packed)
+            pack_planes(code, widths, packed)
 
 
 @inline
-def _pack(code, widths, packed):
+def pack_planes(code, widths, packed):
     shift, offset = 0, 0
     for width in widths:
         length = code.size * width // 8
@@ -109,7 +109,7 @@ def _pack(code, widths, packed):
 
 
 @inline
-def _unpack(packed, widths, code):
+def unpack_planes(packed, widths, code):
     shift, offset = 0, 0
     for width in widths:
         length = code.size * width // 8
@@ -137,7 +137,7 @@ def _unpack(packed, widths, code):
                         codes[i] = np.uint8((part[i] >> (plane * width)) & mask)
                 else:
                     for i in range(length):
-                        codes[i] |= np.uint8(((part[i] >> (plane * width)) & mask) << shift)
+                        codes[i] |= codes.dtype.type(((part[i] >> (plane * width)) & mask) << shift)
         shift += width
         offset += length
 
@@ -159,7 +159,7 @@ def _dequantize(codes, scales, widths, out, work, code, block, add):
     for index in range(scales.shape[1]):
         values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
-            _unpack(codes[part, index * length : (index + 1) * length], widths, code)
+            unpack_planes(codes[part, index * length : (index + 1) * length], widths, code)
             scale = scales[part, index]
             if is_one and add:
                 for i in range(values.size):

@@ -1,4 +1,4 @@
-"""The compiled loops of one-bit codes."""
+"""The compiled loops of codes of one or two bits."""
 
 from __future__ import annotations
 
@@ -89,6 +89,87 @@ def _sign_mean(bits, scales, out, work, block, add):
     for index in range(scales.shape[1]):
         _sum_signs(bits, scales, index, work)
         store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
+
+
+@jit_reordered
+def _means_of_levels(values, mean):
+    """Return the mean of the magnitudes below ``mean``, and of the others."""
+    zero, one = values.dtype.type(0), values.dtype.type(1)
+    low, high, num_high = zero, zero, zero
+    for i in range(values.size):
+        magnitude = abs(values[i])
+        low += zero if magnitude >= mean else magnitude
+        high += magnitude if magnitude >= mean else zero
+        num_high += one if magnitude >= mean else zero
+    return low / max(values.dtype.type(values.size) - num_high, one), high / max(num_high, one)
+
+
+@inline
+def _code(value, mean):
+    return np.uint8(value < 0) | np.uint8(np.uint8(abs(value) >= mean) * np.uint8(2))
+
+
+@jit_finite
+def _pack_codes(work, mean, packed):
+    n = packed.size
+    p0, p1, p2, p3 = work[:n], work[n : 2 * n], work[2 * n : 3 * n], work[3 * n :]
+    for i in range(n):
+        # Products instead of shifts, since the compiler keeps these in eight bits.
+        low = _code(p0[i], mean) | np.uint8(_code(p1[i], mean) * np.uint8(4))
+        high = np.uint8(_code(p2[i], mean) * np.uint8(16)) | np.uint8(_code(p3[i], mean) * np.uint8(64))
+        packed[i] = low | high
+
+
+@jit
+def sign_and_level(grad, residual, new_residual, block, codes, scales):
+    work = np.empty(block, grad.dtype)
+    _sign_and_level(*borrow(grad, residual, new_residual, codes, scales, work), block)
+    keep(work)
+
+
+@jit_borrowed
+def _sign_and_level(grad, residual, new_residual, codes, scales, work, block):
+    length = block // 4
+    for index in range(scales.shape[1]):
+        start = index * block
+        size = load_block(grad, residual, start, work)
+        mean = _sum_of_magnitudes(work) / grad.dtype.type(size)
+        low, high = _means_of_levels(work[:size], mean)
+        scales[0, index], scales[1, index] = low, high
+        _pack_codes(work, mean, codes[index * length : (index + 1) * length])
+        if new_residual is not None:
+            error = new_residual[start : start + size]
+            for i in range(size):
+                sent = high if abs(work[i]) >= mean else low
+                error[i] = work[i] - (-sent if work[i] < 0 else sent)
+
+
+@jit
+def sign_and_level_mean(codes, scales, block, add, out):
+    work = np.empty(block, out.dtype)
+    _sign_and_level_mean(*borrow(codes, scales, out, work), block, add)
+    keep(work)
+
+
+@jit_borrowed
+def _sign_and_level_mean(codes, scales, out, work, block, add):
+    length, num_blocks = block // 4, scales.shape[1] // 2
+    for index in range(num_blocks):
+        for part in range(codes.shape[0]):
+            low, high = scales[part, index], scales[part, num_blocks + index]
+            packed = codes[part, index * length : (index + 1) * length]
+            for plane in range(4):
+                values = work[plane * length : (plane + 1) * length]
+                negative, upper = np.uint8(1 << (2 * plane)), np.uint8(2 << (2 * plane))
+                if part == 0:
+                    for i in range(length):
+                        magnitude = high if packed[i] & upper else low
+                        values[i] = -magnitude if packed[i] & negative else magnitude
+                else:
+                    for i in range(length):
+                        magnitude = high if packed[i] & upper else low
+                        values[i] += -magnitude if packed[i] & negative else magnitude
+        store_mean(work, out.dtype.type(codes.shape[0]), add, out[index * block : (index + 1) * block])
 
 
 @jit

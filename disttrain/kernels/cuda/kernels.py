@@ -1,6 +1,6 @@
 """The kernels for GPUs, in Triton: few passes over memory.
 
-This file converts tensors to launches; the programs are in ``tiles`` and ``tiles_low_rank``. Kernels that are missing
+This file converts tensors to launches; the programs are in ``tiles*``. Kernels that are missing
 here, and widths or blocks that do not suit tiles, run as the reference in torch on the GPU. So do PowerSGD's products,
 which cuBLAS computes. Results are bit-identical to those of the reference on a CPU, except for sums, whose order
 differs, and for some new residuals, which the reference rounds once less.
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from disttrain.kernels.blocks import empty_codes, num_blocks
-from disttrain.kernels.cuda import tiles, tiles_low_rank
+from disttrain.kernels.chunks import Chunks, Entries, is_coded, num_levels, pack_entries
+from disttrain.kernels.cuda import tiles, tiles_chunks, tiles_low_rank
 from disttrain.kernels.factors import Sizes
 from disttrain.kernels.feedback import Feedback
 from disttrain.kernels.reference import Tensor
@@ -51,6 +52,30 @@ class CudaKernels(ThresholdSearchKernels):
         if clear:
             total[chosen.long()] = 0
         return largest, chosen
+
+    def take_largest_of_chunks(
+        self, grad: Tensor, feedback: Feedback | None, chunks: Chunks, value_bits: int | None
+    ) -> Entries:
+        if chunks.size & (chunks.size - 1) != 0:
+            return super().take_largest_of_chunks(grad, feedback, chunks, value_bits)
+        residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
+        numel, coded = grad.numel(), is_coded(value_bits)
+        count, num_chunks = chunks.count(numel), num_blocks(numel, chunks.size)
+        values = grad.new_empty(0 if coded else count)
+        codes = grad.new_empty(count if coded else 0, dtype=torch.uint8)
+        scales = grad.new_empty(2 * num_chunks if coded else 0)
+        positions = grad.new_empty(count, dtype=torch.int16)
+        tiles_chunks.take_of_chunk[(num_chunks,)](
+            grad, residual, new_residual, values, codes, scales, positions,
+            numel, chunks.kept, chunks.kept_of_rest, num_chunks,
+            HAS_RESIDUAL=has_residual, HAS_FEEDBACK=has_feedback, MAGIC=_MAGIC[grad.dtype],
+            NUMBER_BITS=8 * grad.itemsize, VALUE_BITS=value_bits or 0,
+            LEVELS=num_levels(value_bits) if is_coded(value_bits) else 0, CHUNK=chunks.size, **_EXACT,
+        )  # fmt: skip
+        if coded:
+            return pack_entries(codes, scales, positions, value_bits)
+        sent = values.to(torch.bfloat16) if value_bits == 16 else values
+        return pack_entries(sent, scales, positions, value_bits)
 
     def quantize(
         self, grad: Tensor, feedback: Feedback | None, bits: int, block: int, seed: int | None
@@ -107,6 +132,30 @@ class CudaKernels(ThresholdSearchKernels):
         tiles.sign_mean[(count,)](
             torch.stack(list(bits)), torch.stack(list(scales)), out, out.numel(), len(bits), count,
             ADD=add, LENGTH=block // 8, **_EXACT,
+        )  # fmt: skip
+
+    def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
+        if not _suits_tiles(2, block):
+            return super().sign_and_level(grad, feedback, block)
+        residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
+        codes, low = empty_codes(grad, 2, block)
+        scales, count = grad.new_empty(2 * low.numel()), low.numel()
+        tiles.sign_and_level[(count,)](
+            grad, residual, new_residual, codes, scales, grad.numel(), count,
+            HAS_RESIDUAL=has_residual, HAS_FEEDBACK=has_feedback, LENGTH=block // 4, **_EXACT,
+        )  # fmt: skip
+        return codes, scales
+
+    def sign_and_level_mean(
+        self, codes: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+    ) -> None:
+        if not _suits_tiles(2, block):
+            super().sign_and_level_mean(codes, scales, block, out, add=add)
+            return
+        count = scales[0].numel() // 2
+        tiles.sign_and_level_mean[(count,)](
+            torch.stack(list(codes)), torch.stack(list(scales)), out, out.numel(), len(codes), count,
+            ADD=add, LENGTH=block // 4, **_EXACT,
         )  # fmt: skip
 
     def scale_factor(self, factor: Tensor, sizes: Sizes) -> Tensor:

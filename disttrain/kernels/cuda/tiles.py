@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_jit = triton.jit(do_not_specialize=["capacity", "count", "blocks", "seed"])
+_jit = triton.jit(do_not_specialize=["capacity", "count", "blocks", "seed", "kept", "kept_of_rest", "chunks"])
 
 
 @triton.jit
@@ -157,4 +157,52 @@ def sign_mean(bits, scales, out, numel, count, blocks, ADD: tl.constexpr, LENGTH
         packed = tl.load(bits + (part * blocks + index) * LENGTH + column).to(tl.int32)
         scale = tl.load(scales + part * blocks + index)
         total += tl.where(((packed >> plane) & 1) != 0, -scale, scale)
+    _store_mean(out, total, count, offsets, inside, ADD)
+
+
+@_jit
+def sign_and_level(
+    grad, residual, new_residual, codes, scales, numel, blocks,
+    HAS_RESIDUAL: tl.constexpr, HAS_FEEDBACK: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    plane = tl.arange(0, 4)[:, None]
+    offsets = index * (4 * LENGTH) + plane * LENGTH + tl.arange(0, LENGTH)[None, :]
+    inside = offsets < numel
+    values = _load(grad, residual, offsets, inside, HAS_RESIDUAL)
+    magnitude = tl.abs(values)
+    size = tl.minimum(4 * LENGTH, numel - index * (4 * LENGTH)).to(values.dtype)
+    mean = _divide(tl.sum(tl.sum(magnitude, axis=1), axis=0), size)
+    upper = magnitude >= mean
+    num_upper = tl.sum(tl.sum((upper & inside).to(values.dtype), axis=1), axis=0)
+    low = tl.sum(tl.sum(tl.where(upper, 0.0, magnitude), axis=1), axis=0)
+    high = tl.sum(tl.sum(tl.where(upper, magnitude, 0.0), axis=1), axis=0)
+    low = _divide(low, tl.maximum(size - num_upper, 1.0))
+    high = _divide(high, tl.maximum(num_upper, 1.0))
+    negative = values < 0
+    code = negative.to(tl.int32) | (upper.to(tl.int32) << 1)
+    packed = tl.sum(code << (2 * plane), axis=0)
+    tl.store(codes + index * LENGTH + tl.arange(0, LENGTH), packed.to(tl.uint8))
+    tl.store(scales + index, low)
+    tl.store(scales + blocks + index, high)
+    if HAS_FEEDBACK:
+        sent = tl.where(upper, high, low)
+        tl.store(new_residual + offsets, values - tl.where(negative, -sent, sent), mask=inside)
+
+
+@_jit
+def sign_and_level_mean(codes, scales, out, numel, count, blocks, ADD: tl.constexpr, LENGTH: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64)
+    plane = tl.arange(0, 4)[:, None]
+    column = tl.arange(0, LENGTH)[None, :]
+    offsets = index * (4 * LENGTH) + plane * LENGTH + column
+    inside = offsets < numel
+    total = tl.zeros((4, LENGTH), dtype=out.dtype.element_ty)
+    for part in range(count):
+        packed = tl.load(codes + (part * blocks + index) * LENGTH + column).to(tl.int32)
+        low = tl.load(scales + 2 * part * blocks + index)
+        high = tl.load(scales + (2 * part + 1) * blocks + index)
+        code = packed >> (2 * plane)
+        magnitude = tl.where((code & 2) != 0, high, low)
+        total += tl.where((code & 1) != 0, -magnitude, magnitude)
     _store_mean(out, total, count, offsets, inside, ADD)

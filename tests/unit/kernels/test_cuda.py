@@ -14,7 +14,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton is not installed")
 
-from disttrain.kernels import Feedback, Kernels  # noqa: E402
+from disttrain.kernels import Chunks, Feedback, Kernels  # noqa: E402
 from disttrain.kernels.cuda.kernels import CudaKernels  # noqa: E402
 from tests.unit.kernels.orthonormal_checks import check_orthogonalize  # noqa: E402
 
@@ -122,6 +122,43 @@ def test_sizes_do_not_depend_on_values(spoilt: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("numel", "chunk", "ratio"), [(1, 16, 1.0), (200, 64, 0.1), (128, 64, 1.0), (4200, 4096, 0.02)]
+)
+@pytest.mark.parametrize("value_bits", [None, 4, 16])
+@pytest.mark.parametrize("make", [vector, ties])
+def test_chunks_are_the_reference(
+    make: Callable[[int, torch.dtype, int], torch.Tensor],
+    value_bits: int | None,
+    numel: int,
+    chunk: int,
+    ratio: float,
+    dtype: torch.dtype,
+) -> None:
+    grad, residual = make(numel, dtype, 0), make(numel, dtype, 1)
+    chunks = Chunks(chunk, max(1, round(ratio * chunk)), max(1, round(ratio * (numel % chunk))))
+    new_residual, own_new_residual = torch.empty_like(grad), torch.empty_like(grad, device=DEVICE)
+    expected = REFERENCE.take_largest_of_chunks(grad, Feedback(residual, new_residual), chunks, value_bits)
+    own_feedback = Feedback(residual.to(DEVICE), own_new_residual)
+    entries = KERNELS.take_largest_of_chunks(grad.to(DEVICE), own_feedback, chunks, value_bits)
+    assert_same([*entries, own_new_residual], [*expected, new_residual])
+    means = [torch.ones_like(grad), torch.ones_like(grad, device=DEVICE)]
+    REFERENCE.chunks_mean([expected] * 3, chunks, value_bits, means[0], add=True)
+    KERNELS.chunks_mean([entries] * 3, chunks, value_bits, means[1], add=True)
+    assert torch.equal(means[1].cpu(), means[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_without_feedback_leave_the_gradient(dtype: torch.dtype) -> None:
+    grad = vector(200, dtype, 0)
+    grad[7] = math.nan
+    expected = REFERENCE.take_largest_of_chunks(grad, None, Chunks(64, 6, 1), 4)
+    own = grad.to(DEVICE, copy=True)
+    assert_same(list(KERNELS.take_largest_of_chunks(own, None, Chunks(64, 6, 1), 4)), list(expected))
+    assert torch.equal(own.cpu().nan_to_num(), grad.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 63, 64, 200])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("seed", [None, 12345, 2**31 + 7])
@@ -141,19 +178,20 @@ def test_quantize_is_the_reference(numel: int, bits: int, seed: int | None, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("numel", [1, 63, 64, 200])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_sign_is_the_reference(numel: int, with_residual: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["sign", "sign_and_level"])
+def test_sign_is_the_reference(name: str, numel: int, with_residual: bool, dtype: torch.dtype) -> None:
     grad, residual = vector(numel, dtype, 0), vector(numel, dtype, 1)
     feedback, own_feedback = (
         Feedback(residual.to(device), torch.empty_like(grad, device=device)) if with_residual else None
         for device in ("cpu", DEVICE)
     )
-    bits, scales = REFERENCE.sign(grad, feedback, 64)
-    own_bits, own_scales = KERNELS.sign(grad.to(DEVICE), own_feedback, 64)
+    bits, scales = getattr(REFERENCE, name)(grad, feedback, 64)
+    own_bits, own_scales = getattr(KERNELS, name)(grad.to(DEVICE), own_feedback, 64)
     assert torch.equal(own_bits.cpu(), bits)
     torch.testing.assert_close(own_scales.cpu(), scales, rtol=1e-6, atol=0)
     if feedback is not None and own_feedback is not None:
         torch.testing.assert_close(own_feedback.new_residual.cpu(), feedback.new_residual, rtol=1e-5, atol=1e-6)
-    check_means("sign_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
+    check_means(f"{name}_mean", [bits, bits.flip(0)], [scales, scales], (64,), torch.ones_like(grad))
 
 
 def check_means(

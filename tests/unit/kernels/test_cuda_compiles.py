@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
-from disttrain.kernels import Feedback
+from disttrain.kernels import Chunks, Feedback
 from disttrain.kernels.cuda import kernels as cuda
 
 dtypes = {}
@@ -46,12 +46,17 @@ for dtype in (torch.float32, torch.float64):
         kernels.take_above(grad, feedback, 0.5, 100)
         kernels.take_largest(grad, feedback, 100)
         kernels.sign(grad, feedback, 4096)
+        kernels.sign_and_level(grad, feedback, 4096)
+        for value_bits in (None, 4, 16):
+            kernels.take_largest_of_chunks(grad, feedback, Chunks(4096, 41, 0), value_bits)
         for seed in (None, 3, 2**32 - 3):
             kernels.quantize(grad, feedback, 8 if seed is None else 4, 2048, seed)
     for add in (False, True):
         parts = [torch.ones(8192, dtype=torch.uint8)] * 3
         kernels.dequantize_mean(parts, [torch.ones(4, dtype=dtype)] * 3, 8, 2048, grad, add=add)
         kernels.sign_mean([part[:1024] for part in parts], [torch.ones(2, dtype=dtype)] * 3, 4096, grad, add=add)
+        levels = [torch.ones(4, dtype=dtype)] * 3
+        kernels.sign_and_level_mean([part[:2048] for part in parts], levels, 4096, grad, add=add)
     kernels.orthogonalize(grad, [(2, 1024), (4, 1536)])
     kernels.fill_zero_rows(grad, grad, [(2, 1024), (4, 1536)])
 

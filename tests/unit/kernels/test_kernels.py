@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disttrain.kernels import Feedback, Kernels, for_device
+from disttrain.kernels import Chunks, Entries, Feedback, Kernels, for_device
 from disttrain.kernels.blocks import widths
+from disttrain.kernels.chunks import POSITION_BITS, unpack
 
 pytest.importorskip("numba")
 
@@ -193,6 +194,90 @@ def test_sparse_mean() -> None:
             torch.testing.assert_close(outs[1], dense + start)
 
 
+def chunks_of(size: int, chunk: int, ratio: float) -> Chunks:
+    return Chunks(chunk, max(1, round(ratio * chunk)), max(1, round(ratio * (size % chunk))))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ratio", "value_bits"), [(16, 0.3, 2), (64, 0.05, None), (64, 1.0, 8), (4096, 0.01, 4), (4096, 0.3, 16)]
+)
+def test_take_largest_of_chunks(samples: Iterator[Sample], chunk: int, ratio: float, value_bits: int | None) -> None:
+    for sample in samples:
+        total, size = total_of(sample), len(sample[0])
+        chunks = chunks_of(size, chunk, ratio)
+        reference, fast = both("take_largest_of_chunks", sample, chunks, value_bits)
+        assert_same(reference, fast)
+        *entries, new_residual = fast
+        check_entries(Entries(*entries), total, new_residual, chunks, value_bits)
+
+
+def check_entries(
+    entries: Entries, total: torch.Tensor, new_residual: torch.Tensor | None, chunks: Chunks, value_bits: int | None
+) -> None:
+    """Check what is decoded by both backends against the largest entries, found anew."""
+    for parts, add in itertools.product((1, 3), (False, True)):
+        outs = [torch.ones_like(total) for _ in range(2)]
+        for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+            kernels.chunks_mean([entries] * parts, chunks, value_bits, out, add=add)
+        assert torch.equal(*outs)
+    REFERENCE.chunks_mean([entries], chunks, value_bits, out)
+    if new_residual is not None:
+        assert torch.equal(new_residual, total - out)
+    for part, sent in zip(total.split(chunks.size), out.split(chunks.size), strict=True):
+        kept = chunks.kept if len(part) == chunks.size else chunks.kept_of_rest
+        largest = torch.zeros_like(part)
+        positions = part.abs().sort(descending=True, stable=True).indices[:kept]
+        largest[positions] = part[positions]
+        # Nothing else is sent, and no error is larger than half a step, or half a unit of bfloat16's last digit.
+        assert not sent[largest == 0].any()
+        errors, magnitudes = (largest - sent).abs(), part[positions].abs()
+        if value_bits == 16:
+            assert (errors <= largest.abs() * 2.0**-8 + 2.0**-133).all()
+        elif value_bits is None:
+            assert not errors.any()
+        else:
+            step = (magnitudes.max() - magnitudes.min()) / (2 ** (value_bits - 1) - 1)
+            assert (errors <= 0.501 * step + 4 * torch.finfo(part.dtype).eps * magnitudes.max()).all()
+
+
+def test_chunks_take_the_first_of_equals_and_fit_any_scale() -> None:
+    grad = torch.ones(3 * 4096)
+    grad[4096:8192] = 1e-30 * make("normal", 4096, torch.float32)
+    grad[8192:8200] = 1e30
+    for kernels in (REFERENCE, FAST):
+        entries = kernels.take_largest_of_chunks(grad, None, Chunks(4096, 20, 0), None)
+        positions = unpack(entries.positions, 60, POSITION_BITS).view(3, 20)
+        assert positions[0].tolist() == [*range(20)]
+        assert positions[2].tolist() == [*range(20)]
+        assert positions[1].tolist() == sorted(grad[4096:8192].abs().topk(20).indices.tolist())
+
+
+@pytest.mark.parametrize("value_bits", [None, 4, 16])
+def test_chunks_with_nan_or_inf_are_of_the_same_size(value_bits: int | None) -> None:
+    """The step will be skipped, but other ranks count on the size."""
+    for spoilt, stride in itertools.product((math.nan, math.inf), (1, 50)):
+        grad = make("normal", 5000, torch.float32)
+        grad[::stride] = spoilt
+        chunks = chunks_of(5000, 4096, 0.01)
+        for kernels in (REFERENCE, FAST):
+            entries = kernels.take_largest_of_chunks(
+                total := grad.clone(), Feedback.in_place(total), chunks, value_bits
+            )
+            positions = unpack(entries.positions, chunks.count(5000), POSITION_BITS)
+            assert (positions[:41].diff() > 0).all()
+            assert ((positions >= 0) & (positions < 4096)).all()
+            assert (positions[41:] < 5000 - 4096).all()
+
+
+def test_bfloat16_values_never_overflow() -> None:
+    largest = torch.finfo(torch.float32).max
+    grad = torch.tensor([largest, -largest, 1 + 2**-8, 1 + 3 * 2**-8] * 4)  # ties are rounded to even
+    for kernels, dtype in itertools.product((REFERENCE, FAST), DTYPES):
+        entries = kernels.take_largest_of_chunks(grad.to(dtype), None, Chunks(16, 16, 0), 16)
+        bound = torch.finfo(torch.bfloat16).max
+        assert entries.values[:4].tolist() == [bound, -bound, 1, 1 + 2**-6]
+
+
 @pytest.mark.parametrize("seed", [None, 123456789012345])
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 def test_quantize(samples: Iterator[Sample], bits: int, seed: int | None) -> None:
@@ -268,6 +353,42 @@ def test_sign(samples: Iterator[Sample]) -> None:
         assert ((outs[1] < 0) == ((total < 0) & (outs[1] != 0))).all()
 
 
+def test_sign_and_level(samples: Iterator[Sample]) -> None:
+    for sample in samples:
+        total = total_of(sample)
+        reference, fast = both("sign_and_level", sample, BLOCK)
+        tolerance = 2 * BLOCK * torch.finfo(total.dtype).eps  # sums of BLOCK numbers in another order
+        magnitudes, sent = total.abs(), [torch.full_like(total, math.nan) for _ in range(2)]
+        for (codes, scales, new_residual), out in zip((reference, fast), sent, strict=True):
+            assert codes.numel() == math.ceil(len(total) / BLOCK) * BLOCK // 4
+            assert scales.numel() == math.ceil(len(total) / BLOCK) * 2
+            REFERENCE.sign_and_level_mean([codes], [scales], BLOCK, out)
+            assert new_residual is None or torch.equal(new_residual, total - out)
+            assert ((out < 0) == ((total < 0) & (out != 0))).all()
+        for part, of_reference, of_fast in zip(
+            magnitudes.split(BLOCK), sent[0].split(BLOCK), sent[1].split(BLOCK), strict=True
+        ):
+            # A magnitude next to the mean may be on either side of it.
+            mean, largest = float(part.double().mean()), float(part.max())
+            near = (part.double() - mean).abs() <= tolerance * largest
+            upper = part.double() > mean
+            for out in (of_reference.abs().double(), of_fast.abs().double()):
+                for level in (upper & ~near, ~upper & ~near):
+                    if level.any() and not near.any():
+                        expected = part[level].double().mean().expand(int(level.sum()))
+                        smallest = torch.finfo(total.dtype).smallest_normal
+                        torch.testing.assert_close(out[level], expected, rtol=tolerance, atol=smallest)
+            if near.all():
+                torch.testing.assert_close(of_fast, of_reference, rtol=tolerance, atol=0)
+        codes, scales, _ = reference
+        for parts, add in itertools.product((1, 3), (False, True)):
+            outs = [torch.ones_like(total) for _ in range(2)]
+            for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+                many = list(torch.stack([codes] * parts)) if add else [codes.clone()] * parts
+                kernels.sign_and_level_mean(many, [scales] * parts, BLOCK, out, add=add)
+            assert torch.equal(*outs)
+
+
 def test_sign_vote(samples: Iterator[Sample]) -> None:
     for sample in samples:
         total = total_of(sample)
@@ -323,3 +444,6 @@ def test_any_floats_quantize_identically(values: list[float], bits: int, blocks:
         assert sum(widths(bits)) == bits
     assert_same(*(kernels.natural(grad, None, blocks, 5) for kernels in (REFERENCE, FAST)))
     assert_same(*(kernels.take_largest(grad, None, len(values)) for kernels in (REFERENCE, FAST)))
+    chunks = chunks_of(len(values), blocks, bits / 16)
+    for value_bits in (None, 2, 8, 16):
+        assert_same(*(kernels.take_largest_of_chunks(grad, None, chunks, value_bits) for kernels in (REFERENCE, FAST)))
