@@ -374,7 +374,9 @@ class Kernels:
 
 def _mean_squares(vector: Tensor, sizes: Sequence[int]) -> Tensor:
     parts = vector.split(list(sizes))
-    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() / part.numel() for part in parts])
+    return torch.stack(
+        [torch.linalg.vector_norm(part, dtype=torch.float64).square() / max(1, part.numel()) for part in parts]
+    )
 
 
 def _take(total: Tensor, positions: Tensor, clear: bool) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,47 @@ def total_of(sample: Sample) -> torch.Tensor:
     return grad if residual is None else grad + residual
 
 
+@pytest.mark.parametrize("kind", ["normal", "zeros", "equal", "spike"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whiten(kind: str, dtype: torch.dtype) -> None:
+    for size in (*SIZES, 10_000):
+        grad, scale = make(kind, size, dtype), make("normal", size, dtype, 1).abs() + 0.1
+        sizes = [size // 3, 0, size - size // 3]
+        results = []
+        for kernels in (REFERENCE, FAST):
+            own = grad.clone()
+            squares = kernels.whiten(own, scale, sizes, 1.5)
+            assert torch.equal(kernels.whitened_squares(grad, scale, sizes), squares)
+            assert own.abs().max() <= 1.5
+            results.append((own, squares))
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=0)
+        whitened = (grad / scale).double().split(sizes)
+        expected = torch.stack([(part.square().sum() / max(1, part.numel())) for part in whitened])
+        torch.testing.assert_close(results[0][1], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_moment_is_held_by_what_adam_does_to_it(dtype: torch.dtype) -> None:
+    scale, grad = make("normal", 5000, dtype).abs() + 0.1, make("normal", 5000, dtype, 1) * 3
+    eps, whole, share, decay = 1e-3, 0.7, 0.05, 0.95
+    expected = torch.maximum(whole * (scale - eps).square(), share * grad.square())
+    assert 0.001 < (expected == share * grad.square()).double().mean() < 0.9, "both happen"
+    results = []
+    for kernels in (REFERENCE, FAST):
+        for shape in ((5000,), (50, 100)):
+            held = torch.empty(shape, dtype=dtype)
+            kernels.hold_second_moment(scale.view(shape), grad.view(shape), (eps, whole, share, decay), held)
+            results.append(held.view(-1))
+            updated = held.view(-1) * decay + share * grad.square()
+            torch.testing.assert_close(updated, expected, rtol=1e-5, atol=1e-7)
+    for held in results[1:]:
+        torch.testing.assert_close(held, results[0], rtol=1e-5, atol=1e-6)
+    half = torch.empty(5000, dtype=torch.bfloat16)
+    FAST.hold_second_moment(scale, grad.bfloat16(), (eps, whole, share, decay), half)
+    torch.testing.assert_close(half.to(dtype), results[0], rtol=0.02, atol=0.02)
+
+
 def test_the_fast_backend_is_not_the_reference() -> None:
     assert type(FAST) is not Kernels
 
