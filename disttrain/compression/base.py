@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from disttrain.collectives import AllGather, AllReduce, AllToAll, Broadcast, Collective
-from disttrain.kernels import Feedback
+from disttrain.kernels import Feedback, Units
 from disttrain.validation import Registry, Section
 
 NewState: TypeAlias = dict[str, torch.Tensor]
@@ -118,10 +118,12 @@ class State:
 
     Attributes:
         dense_until: step up to which the bucket is exchanged dense (``compression.flush``).
+        units: of the residuals in this step, for a compressor that converts gradients by itself.
     """
 
     def __init__(self) -> None:
         self.step = self.dense_until = 0
+        self.units: Units | None = None
         self.tensors: dict[str, StateTensor] = {}
         self._scratch: dict[str, torch.Tensor] = {}
         self._committed: dict[str, torch.Tensor] = {}  # the old values of tensors that are staged
@@ -255,6 +257,13 @@ class Compressor(Section, ABC):
     def accepts(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape is worth compressing. All others are sent dense, fused."""
         return len(shape) >= 2 and math.prod(shape) >= self.min_numel
+
+    def converts_units(self) -> bool:
+        """Whether ``reduce`` takes gradients in their own units and converts them to ``state.units``, if these are set.
+
+        Its mean is in the latter units. For compressors that are faster so.
+        """
+        return False
 
     def check(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raise UserError if the options suit none of the parameters assigned to this compressor."""

@@ -106,7 +106,7 @@ class Codec(Compressor):
         feedback: Feedback | None = None
         new_state: NewState = {}
         if self.error_feedback:
-            feedback = state.feedback("residual")
+            feedback = state.feedback("residual")._replace(units=state.units)
             new_state["residual"] = feedback.new_residual
         if self._takes_two_stages(bucket):
             mean, of_mean = yield from two_stage.reduce(self, self._mean_encoder, grad, feedback, bucket, state)

@@ -57,14 +57,14 @@ class Policy(Section):
     """A compressor for all parameters, rules for some of them, dense steps, and whitening.
 
     The first rule that applies to a parameter decides; all other parameters use ``compressor``. Parameters that the
-    chosen compressor does not accept are sent dense, in each step and in full precision.
+    chosen compressor does not accept are sent dense in each step.
     """
 
     compressor: SerializeAsAny[Compressor]
     rules: tuple[Rule, ...] = Field(default=(), description="the first one that applies to a parameter decides")
     dense_steps: int = Field(default=0, ge=0, description="initial steps that send all gradients dense")
     dense_as: SerializeAsAny[Compressor] = Field(
-        default=Dense(), description="how dense steps and refreshes send: dense, bf16, fp16, or others without state"
+        default=Dense(), description="how all that is dense is sent: dense, bf16, fp16, or others without state"
     )
     whiten: Whitening | None = Field(
         default=None, description="true, or a section: compress in units of the root of the optimizer's second moment"
@@ -150,9 +150,19 @@ class Policy(Section):
         for compressor in dict.fromkeys(chosen.values()):
             compressor.check([shapes[name] for name, its in chosen.items() if its == compressor])
         return [
-            chosen[name] if chosen[name].accepts(shape) and math.prod(shape) > 0 else _dense(chosen[name])
+            chosen[name] if chosen[name].accepts(shape) and math.prod(shape) > 0 else self._dense_instead(chosen[name])
             for name, shape in shapes.items()
         ]
+
+    def is_dense(self, compressor: Compressor) -> bool:
+        """Whether a parameter's compressor is what dense gradients are sent by, so that they need no whitening."""
+        return compressor.is_lossless or compressor == self._dense_instead(compressor)
+
+    def _dense_instead(self, compressor: Compressor) -> Compressor:
+        """Return the compressor of the parameters that ``compressor`` does not accept."""
+        if isinstance(compressor, Dense):
+            return compressor
+        return self.dense_as.model_copy(update={"hierarchical": compressor.hierarchical})
 
     def _deciding(self, name: str, shape: Shape) -> Rule | None:
         return next((rule for rule in self.rules if rule.applies(name, shape)), None)
@@ -168,8 +178,3 @@ class Policy(Section):
             )
         nearest = difflib.get_close_matches(rule.match, shapes, n=1, cutoff=0.0)[0]
         return f"matches no trained parameter; the nearest name is {nearest!r}"
-
-
-def _dense(compressor: Compressor) -> Compressor:
-    """Return the compressor of the parameters that ``compressor`` does not accept."""
-    return compressor if isinstance(compressor, Dense) else Dense(hierarchical=compressor.hierarchical)

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from disttrain.compression import hierarchical
 from disttrain.compression.base import Bucket, Compressor, Program, State
-from disttrain.kernels import for_device
+from disttrain.kernels import Units, for_device
 from disttrain.validation import Section
 
 
@@ -110,9 +110,14 @@ class BucketWhitening:
 
     def reduce(self, compressor: Compressor, grad: torch.Tensor) -> Program:
         """The compressor's program over the whitened gradient; its mean is returned in units of the gradient."""
-        squares = for_device(grad.device).whiten(grad, self.scale, self._bucket.numels, self._options.bound)
-        self._compare(squares)
-        mean, new_state = yield from hierarchical.reduce(compressor, grad, self._bucket, self._state)
+        kernels, bound, state = for_device(grad.device), self._options.bound, self._state
+        if compressor.converts_units() and self._bucket.hierarchy is None:
+            self._compare(kernels.whitened_squares(grad, self.scale, self._bucket.numels))
+            state.units = Units(self.scale, bound)
+        else:
+            self._compare(kernels.whiten(grad, self.scale, self._bucket.numels, bound))
+        mean, new_state = yield from hierarchical.reduce(compressor, grad, self._bucket, state)
+        state.units = None
         return mean.mul_(self.scale), new_state
 
     def observe(self, grad: torch.Tensor) -> None:

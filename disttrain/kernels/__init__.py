@@ -12,10 +12,10 @@ import warnings
 import torch
 
 from disttrain.kernels.chunks import Chunks, Entries
-from disttrain.kernels.feedback import Feedback
+from disttrain.kernels.feedback import Feedback, Units
 from disttrain.kernels.reference import Kernels
 
-__all__ = ["Chunks", "Entries", "Feedback", "Kernels", "for_device"]
+__all__ = ["Chunks", "Entries", "Feedback", "Kernels", "Units", "for_device"]
 
 _BACKENDS = {"cpu": ("cpu.kernels", "CpuKernels", "numba"), "cuda": ("cuda.kernels", "CudaKernels", "triton")}
 

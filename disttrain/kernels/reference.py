@@ -34,7 +34,7 @@ from disttrain.kernels.factors import (
     split_matrices,
 )
 from disttrain.kernels.feedback import Feedback
-from disttrain.kernels.sampling import RUN, sampled_rank, sampled_runs
+from disttrain.kernels.sampling import RUN, sampled_rank, sampled_rows, sampled_runs
 
 Tensor = torch.Tensor
 
@@ -46,6 +46,7 @@ class Kernels:
         """Return ``grad + residual``, stored in ``new_residual``; without a residual, ``grad`` itself."""
         if feedback is None or feedback.residual is None:
             return grad
+        grad = grad if feedback.units is None else feedback.units.convert(grad)
         return torch.add(grad, feedback.residual, out=feedback.new_residual)
 
     def copy_finite(self, source: Tensor, target: Tensor) -> bool | None:
@@ -67,8 +68,10 @@ class Kernels:
         return squares
 
     def whitened_squares(self, grad: Tensor, scale: Tensor, sizes: Sequence[int]) -> Tensor:
-        """What ``whiten`` returns, of a gradient that is left as it is."""
-        return _mean_squares(grad / scale, sizes)
+        """What ``whiten`` returns; the gradient is left as it is. Of large parts a sample is taken."""
+        pairs = zip(grad.split(list(sizes)), scale.split(list(sizes)), strict=True)
+        whitened = [sampled_rows(part) / sampled_rows(divisors) for part, divisors in pairs]
+        return _mean_squares(torch.cat([part.reshape(-1) for part in whitened]), [part.numel() for part in whitened])
 
     def hold_second_moment(
         self, scale: Tensor, grad: Tensor, factors: tuple[float, float, float, float], out: Tensor
@@ -181,7 +184,7 @@ class Kernels:
     def quantize(
         self, grad: Tensor, feedback: Feedback | None, bits: int, block: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Encode with 2 to 8 bits an entry and one scale a block: (uint8 planes, scales).
+        """Encode with 2 to 8 bits an entry and one scale a block: (uint8 planes, scales). Takes units.
 
         With L = 2^(bits-1) - 1 levels on either side, scale = max |x| / L. The code is x / scale rounded to nearest or,
         with a ``seed``, up or down at random so that its expectation is right within 2^-16. Blocks of subnormal numbers
@@ -252,7 +255,7 @@ class Kernels:
     # One or two bits
 
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
-        """Encode with one bit an entry (set: negative) and the mean magnitude of each block: (uint8 planes, scales)."""
+        """Encode with one bit an entry (set: negative) and each block's mean magnitude: planes, scales. Takes units."""
         blocks = to_blocks(self.add_residual(grad, feedback), block)
         scales = blocks.abs().sum(1) / _sizes(blocks, grad.numel())
         negative = blocks < 0
@@ -373,10 +376,8 @@ class Kernels:
 
 
 def _mean_squares(vector: Tensor, sizes: Sequence[int]) -> Tensor:
-    parts = vector.split(list(sizes))
-    return torch.stack(
-        [torch.linalg.vector_norm(part, dtype=torch.float64).square() / max(1, part.numel()) for part in parts]
-    )
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in vector.split(list(sizes))]
+    return torch.stack([norm.square() / max(1, size) for norm, size in zip(norms, sizes, strict=True)])
 
 
 def _take(total: Tensor, positions: Tensor, clear: bool) -> tuple[Tensor, Tensor]:

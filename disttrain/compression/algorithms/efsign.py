@@ -31,6 +31,9 @@ class EFSign(FusedCodec):
     bits: Literal[1, 2] = Field(default=1, description="bits an entry: the sign, and with two of them a magnitude")
     block_size: int = Field(default=4096, ge=8, multiple_of=8, description="entries that share their scales")
 
+    def converts_units(self) -> bool:
+        return self.error_feedback and self.bits == 1
+
     def encode_with_residual(
         self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
     ) -> Payload:

@@ -32,6 +32,9 @@ class Quantizer(FusedCodec):
     def width(self) -> int:
         """Bits of a code."""
 
+    def converts_units(self) -> bool:
+        return self.error_feedback
+
     def encode_with_residual(
         self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
     ) -> Payload:

@@ -18,8 +18,11 @@ _REMEDY = "set NUMBA_CACHE_DIR to a folder that can be written to"
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """``numba.njit`` without the GIL, and with compiled code cached on disk if a folder is writable."""
-    compile_ = numba.njit(nogil=True, **options)
+    """``numba.njit`` without the GIL, and with compiled code cached on disk if a folder is writable.
+
+    Division by zero gives inf or NaN as in numpy: the exception of Python's keeps loops from being vectorized.
+    """
+    compile_ = numba.njit(nogil=True, error_model="numpy", **options)
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = compile_(function)

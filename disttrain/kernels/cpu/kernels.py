@@ -141,7 +141,7 @@ class CpuKernels(ThresholdSearchKernels):
     ) -> tuple[Tensor, Tensor]:
         codes, scales = empty_codes(grad, bits, block)
         loops_quantize.quantize(
-            grad.numpy(), *_arrays(feedback), np.array(widths(bits)), block,
+            grad.numpy(), *_units(grad, feedback), *_arrays(feedback), np.array(widths(bits)), block,
             seed is not None, np.uint32((seed or 0) & 0xFFFFFFFF), _MAGIC[grad.dtype], codes.numpy(), scales.numpy(),
         )  # fmt: skip
         return codes, scales
@@ -172,7 +172,7 @@ class CpuKernels(ThresholdSearchKernels):
 
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         bits, scales = empty_codes(grad, 1, block)
-        loops_sign.sign(grad.numpy(), *_arrays(feedback), block, bits.numpy(), scales.numpy())
+        loops_sign.sign(grad.numpy(), *_units(grad, feedback), *_arrays(feedback), block, bits.numpy(), scales.numpy())
         return bits, scales
 
     def sign_mean(
@@ -240,11 +240,19 @@ class CpuKernels(ThresholdSearchKernels):
         return filled
 
 
+def _units(grad: Tensor, feedback: Feedback | None) -> tuple[Any, Any]:
+    """Return the scale of the units as an array, or None, and their bound."""
+    real = grad.numpy().dtype.type
+    if feedback is None or feedback.units is None:
+        return None, real(0)
+    return feedback.units.scale.numpy(), real(feedback.units.bound)
+
+
 def _arrays(feedback: Feedback | None) -> tuple[Any, Any]:
     """Return ``residual`` and ``new_residual`` as arrays, None where there is none."""
     if feedback is None:
         return None, None
-    residual, new_residual = feedback
+    residual, new_residual, _ = feedback
     return None if residual is None else residual.numpy(), new_residual.numpy()
 
 

@@ -40,6 +40,25 @@ def load_block(grad, residual, start, work):
     return size
 
 
+@jit_finite
+def _convert(own, scale, bound, added, work):
+    for i in range(own.size):
+        work[i] = min(max(own[i] / scale[i], -bound), bound) + added[i]
+
+
+@inline
+def load_converted_block(grad, scale, bound, residual, start, work):
+    """``load_block`` of a gradient in other units: clamped quotients of ``grad`` and ``scale``."""
+    if scale is None or residual is None:
+        return load_block(grad, residual, start, work)
+    size = min(work.size, grad.size - start)
+    end = start + size
+    _convert(grad[start:end], scale[start:end], bound, residual[start:end], work)
+    if size < work.size:
+        work[size:] = 0
+    return size
+
+
 @inline
 def copy(source, target):
     for i in range(source.size):

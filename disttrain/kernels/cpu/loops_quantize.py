@@ -12,7 +12,7 @@ from disttrain.kernels.cpu.loops_common import (
     jit_borrowed,
     jit_finite,
     largest_magnitude,
-    load_block,
+    load_converted_block,
     mix,
     store_mean,
 )
@@ -48,17 +48,31 @@ def _round_at_random(work, inverse, scale, levels, first, seed, code, error):
 
 
 @jit
-def quantize(grad, residual, new_residual, widths, block, is_random, seed, magic, codes, scales):
+def quantize(grad, scale, bound, residual, new_residual, widths, block, is_random, seed, magic, codes, scales):
     work, spare, unpacked = np.empty(block, grad.dtype), np.empty(block, grad.dtype), np.empty(block, np.uint8)
-    borrowed = borrow(grad, residual, new_residual, widths, codes, scales, work, spare, unpacked)
-    _quantize(*borrowed, block, is_random, seed, magic)
+    borrowed = borrow(grad, scale, residual, new_residual, widths, codes, scales, work, spare, unpacked)
+    _quantize(*borrowed, bound, block, is_random, seed, magic)
     keep(work, spare, unpacked)
 
 
 @jit_borrowed
 def _quantize(
-    grad, residual, new_residual, widths, codes, scales, work, spare, unpacked, block, is_random, seed, magic
-):
+    grad,
+    units,
+    residual,
+    new_residual,
+    widths,
+    codes,
+    scales,
+    work,
+    spare,
+    unpacked,
+    bound,
+    block,
+    is_random,
+    seed,
+    magic,
+):  # fmt: skip
     real = grad.dtype.type
     bits = widths.sum()
     levels = real((1 << (bits - 1)) - 1)
@@ -66,7 +80,7 @@ def _quantize(
     length = block * bits // 8
     for index in range(scales.size):
         start = index * block
-        size = load_block(grad, residual, start, work)
+        size = load_converted_block(grad, units, bound, residual, start, work)
         scale = largest_magnitude(work) / levels
         if not scale >= tiny:
             scale = real(0)

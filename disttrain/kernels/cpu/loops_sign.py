@@ -12,6 +12,7 @@ from disttrain.kernels.cpu.loops_common import (
     jit_finite,
     jit_reordered,
     load_block,
+    load_converted_block,
     store_mean,
 )
 
@@ -39,18 +40,18 @@ def _pack_signs(work, packed):
 
 
 @jit
-def sign(grad, residual, new_residual, block, bits, scales):
+def sign(grad, scale, bound, residual, new_residual, block, bits, scales):
     work = np.empty(block, grad.dtype)
-    _sign(*borrow(grad, residual, new_residual, bits, scales, work), block)
+    _sign(*borrow(grad, scale, residual, new_residual, bits, scales, work), bound, block)
     keep(work)
 
 
 @jit_borrowed
-def _sign(grad, residual, new_residual, bits, scales, work, block):
+def _sign(grad, units, residual, new_residual, bits, scales, work, bound, block):
     length = block // 8
     for index in range(scales.size):
         start = index * block
-        size = load_block(grad, residual, start, work)
+        size = load_converted_block(grad, units, bound, residual, start, work)
         scale = _sum_of_magnitudes(work) / grad.dtype.type(size)
         scales[index] = scale
         _pack_signs(work, bits[index * length : (index + 1) * length])

@@ -6,6 +6,7 @@ import numpy as np
 
 from disttrain.kernels.cpu.intrinsics import borrow
 from disttrain.kernels.cpu.loops_common import jit, jit_borrowed, jit_finite, jit_reordered
+from disttrain.kernels.sampling import ROW, ROW_STRIDE
 
 _BLOCK = 4096  # entries whose squares are summed in the gradient's own precision
 
@@ -56,12 +57,18 @@ def whitened_squares(grad, scale, sizes, squares):
 def _whitened_squares(grad, scale, sizes, squares):
     start = 0
     for part in range(sizes.size):
-        end, total = start + sizes[part], 0.0
-        for first in range(start, end, _BLOCK):
-            last = min(end, first + _BLOCK)
+        size = sizes[part]
+        stride = ROW
+        end = start + size
+        if size >= ROW * ROW_STRIDE:
+            stride, end = ROW * ROW_STRIDE, start + size // ROW * ROW
+        total, count = 0.0, 0
+        for first in range(start, end, stride):
+            last = min(end, first + ROW)
             total += np.float64(_sum_of_squares(grad[first:last], scale[first:last]))
-        squares[part] = total / max(1, sizes[part])
-        start = end
+            count += last - first
+        squares[part] = total / max(1, count)
+        start += size
 
 
 @jit_finite

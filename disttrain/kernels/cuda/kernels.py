@@ -82,6 +82,7 @@ class CudaKernels(ThresholdSearchKernels):
     ) -> tuple[Tensor, Tensor]:
         if not _suits_tiles(bits, block):
             return super().quantize(grad, feedback, bits, block, seed)
+        grad = _converted(grad, feedback)
         residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
         codes, scales = empty_codes(grad, bits, block)
         tiles.quantize[(scales.numel(),)](
@@ -114,6 +115,7 @@ class CudaKernels(ThresholdSearchKernels):
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         if not _suits_tiles(1, block):
             return super().sign(grad, feedback, block)
+        grad = _converted(grad, feedback)
         residual, new_residual, has_residual, has_feedback = _operands(grad, feedback)
         bits, scales = empty_codes(grad, 1, block)
         tiles.sign[(scales.numel(),)](
@@ -180,6 +182,11 @@ class CudaKernels(ThresholdSearchKernels):
         return filled
 
 
+def _converted(grad: Tensor, feedback: Feedback | None) -> Tensor:
+    """Return the gradient in the units of the feedback."""
+    return grad if feedback is None or feedback.units is None else feedback.units.convert(grad)
+
+
 def _operands(grad: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor, bool, bool]:
     """Return (residual, new residual, whether there is a residual, whether there is feedback).
 
@@ -187,7 +194,7 @@ def _operands(grad: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor, 
     """
     if feedback is None:
         return grad, grad, False, False
-    residual, new_residual = feedback
+    residual, new_residual, _ = feedback
     return grad if residual is None else residual, new_residual, residual is not None, True
 
 

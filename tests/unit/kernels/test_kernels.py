@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disttrain.kernels import Chunks, Entries, Feedback, Kernels, for_device
+from disttrain.kernels import Chunks, Entries, Feedback, Kernels, Units, for_device
 from disttrain.kernels.blocks import widths
 from disttrain.kernels.chunks import POSITION_BITS, unpack
 
@@ -105,7 +105,7 @@ def test_whiten(kind: str, dtype: torch.dtype) -> None:
         for kernels in (REFERENCE, FAST):
             own = grad.clone()
             squares = kernels.whiten(own, scale, sizes, 1.5)
-            assert torch.equal(kernels.whitened_squares(grad, scale, sizes), squares)
+            torch.testing.assert_close(kernels.whitened_squares(grad, scale, sizes), squares, rtol=1e-5, atol=0)
             assert own.abs().max() <= 1.5
             results.append((own, squares))
         assert torch.equal(results[0][0], results[1][0])
@@ -113,6 +113,36 @@ def test_whiten(kind: str, dtype: torch.dtype) -> None:
         whitened = (grad / scale).double().split(sizes)
         expected = torch.stack([(part.square().sum() / max(1, part.numel())) for part in whitened])
         torch.testing.assert_close(results[0][1], expected, rtol=1e-5, atol=0)
+
+
+def test_whitened_squares_of_large_parts_are_of_a_sample() -> None:
+    grad, scale = make("normal", 70_000, torch.float32), torch.full((70_000,), 0.5)
+    sampled, exact = (REFERENCE.whitened_squares(grad, scale, [69_000, 1000]), (grad / scale).square())
+    torch.testing.assert_close(FAST.whitened_squares(grad, scale, [69_000, 1000]), sampled, rtol=1e-5, atol=0)
+    assert abs(sampled[0] / exact[:69_000].mean() - 1) < 0.1
+    assert sampled[0] != pytest.approx(float(exact[:69_000].double().mean()), rel=1e-5)
+    assert sampled[1] == pytest.approx(float(exact[69_000:].double().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+@pytest.mark.parametrize("name", ["sign", "quantize"])
+def test_gradients_are_converted_to_units(name: str, has_units: bool) -> None:
+    for size in SIZES:
+        grad, residual = make("normal", size, torch.float32), make("normal", size, torch.float32, 1)
+        scale = make("normal", size, torch.float32, 2).abs() + 0.1
+        more = (BLOCK,) if name == "sign" else (4, BLOCK, None)
+        results = []
+        for kernels in (REFERENCE, FAST):
+            feedback = feedback_of(residual.clone())
+            own = grad.clone()
+            if has_units:
+                feedback = feedback._replace(units=Units(scale, 3.0))
+            else:
+                kernels.whiten(own, scale, [size], 3.0)
+            results.append((*getattr(kernels, name)(own, feedback, *more), feedback.new_residual))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -387,17 +387,18 @@ def test_a_rank_that_runs_out_of_data_follows() -> None:
     assert_equal(first, second)
 
 
-def test_refreshes_send_what_dense_as_says() -> None:
+def test_all_that_is_dense_is_sent_as_dense_as_says() -> None:
     def run(comm: Communicator) -> dict[str, int]:
         model, optimizer = make(comm, {**EFSIGN, "dense_as": "bf16"})
         for step in range(12):
             take_step(model, optimizer, step, comm.rank)
+        assert set(scales(optimizer)) == {"first", "second"}
         return {name: traffic.num_collectives for name, traffic in optimizer.wire.by_compressor.items()}
 
     counts = simulate(2, run)[0]
-    assert counts["bf16"] == KINDS[:12].count("D")
     assert counts["efsign"] == KINDS[:12].count(".")
-    assert counts["dense"] == 12, "the bias, which efsign does not accept"
+    assert counts["bf16"] == KINDS[:12].count("D") + 12, "refreshes; and the bias, which efsign does not accept"
+    assert "dense" not in counts
 
 
 @pytest.mark.parametrize(
