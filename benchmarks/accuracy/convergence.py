@@ -66,14 +66,16 @@ COMMON = {
 
 
 def recommend_for_adam(dense_steps: int) -> list[str]:
-    """Return the compressors for Adam. Biased ones start with dense steps."""
+    """Return the compressors for Adam. Biased ones start with dense steps; those that are whitened need fewer."""
     biased = [
         "onebit", "efsign:block_size=64", "topk:ratio=0.01", "topk:ratio=0.1", "threshold:ratio=0.1",
         "randomk:ratio=0.2", "powersgd:rank=4", "powersgd:rank=16", "powersgd:rank=16,alternating=true",
     ]  # fmt: skip
+    whitened = ["efsign:block_size=256,mean_bits=4", "powersgd:rank=8", "topk:ratio=0.04,chunk_size=4096,value_bits=4"]
     return [
         "dense", "fp16", "bf16", "blockwise8", "blockwise4", "natural", "terngrad", "qsgd:bits=8", "qsgd:bits=4",
         *(f"{text}{',' if ':' in text else ':'}dense_steps={dense_steps}" for text in biased),
+        *(f"{text},whiten=true,dense_steps={min(dense_steps, 150)},dense_as=bf16" for text in whitened),
     ]  # fmt: skip
 
 

@@ -45,6 +45,19 @@ def test_a_run_resumes_with_another_number_of_workers(tmp_path: Path) -> None:
     assert (summary["steps"], summary["world_size"]) == (12, 2)
 
 
+@pytest.mark.parametrize("launcher", ["torch", "mpi"])
+def test_a_whitened_run_resumes_with_another_number_of_workers(tmp_path: Path, launcher: str) -> None:
+    whiten = "{warmup_steps: 2, refresh_growth: 1.0, band: 1000000}"
+    settings = (f"compressor={{name: efsign, min_numel: 1, whiten: {whiten}, dense_as: bf16}}", "max_steps=16")
+    assert train(tmp_path, launcher, 3, *settings, "max_steps=6").returncode == 0
+    done = train(tmp_path, launcher, 2, *settings, "resume=auto")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["steps"], summary["world_size"]) == (16, 2)
+    traffic = summary["wire"]["by_compressor"]
+    assert traffic["efsign"]["sent_bytes"] > traffic["bf16"]["sent_bytes"] > 0, "in steps 4 to 6 and 8 to 14; in others"
+
+
 def test_a_mistake_that_one_rank_finds_is_reported_by_all(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import os\nfrom disttrain import UserError\nfrom tests.support.tiny_task import Tiny\n"
