@@ -74,11 +74,10 @@ class BucketWhitening:
 
     Attributes:
         scale: (bucket.numel,), what gradients are divided by.
-        band: how this rank's last gradient compares with the second moment.
     """
 
     def __init__(self, options: Whitening, bucket: Bucket, state: State) -> None:
-        self.band = Band.NOTHING
+        self._squares: torch.Tensor | None = None  # mean squares of the last whitened gradient, by parameter
         self._options, self._bucket, self._state = options, bucket, state
         ones = torch.ones(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         state.add(_SCALE, ones, bucket.numels, replicated=True)
@@ -112,10 +111,10 @@ class BucketWhitening:
         """The compressor's program over the whitened gradient; its mean is returned in units of the gradient."""
         kernels, bound, state = for_device(grad.device), self._options.bound, self._state
         if compressor.converts_units() and self._bucket.hierarchy is None:
-            self._compare(kernels.whitened_squares(grad, self.scale, self._bucket.numels))
+            self._squares = kernels.whitened_squares(grad, self.scale, self._bucket.numels)
             state.units = Units(self.scale, bound)
         else:
-            self._compare(kernels.whiten(grad, self.scale, self._bucket.numels, bound))
+            self._squares = kernels.whiten(grad, self.scale, self._bucket.numels, bound)
         mean, new_state = yield from hierarchical.reduce(compressor, grad, self._bucket, state)
         state.units = None
         return mean.mul_(self.scale), new_state
@@ -123,21 +122,23 @@ class BucketWhitening:
     def observe(self, grad: torch.Tensor) -> None:
         """Compare a gradient that is sent dense with the second moment."""
         if self.is_warm:
-            self._compare(for_device(grad.device).whitened_squares(grad, self.scale, self._bucket.numels))
+            self._squares = for_device(grad.device).whitened_squares(grad, self.scale, self._bucket.numels)
 
-    def _compare(self, squares: torch.Tensor) -> None:
-        """Check the mean square of each parameter's whitened gradient. Zeros and NaN say nothing.
+    @property
+    def band(self) -> Band:
+        """How this rank's last gradient compares with the second moment. Zeros and NaN say nothing.
 
         The gradient of one of W workers has up to W times the variance of their mean, which is what v is made of.
         """
-        band = self._options.band
+        if self._squares is None:
+            return Band.NOTHING
+        squares, band = self._squares.cpu(), self._options.band
         present = squares[squares > 0]
         if (present > band * self._bucket.world_size).any():
-            self.band = Band.ABOVE
-        elif (present < 1 / band).any():
-            self.band = Band.BELOW
-        else:
-            self.band = Band.WITHIN if present.numel() else Band.NOTHING
+            return Band.ABOVE
+        if (present < 1 / band).any():
+            return Band.BELOW
+        return Band.WITHIN if present.numel() else Band.NOTHING
 
     # The optimizer calls these with the index of a parameter in the bucket.
 
@@ -169,7 +170,7 @@ class BucketWhitening:
             refresh_next: whether the ranks have agreed that the next step is to be one.
         """
         if not is_taken:
-            self.band = Band.NOTHING
+            self._squares = None
             return
         step, options = self._state.step, self._options
         if is_refresh:

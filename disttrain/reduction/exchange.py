@@ -11,6 +11,8 @@ from disttrain.collectives import Collective, Result
 from disttrain.comm.base import Communicator
 from disttrain.comm.work import Work
 from disttrain.compression.base import Bucket, Compressor, NewState, Program, dry_run
+from disttrain.compression.whitening import BucketWhitening, Whitening
+from disttrain.kernels import for_device
 from disttrain.reduction.measurements.ledger import AGREEMENT, Account, Ledger
 
 Outcome = tuple[torch.Tensor, NewState]
@@ -59,17 +61,30 @@ class Exchange:
                 self._work, self.outcome = None, cast("Outcome", stop.value)
 
 
-def rehearse(compressor: Compressor, dtype: torch.dtype, device: torch.device, world_size: int) -> None:
+def rehearse(
+    compressor: Compressor,
+    whitening: Whitening | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    world_size: int,
+) -> None:
     """Run small programs on one rank, so that all kernels are compiled or loaded before the first training step."""
-    generator = torch.Generator().manual_seed(0)
+    generator, kernels = torch.Generator().manual_seed(0), for_device(device)
     # A dry run hands this rank's own chunk to all ranks, so sizes are such that all chunks of a bucket have one length.
     # Triton specializes on integers that are multiples of 16, hence the odd size.
     for shape, size in [((128, 128), 1), ((129, 127), 1), ((128, 128), 2), ((2 * world_size, 128), world_size)]:
         bucket = Bucket(("rehearsal",), (shape,), dtype, device, 0, size)
         state = compressor.init_state(bucket)
+        units = None if whitening is None else BucketWhitening(whitening, bucket, state)
         for _ in range(2):  # some compressors alternate between two steps
             grad = torch.randn(bucket.numel, generator=generator, dtype=dtype).to(device)
-            state.commit(dry_run(compressor.reduce(grad, bucket, state), bucket)[1])
+            if units is None:
+                program = compressor.reduce(grad, bucket, state)
+            else:
+                kernels.whitened_squares(grad, units.scale, [bucket.numel])
+                kernels.hold_second_moment(units.scale, grad, (0.0, 1.0, 0.5, 0.5), torch.empty_like(grad))
+                program = units.reduce(compressor, grad)
+            state.commit(dry_run(program, bucket)[1])
 
 
 def finish(exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Outcome]]:

@@ -83,8 +83,16 @@ class BucketRegistry:
             others=[named for named in self._all if named[0] not in names],
             indices={name: index for index, (name, _) in enumerate(self._all)},
         )
-        for kind in {(bucket.compressor, bucket.description.dtype, bucket.flat.device) for bucket in buckets}:
-            rehearse(*kind, self._comm.world_size)
+        for compressor, whitening, dtype, device in {
+            (
+                bucket.compressor,
+                None if bucket.whitening is None else self._policy.whiten,
+                bucket.description.dtype,
+                bucket.flat.device,
+            )
+            for bucket in buckets
+        }:
+            rehearse(compressor, whitening, dtype, device, self._comm.world_size)
         for bucket in buckets:
             bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # warmups and ramps follow the run
             if bucket.whitening is not None:
