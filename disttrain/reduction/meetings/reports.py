@@ -28,7 +28,7 @@ def report(participant: Participant, point: MeetingPoint, *, is_here: bool, send
         status.is_at_step = 1
         status.settings = to_signed(zlib.crc32(participant.settings().encode()))
         status.gradients = _gradients_checksum(participant)
-    status.band = participant.band
+        status.band = participant.band
     if sends:
         status.is_nonfinite = not participant.check_finite()
         for slot in participant.slots:
