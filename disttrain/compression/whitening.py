@@ -14,6 +14,7 @@ Related: 1-bit Adam (Tang et al. 2021, arXiv:2102.02888) freezes v and compresse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -42,8 +43,13 @@ class Band(IntEnum):
         return self in (Band.BELOW, Band.ABOVE)
 
 
-_SCALE, _SCHEDULE = "whitening_scale", "whitening_schedule"
-_START, _NEXT, _UPDATED = range(3)  # columns of the schedule, which has a row for each parameter
+PREFIX = "whitening_"
+"""Of the names of its tensors in a compressor's state."""
+_SCALE, _SCHEDULE, _REFERENCE = f"{PREFIX}scale", f"{PREFIX}schedule", f"{PREFIX}reference"
+_START, _NEXT, _UPDATED, _EPS, _SETTLED = range(5)  # columns of the schedule, which has a row for each parameter
+_NEVER = 2.0**52
+_LARGEST_REFERENCE = 1e4
+_REFERENCE_WEIGHT = 0.1
 
 
 class Whitening(Section):
@@ -61,8 +67,8 @@ class Whitening(Section):
     band: float = Field(
         default=16.0,
         gt=1,
-        description="refresh in the next step if the mean square of a parameter's whitened gradient exceeds this times "
-        "the number of workers on any worker, or falls below its inverse on all",
+        description="refresh in the next step if the mean square of a parameter's whitened gradient has grown by this "
+        "factor on any worker, or fallen on all",
     )
     bound: float = Field(
         default=64.0, gt=1, description="whitened entries are clamped to this magnitude, far above what is usual"
@@ -77,12 +83,22 @@ class BucketWhitening:
     """
 
     def __init__(self, options: Whitening, bucket: Bucket, state: State) -> None:
-        self._squares: torch.Tensor | None = None  # mean squares of the last whitened gradient, by parameter
         self._options, self._bucket, self._state = options, bucket, state
+        self._squares: torch.Tensor | None = None  # mean squares of the step's first whitened gradient, by parameter
+        self._beginning: set[int] = set()
+        count = len(bucket.names)
         ones = torch.ones(bucket.numel, dtype=bucket.dtype, device=bucket.device)
         state.add(_SCALE, ones, bucket.numels, replicated=True)
-        rows = torch.tensor([state.step, state.step, -1]).repeat(len(bucket.names))
-        state.add(_SCHEDULE, rows, [3] * len(bucket.names), replicated=True)
+        state.add(_SCHEDULE, torch.zeros(5 * count, dtype=torch.float64), [5] * count, replicated=True)
+        state.add(_REFERENCE, torch.zeros(count, dtype=torch.float64), [1] * count, replicated=False)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the scale, and let all parameters begin with their next gradient."""
+        self._squares = None
+        self.scale.fill_(1)
+        self.schedule.copy_(torch.tensor([-1.0, self._state.step, -1.0, 0.0, 1.0], dtype=torch.float64))
+        self._reference.zero_()
 
     @property
     def scale(self) -> torch.Tensor:
@@ -90,55 +106,58 @@ class BucketWhitening:
 
     @property
     def schedule(self) -> torch.Tensor:
-        """(parameters, 3), int64 on the CPU: the steps at which it began, of the next refresh, of the last update."""
-        return self._state.tensors[_SCHEDULE].tensor.view(-1, 3)
+        """(parameters, 5), float64 on the CPU.
 
-    def start(self) -> None:
-        """Let the bucket's parameters begin at the state's current step."""
-        self.schedule[:, :_UPDATED] = self._state.step
+        The step of the first gradient, or -1; the step of the next refresh; the optimizer's count of steps when the
+        scale was last updated, or -1; the eps in it; 0 if the gradient's square was far from the second moment then.
+        """
+        return self._state.tensors[_SCHEDULE].tensor.view(-1, 5)
+
+    @property
+    def _reference(self) -> torch.Tensor:
+        """Moving averages of the mean squares of this rank's whitened gradients, by parameter; 0 if unknown."""
+        return self._state.tensors[_REFERENCE].tensor
 
     @property
     def is_refresh(self) -> bool:
         """Whether a refresh is due in this step."""
-        return int(self.schedule[:, _NEXT].min()) <= self._state.step
-
-    @property
-    def is_warm(self) -> bool:
-        """Whether the first steps are over, so that gradients are worth comparing with the second moment."""
-        return int(self.schedule[:, _START].max()) + self._options.warmup_steps <= self._state.step
+        return float(self.schedule[:, _NEXT].min()) <= self._state.step
 
     def reduce(self, compressor: Compressor, grad: torch.Tensor) -> Program:
         """The compressor's program over the whitened gradient; its mean is returned in units of the gradient."""
         kernels, bound, state = for_device(grad.device), self._options.bound, self._state
         if compressor.converts_units() and self._bucket.hierarchy is None:
-            self._squares = kernels.whitened_squares(grad, self.scale, self._bucket.numels)
+            squares = kernels.whitened_squares(grad, self.scale, self._bucket.numels)
             state.units = Units(self.scale, bound)
         else:
-            self._squares = kernels.whiten(grad, self.scale, self._bucket.numels, bound)
+            squares = kernels.whiten(grad, self.scale, self._bucket.numels, bound)
+        if self._squares is None:  # further gradients of a step, of other losses, are not comparable
+            self._squares = squares
         mean, new_state = yield from hierarchical.reduce(compressor, grad, self._bucket, state)
         state.units = None
         return mean.mul_(self.scale), new_state
 
-    def observe(self, grad: torch.Tensor) -> None:
-        """Compare a gradient that is sent dense with the second moment."""
-        if self.is_warm:
-            self._squares = for_device(grad.device).whitened_squares(grad, self.scale, self._bucket.numels)
-
     @property
     def band(self) -> Band:
-        """How this rank's last gradient compares with the second moment. Zeros and NaN say nothing.
+        """What this rank's gradient says in this step.
 
-        The gradient of one of W workers has up to W times the variance of their mean, which is what v is made of.
+        Its mean square is compared with what was usual so far. This is about 1 for the mean over ranks, and up to their
+        number for one rank; other values are due to clipping, or to a large eps. So what was usual only widens the band
+        around these. Zeros and NaN say nothing.
         """
+        if not self.schedule[:, _SETTLED].all():
+            return Band.ABOVE
         if self._squares is None:
             return Band.NOTHING
-        squares, band = self._squares.cpu(), self._options.band
-        present = squares[squares > 0]
-        if (present > band * self._bucket.world_size).any():
+        squares, factor, world_size = self._squares.cpu(), self._options.band, self._bucket.world_size
+        is_known = self._reference > 0
+        usual = self._reference.clamp(min=world_size, max=_LARGEST_REFERENCE * world_size)
+        least = torch.where(is_known, self._reference, 1).clamp(max=1)
+        if (squares > factor * usual).any():
             return Band.ABOVE
-        if (present < 1 / band).any():
+        if ((squares > 0) & (squares < least / factor)).any():
             return Band.BELOW
-        return Band.WITHIN if present.numel() else Band.NOTHING
+        return Band.WITHIN if (squares > 0).any() else Band.NOTHING
 
     # The optimizer calls these with the index of a parameter in the bucket.
 
@@ -150,16 +169,29 @@ class BucketWhitening:
         """Return the scale of a parameter, as a 1-d view."""
         return self._bucket.split(self.scale)[index]
 
-    def note_update(self, index: int) -> None:
-        """Note that the scale of a parameter has been updated in this step."""
-        self.schedule[index, _UPDATED] = self._state.step
+    def updated(self, index: int) -> tuple[float, float]:
+        """Return the optimizer's count of steps when a scale was last updated (-1: never), and the eps in it."""
+        return float(self.schedule[index, _UPDATED]), float(self.schedule[index, _EPS])
 
-    def age(self, index: int) -> int | None:
-        """Return the number of steps since the scale of a parameter was updated; None if it never was."""
-        updated = int(self.schedule[index, _UPDATED])
-        return None if updated < 0 else self._state.step - updated
+    def note_update(self, index: int, steps: float, eps: float, change: float) -> None:
+        """Note that the scale of a parameter has been updated.
 
-    # The reducer calls this.
+        Args:
+            index: of the parameter.
+            steps: the optimizer's count of the parameter's steps.
+            eps: the optimizer's.
+            change: the square of the new gradient, relative to the second moment.
+        """
+        is_far = change < 1 / self._options.band or change > self._options.band
+        self.schedule[index, _UPDATED:] = torch.tensor([steps, eps, 0.0 if is_far else 1.0], dtype=torch.float64)
+
+    # The reducer calls these.
+
+    def note_used(self, used: Sequence[bool]) -> None:
+        """Let parameters that any rank has used for the first time begin."""
+        for index, is_used in enumerate(used):
+            if is_used and self.schedule[index, _START] < 0:
+                self._beginning.add(index)
 
     def end_step(self, *, is_taken: bool, is_refresh: bool, refresh_next: bool) -> None:
         """End a step, before the state is committed. A step that was taken plans the next refresh.
@@ -169,14 +201,22 @@ class BucketWhitening:
             is_refresh: whether the step was a refresh.
             refresh_next: whether the ranks have agreed that the next step is to be one.
         """
+        squares, self._squares = self._squares, None
+        beginning, self._beginning = self._beginning, set()
         if not is_taken:
-            self._squares = None
             return
-        step, options = self._state.step, self._options
+        step, options, schedule = self._state.step, self._options, self.schedule
+        for index in beginning:
+            schedule[index, _START], schedule[index, _NEXT] = step, step + 1
         if is_refresh:
-            ages = step + 1 - self.schedule[:, _START]
-            intervals = (ages * options.refresh_growth).long().clamp(1, options.max_interval)
+            ages = step + 1 - schedule[:, _START]
+            intervals = (ages * options.refresh_growth).floor().clamp(1, options.max_interval)
             intervals[ages < options.warmup_steps] = 1
-            self.schedule[:, _NEXT] = step + intervals
+            schedule[:, _NEXT] = torch.where(schedule[:, _START] < 0, _NEVER, step + intervals)
+        elif squares is not None:
+            squares, before = squares.cpu(), self._reference
+            is_known = (before > 0) & (squares > 0)
+            before.copy_(torch.where(is_known, before.lerp(squares, _REFERENCE_WEIGHT), torch.maximum(before, squares)))
         if refresh_next:
-            self.schedule[:, _NEXT] = self.schedule[:, _NEXT].clamp(max=step + 1)
+            schedule[:, _NEXT] = schedule[:, _NEXT].clamp(max=step + 1)
+            schedule[:, _SETTLED] = 1

@@ -389,6 +389,7 @@ class DistributedOptimizer(OptimizerWrapper):
         self.reducer.registry.revert()
         self.inner.load_state_dict(inner)
         self._kept_buffers.keep()
+        self.reducer.registry.restart_whitening()
         if saved is not None:
             load_state(self.reducer.buckets, saved, self.comm)
         if loss_scale is not None and self.loss_scale is not None:

@@ -14,6 +14,7 @@ In the warmup, whose steps are all refreshes, v is not set: these are the optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class _Update:
     decay: Callable[[Group], float]
     share: Callable[[Group], float]
     correction: Callable[[Group, float], float]
-    weight: Callable[[Group, int, float], float]
+    weight: Callable[[Group, float, float], float]
     refusal: str = ""
 
 
@@ -120,10 +121,16 @@ class SecondMoments:
             )
         self._update = update
         for group in optimizer.param_groups:
-            if group.get(update.refusal):
-                raise UserError(f"compressor.whiten does not support {type(optimizer).__name__} with {update.refusal}")
-            if update.decay(group) <= 0:
-                raise UserError("compressor.whiten needs a second moment that lasts: its decay rate is 0")
+            self._check(group)
+
+    def _check(self, group: Group) -> None:
+        """Raise UserError if an option of the group changes what the second moment is."""
+        if group.get(self._update.refusal):
+            raise UserError(
+                f"compressor.whiten does not support {type(self._optimizer).__name__} with {self._update.refusal}"
+            )
+        if self._update.decay(group) <= 0:
+            raise UserError("compressor.whiten needs a second moment that lasts: its decay rate is 0")
 
     def step(self, buckets: Sequence[GradientBucket]) -> Any:
         """Step the optimizer on the gradients of these buckets."""
@@ -138,11 +145,15 @@ class SecondMoments:
     def _prepare(self, buckets: Sequence[GradientBucket]) -> None:
         """Set the second moments that the optimizer is about to update with the gradients of these buckets."""
         for whitening, is_refresh, index, slot, group in self._whitened(buckets):
-            age, state = whitening.age(index), self._optimizer.state.get(slot.parameter, {})
-            if age is None or self._update.key not in state or (is_refresh and age == 1):
+            state = self._optimizer.state.get(slot.parameter, {})
+            if self._update.key not in state:
                 continue
-            assert slot.parameter.grad is not None
+            updated, eps = whitening.updated(index)
             steps = float(state["step"]) + 1
+            age = steps - updated
+            if updated < 0 or (is_refresh and age <= 1):
+                continue
+            self._check(group)
             decay, share = self._update.decay(group), self._update.share(group)
             whole = self._update.correction(group, steps)
             if is_refresh:
@@ -150,8 +161,8 @@ class SecondMoments:
                 whole, share = whole * (1 - weight), share - whole * weight
             for_device(slot.parameter.device).hold_second_moment(
                 slot.like(whitening.part(index)),
-                slot.parameter.grad,
-                (group.get("eps", 0.0), whole, share, decay),
+                _effective_gradient(slot.parameter, group),
+                (eps, whole, share, decay),
                 state[self._update.key],
             )
 
@@ -159,12 +170,16 @@ class SecondMoments:
     def _take_scales(self, buckets: Sequence[GradientBucket]) -> None:
         """Take the scales of the buckets from the second moments, if the step was a refresh."""
         for whitening, is_refresh, index, slot, group in self._whitened(buckets):
-            if is_refresh:
-                state = self._optimizer.state[slot.parameter]
-                mean_square = state[self._update.key] / self._update.correction(group, float(state["step"]))
-                scale = slot.like(whitening.part(index))
-                scale.copy_(mean_square.sqrt_()).add_(group.get("eps", 0.0))
-                whitening.note_update(index)
+            if not is_refresh:
+                continue
+            state, eps = self._optimizer.state[slot.parameter], group.get("eps", 0.0)
+            steps, scale = float(state["step"]), slot.like(whitening.part(index))
+            mean_square = state[self._update.key] / self._update.correction(group, steps)
+            total = mean_square.sum(dtype=torch.float64)
+            change = _effective_gradient(slot.parameter, group).square().sum(dtype=torch.float64) / total
+            scale.copy_(mean_square.sqrt_()).add_(eps).clamp_(max=torch.finfo(scale.dtype).max)
+            # A sum of zeros is no change, and neither is one whose square is not finite.
+            whitening.note_update(index, steps, eps, float(change) if total > 0 else math.nan)
 
     @staticmethod
     def share(buckets: Sequence[GradientBucket], comm: Communicator, root: int) -> None:
@@ -186,3 +201,13 @@ class SecondMoments:
                 for index, slot in enumerate(bucket.slots):
                     if slot.parameter.grad is not None:
                         yield bucket.whitening, is_refresh, index, slot, groups[slot.parameter]
+
+
+def _effective_gradient(parameter: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return what the optimizer squares: the gradient, with weight decay if it is coupled (L2)."""
+    assert parameter.grad is not None
+    is_decoupled = "decoupled_weight_decay" in group and group["decoupled_weight_decay"]
+    if not group.get("weight_decay") or is_decoupled or "adapt" in group:  # LAMB has "adapt"
+        return parameter.grad
+    sign = -1.0 if group.get("maximize") else 1.0
+    return parameter.grad.add(parameter, alpha=sign * group["weight_decay"])

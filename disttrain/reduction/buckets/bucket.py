@@ -282,10 +282,8 @@ class GradientBucket:
     def launch(self, gradient: torch.Tensor) -> Program:
         """Return the current compressor's program over ``gradient``, which it may overwrite."""
         self._advance(Stage.IN_FLIGHT)
-        if self.whitening is not None:
-            if not self.is_dense_step:
-                return self.whitening.reduce(self.current_compressor, gradient)
-            self.whitening.observe(gradient)
+        if self.whitening is not None and not self.is_dense_step:
+            return self.whitening.reduce(self.current_compressor, gradient)
         return hierarchical.reduce(self.current_compressor, gradient, self.description, self.state)
 
     def finalize(
@@ -304,6 +302,8 @@ class GradientBucket:
             keep: factor of the earlier mean.
         """
         unused = [index for index, is_used in enumerate(used) if not is_used]
+        if self.whitening is not None:
+            self.whitening.note_used(used)
         self.state.stage(new_state, unused)  # first, since a new residual may be in the buffer
         if mean.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(mean)

@@ -61,7 +61,8 @@ def build_buckets(
     indices = indices or {name: index for index, (name, _) in enumerate(parameters)}
     for bucket in buckets:
         bucket.dense_steps, bucket.dense = policy.dense_steps, policy.dense_as
-        if policy.whiten is not None and not policy.is_dense(bucket.compressor):
+        # What is sent in half precision needs no whitening.
+        if policy.whiten is not None and bucket.compressor.needs_float32 and not policy.is_dense(bucket.compressor):
             bucket.whitening = BucketWhitening(policy.whiten, bucket.description, bucket.state)
         for slot in bucket.slots:
             slot.index = indices[slot.name]

@@ -96,7 +96,7 @@ class BucketRegistry:
         for bucket in buckets:
             bucket.state.step = self.buckets[0].state.step if self.buckets else 0  # warmups and ramps follow the run
             if bucket.whitening is not None:
-                bucket.whitening.start()
+                bucket.whitening.restart()
         slots = [slot for bucket in buckets for slot in bucket.slots]
         self.buckets = [*self.buckets, *buckets]
         self.slots += slots
@@ -107,6 +107,12 @@ class BucketRegistry:
         """Revert changes of the compressors' state by gradients that were not stepped on."""
         for bucket in self.buckets:
             bucket.state.rollback()
+
+    def restart_whitening(self) -> None:
+        """Let whitening begin anew, as the optimizer's second moments are others now."""
+        for bucket in self.buckets:
+            if bucket.whitening is not None:
+                bucket.whitening.restart()
 
     def note_uses(self, uses: Mapping[Slot, tuple[Use, int]], *, is_finite: bool) -> None:
         """Note which parameters any rank used in an exchange, and when their gradients came.

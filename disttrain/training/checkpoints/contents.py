@@ -27,6 +27,7 @@ from torch import nn
 
 from disttrain.comm import Communicator
 from disttrain.comm.collective_errors import collective_errors
+from disttrain.compression.whitening import PREFIX
 from disttrain.errors import PeerLostError, UserError
 from disttrain.optim.distributed import DistributedOptimizer
 from disttrain.reduction.state import resharding
@@ -132,9 +133,9 @@ def load(path: Path, manifest: Manifest, comm: Communicator, model: nn.Module, o
             shards = {rank: _read(path / rank_file(rank), _RESIDUAL) for rank in ranks}
         per_rank = resharding.distribute(resharding.merge(shards, comm), like)
     if any(bucket.compressor.hierarchical for bucket in optimizer.reducer.buckets):
-        if not per_rank and not replicated:  # saved on one node, which exchanges dense and has no residuals
-            per_rank, replicated = like, current["replicated"]
-        elif per_rank and not like:
+        if not _of_compressors(per_rank | replicated):  # saved on one node, which exchanges dense: no residuals
+            per_rank, replicated = like | per_rank, current["replicated"] | replicated
+        elif _of_compressors(per_rank) and not _of_compressors(like):
             raise UserError(
                 f"checkpoint {str(path)!r} has residuals of several nodes, and a hierarchical exchange on one node "
                 "keeps none: resume on more nodes, or with compressor.hierarchical=false"
@@ -186,6 +187,11 @@ def load_errors(path: Path) -> Iterator[None]:
     except _LOAD_ERRORS as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"checkpoint {str(path)!r} cannot be loaded into this run: {what}") from error
+
+
+def _of_compressors(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that are not those of whitening."""
+    return [name for name in state if not name.rpartition("/")[2].startswith(PREFIX)]
 
 
 def _read(path: Path, prefix: str) -> dict[str, torch.Tensor]:
