@@ -180,9 +180,9 @@ class BucketWhitening:
             index: of the parameter.
             steps: the optimizer's count of the parameter's steps.
             eps: the optimizer's.
-            change: the square of the new gradient, relative to the second moment.
+            change: the square of the new gradient, relative to the second moment. Zero and NaN say nothing.
         """
-        is_far = change < 1 / self._options.band or change > self._options.band
+        is_far = 0 < change < 1 / self._options.band or change > self._options.band
         self.schedule[index, _UPDATED:] = torch.tensor([steps, eps, 0.0 if is_far else 1.0], dtype=torch.float64)
 
     # The reducer calls these.
