@@ -171,7 +171,8 @@ class BucketWhitening:
 
     def updated(self, index: int) -> tuple[float, float]:
         """Return the optimizer's count of steps when a scale was last updated (-1: never), and the eps in it."""
-        return float(self.schedule[index, _UPDATED]), float(self.schedule[index, _EPS])
+        steps, eps = self.schedule[index, _UPDATED:_SETTLED].tolist()
+        return steps, eps
 
     def note_update(self, index: int, steps: float, eps: float, change: float) -> None:
         """Note that the scale of a parameter has been updated.
@@ -189,9 +190,8 @@ class BucketWhitening:
 
     def note_used(self, used: Sequence[bool]) -> None:
         """Let parameters that any rank has used for the first time begin."""
-        for index, is_used in enumerate(used):
-            if is_used and self.schedule[index, _START] < 0:
-                self._beginning.add(index)
+        waiting = (self.schedule[:, _START] < 0).nonzero().view(-1).tolist()
+        self._beginning.update(index for index in waiting if used[index])
 
     def end_step(self, *, is_taken: bool, is_refresh: bool, refresh_next: bool) -> None:
         """End a step, before the state is committed. A step that was taken plans the next refresh.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from disttrain.optim.optimizers.lamb import LAMB
 from disttrain.reduction.buckets.bucket import GradientBucket, Slot
 
 Group = Mapping[str, Any]
+Whitened = tuple[BucketWhitening, bool, int, Slot, Group]
 
 
 _MAX_WEIGHT = 0.05
@@ -46,6 +47,7 @@ class _Update:
         decay, share: of a parameter group.
         correction: of a parameter group after a number of steps.
         weight: share of the last ``age`` of so many steps in v; of a parameter group, ``age`` and the number.
+        coupled_decay: weight decay that is part of the gradient (L2), of a parameter group.
         refusal: a key of parameter groups that uses v in another way.
     """
 
@@ -54,6 +56,7 @@ class _Update:
     share: Callable[[Group], float]
     correction: Callable[[Group, float], float]
     weight: Callable[[Group, float, float], float]
+    coupled_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"])
     refusal: str = ""
 
 
@@ -88,10 +91,13 @@ _ADAGRAD = _Update(
     correction=lambda group, steps: steps,  # the mean of the squares, not their sum, is comparable between steps
     weight=lambda group, age, steps: age / steps,
 )
+_DECOUPLED = replace(_ADAM, coupled_decay=lambda group: 0.0)
 _UPDATES: dict[type[Optimizer], _Update] = {
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    LAMB: _ADAM,
+    torch.optim.Adam: replace(
+        _ADAM, coupled_decay=lambda group: 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
+    ),
+    torch.optim.AdamW: _DECOUPLED,
+    LAMB: _DECOUPLED,
     torch.optim.RMSprop: _RMSPROP,
     torch.optim.Adagrad: _ADAGRAD,
 }
@@ -136,15 +142,16 @@ class SecondMoments:
         """Step the optimizer on the gradients of these buckets."""
         if not self.are_used:
             return self._optimizer.step()
-        self._prepare(buckets)
+        whitened = list(self._whitened(buckets))
+        self._prepare(whitened)
         result = self._optimizer.step()
-        self._take_scales(buckets)
+        self._take_scales(whitened)
         return result
 
     @torch.no_grad()
-    def _prepare(self, buckets: Sequence[GradientBucket]) -> None:
-        """Set the second moments that the optimizer is about to update with the gradients of these buckets."""
-        for whitening, is_refresh, index, slot, group in self._whitened(buckets):
+    def _prepare(self, whitened: Sequence[Whitened]) -> None:
+        """Set the second moments that the optimizer is about to update with the gradients of these parameters."""
+        for whitening, is_refresh, index, slot, group in whitened:
             state = self._optimizer.state.get(slot.parameter, {})
             if self._update.key not in state:
                 continue
@@ -161,25 +168,32 @@ class SecondMoments:
                 whole, share = whole * (1 - weight), share - whole * weight
             for_device(slot.parameter.device).hold_second_moment(
                 slot.like(whitening.part(index)),
-                _effective_gradient(slot.parameter, group),
+                self._squared(slot, group),
                 (eps, whole, share, decay),
                 state[self._update.key],
             )
 
     @torch.no_grad()
-    def _take_scales(self, buckets: Sequence[GradientBucket]) -> None:
-        """Take the scales of the buckets from the second moments, if the step was a refresh."""
-        for whitening, is_refresh, index, slot, group in self._whitened(buckets):
+    def _take_scales(self, whitened: Sequence[Whitened]) -> None:
+        """Take the scales of these parameters from the second moments, if the step was a refresh."""
+        for whitening, is_refresh, index, slot, group in whitened:
             if not is_refresh:
                 continue
             state, eps = self._optimizer.state[slot.parameter], group.get("eps", 0.0)
             steps, scale = float(state["step"]), slot.like(whitening.part(index))
             mean_square = state[self._update.key] / self._update.correction(group, steps)
             total = mean_square.sum(dtype=torch.float64)
-            change = _effective_gradient(slot.parameter, group).square().sum(dtype=torch.float64) / total
+            change = self._squared(slot, group).square().sum(dtype=torch.float64) / total
             scale.copy_(mean_square.sqrt_()).add_(eps).clamp_(max=torch.finfo(scale.dtype).max)
             # A sum of zeros is no change, and neither is one whose square is not finite.
             whitening.note_update(index, steps, eps, float(change) if total > 0 else math.nan)
+
+    def _squared(self, slot: Slot, group: Group) -> torch.Tensor:
+        """Return what the optimizer squares: the gradient, with weight decay if that is coupled."""
+        assert slot.parameter.grad is not None
+        if not (decay := self._update.coupled_decay(group)):
+            return slot.parameter.grad
+        return slot.parameter.grad.add(slot.parameter, alpha=-decay if group.get("maximize") else decay)
 
     @staticmethod
     def share(buckets: Sequence[GradientBucket], comm: Communicator, root: int) -> None:
@@ -187,7 +201,7 @@ class SecondMoments:
         tensors = [tensor for bucket in buckets if bucket.whitening is not None for tensor in bucket.whitening.tensors]
         run_coalesced(tensors, comm, lambda flat: Broadcast(flat, root))
 
-    def _whitened(self, buckets: Sequence[GradientBucket]) -> Iterator[tuple[BucketWhitening, bool, int, Slot, Group]]:
+    def _whitened(self, buckets: Sequence[GradientBucket]) -> Iterator[Whitened]:
         """Yield the whitened parameters that have a gradient.
 
         Yields:
@@ -201,13 +215,3 @@ class SecondMoments:
                 for index, slot in enumerate(bucket.slots):
                     if slot.parameter.grad is not None:
                         yield bucket.whitening, is_refresh, index, slot, groups[slot.parameter]
-
-
-def _effective_gradient(parameter: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return what the optimizer squares: the gradient, with weight decay if it is coupled (L2)."""
-    assert parameter.grad is not None
-    is_decoupled = "decoupled_weight_decay" in group and group["decoupled_weight_decay"]
-    if not group.get("weight_decay") or is_decoupled or "adapt" in group:  # LAMB has "adapt"
-        return parameter.grad
-    sign = -1.0 if group.get("maximize") else 1.0
-    return parameter.grad.add(parameter, alpha=sign * group["weight_decay"])
