@@ -75,6 +75,15 @@ def _are_close(one: str, other: str) -> bool:
     return abs(left - right) <= _TOLERANCE * max(abs(left), abs(right))
 
 
+def check_existence(description: str, agreed: Status) -> None:
+    """Raise UserError if some ranks use a reducer that no longer exists on others.
+
+    Ranks may let go of it at different times, as Python's garbage collector does.
+    """
+    if agreed.is_gone and (agreed.sends or agreed.is_at_step):
+        raise UserError(f"{description} is used on some ranks and was deleted on others: keep it on all ranks")
+
+
 def raise_different_steps(participant: Participant | None, control: Communicator) -> None:
     """Raise UserError: all ranks wait at steps, but not at the same one. A collective.
 

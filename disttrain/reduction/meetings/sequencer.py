@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ _MOVES = {
 }
 
 
+@dataclass
+class _Entry:
+    """A reducer, which may no longer exist on this rank, and what is known of it then."""
+
+    reference: weakref.ref[Participant]
+    description: str
+    num_parameters: int
+
+
 class _Row(NamedTuple):
     """A reducer in a meeting, what all ranks have said about it, and what this rank has said."""
 
@@ -56,9 +66,8 @@ class Sequencer:
         self.lock = threading.RLock()
         self.last_active = 0
         self._control = comm.channel(is_small=True)
-        self._registered: list[weakref.ref[Participant]] = []
+        self._registered: list[_Entry] = []
         self._num_registered = 0
-        self._sizes: list[int] = []  # numbers of parameters, also of reducers that are gone
         self._passes = BackwardPasses()
 
     @staticmethod
@@ -73,21 +82,20 @@ class Sequencer:
 
         Reducers that no longer exist on any rank are removed.
         """
-        alive = self._control.all_gather_object([entry() is not None for entry in self._registered])
+        alive = self._control.all_gather_object([entry.reference() is not None for entry in self._registered])
         kept = [index for index, of_ranks in enumerate(zip(*alive, strict=True)) if any(of_ranks)]
         self._registered = [self._registered[index] for index in kept]
-        self._sizes = [self._sizes[index] for index in kept]
         self._num_registered += 1
         participant.description = f"optimizer {self._num_registered} ({participant.description})"
-        self._registered.append(weakref.ref(participant))
-        self._sizes.append(participant.num_parameters)
+        self._registered.append(_Entry(weakref.ref(participant), participant.description, participant.num_parameters))
 
     def resize(self, participant: Participant) -> None:
         """Note that a reducer has more parameters now, on all ranks."""
-        self._sizes[[entry() for entry in self._registered].index(participant)] = participant.num_parameters
+        entry = next(entry for entry in self._registered if entry.reference() is participant)
+        entry.num_parameters = participant.num_parameters
 
     def _participants(self) -> Iterator[Participant]:
-        yield from (one for one in [entry() for entry in self._registered] if one is not None)
+        yield from (one for one in [entry.reference() for entry in self._registered] if one is not None)
 
     def tell_nonfinite(self, participant: Participant) -> None:
         """Tell all reducers that gradients of one of them are not finite."""
@@ -144,19 +152,22 @@ class Sequencer:
         self, point: MeetingPoint, participant: Participant | None, on_arrival: ArrivalCallback | None
     ) -> StepResult | None:
         """Meet once. Return None if this rank has to wait for another meeting."""
-        registered = [entry() for entry in self._registered]
-        own = [self._report(one, size, point, participant) for one, size in zip(registered, self._sizes, strict=True)]
+        registered = [entry.reference() for entry in self._registered]
+        sizes = [entry.num_parameters for entry in self._registered]
+        own = [self._report(one, size, point, participant) for one, size in zip(registered, sizes, strict=True)]
         moves = _MOVES.get(point, 0)
         last_active = 0 if point is MeetingPoint.JOIN else self._control.rank + 1
         message = to_tensor(moves, last_active, own)
         executor = next(one for one in (participant, *registered) if one is not None).executor
         combined = executor.start(AllReduce(message, "max"), comm=self._control).wait()
         assert isinstance(combined, torch.Tensor)
-        any_moves, any_active, agreed = from_tensor(combined, self._sizes)
+        any_moves, any_active, agreed = from_tensor(combined, sizes)
         rows = [_Row(one, *both) for one, *both in zip(registered, agreed, own, strict=True) if one is not None]
         if any_active:
             self.last_active = any_active - 1
 
+        for entry, status in zip(self._registered, agreed, strict=True):
+            contradictions.check_existence(entry.description, status)
         for one, status, _ in rows:
             contradictions.check(one, status, point, self._control)
         if any(status.has_dropped for _, status, _ in rows):
@@ -186,7 +197,7 @@ class Sequencer:
         They are launched too, before the ranks have met, where the engine allows it.
         """
         if one is None:
-            return Status(uses=[0] * size)
+            return Status(is_gone=True, uses=[0] * size)
         one.detect_user_changes()
         is_here = participant is None or participant is one
         if point is MeetingPoint.WEIGHT or (one.overlap_step and (point is MeetingPoint.BACKWARD_END or not is_here)):

@@ -65,6 +65,7 @@ class Status:
 
     Attributes:
         step_number: number of steps that have ended, taken or dropped.
+        is_gone: whether the reducer no longer exists there; such a rank says nothing else.
         sends: whether the rank has gradients to exchange.
         is_at_step: whether the rank is at the reducer's step.
         is_elsewhere: whether the rank has not joined and is not at the reducer's step.
@@ -83,8 +84,9 @@ class Status:
         uses: of each parameter, as written by ``encode_use``.
     """
 
-    step_number: int = 0
+    step_number: int = NOTHING
     min_step_number: int = 0
+    is_gone: int = 0
     sends: int = 0
     min_sending_step: int = 0
     is_at_step: int = 0
@@ -95,7 +97,7 @@ class Status:
     is_nonfinite: int = 0
     vote: int = 0
     band: int = 0
-    size: int = 0
+    size: int = NOTHING
     min_size: int = 0
     settings: int = NOTHING
     min_settings: int = 0
@@ -106,11 +108,11 @@ class Status:
     def encode(self) -> list[int]:
         """Return the numbers that are sent."""
         complements = {
-            "min_step_number": ~self.step_number,
-            "min_size": ~self.size,
-            "min_sending_step": ~self.step_number if self.sends else NOTHING,
-            "min_settings": ~self.settings if self.is_at_step else NOTHING,
-            "min_gradients": ~self.gradients if self.is_at_step else NOTHING,
+            "min_step_number": _complement(self.step_number),
+            "min_size": _complement(self.size),
+            "min_sending_step": _complement(self.step_number) if self.sends else NOTHING,
+            "min_settings": _complement(self.settings),
+            "min_gradients": _complement(self.gradients),
         }
         return [*(complements.get(name, getattr(self, name)) for name in _NUMBERS), *self.uses]
 
@@ -136,6 +138,10 @@ class Status:
 _NUMBERS = [entry.name for entry in fields(Status) if entry.name != "uses"]
 _COMPLEMENTS = ("min_step_number", "min_size", "min_sending_step", "min_settings", "min_gradients")
 NUM_NUMBERS = len(_NUMBERS)
+
+
+def _complement(number: int) -> int:
+    return NOTHING if number == NOTHING else ~number
 
 
 def to_tensor(moves: int, last_active: int, statuses: Sequence[Status]) -> torch.Tensor:

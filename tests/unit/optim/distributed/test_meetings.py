@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -43,6 +44,32 @@ def test_a_model_can_be_given_to_a_new_optimizer(overlap_step: bool) -> None:
     expected = run([0, 1], None)
     for weights in simulate(2, lambda comm: run([comm.rank], comm)):
         torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("overlap_step", [False, True])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_ranks_may_let_go_of_an_optimizer_at_different_times(overlap_step: bool, is_used: bool) -> None:
+    def run(comm: Communicator) -> list[torch.Tensor]:
+        model, first = build(comm, overlap_step=overlap_step)
+        train(model, first, comm.rank, range(2))
+        second = DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01), model, comm=comm, overlap_step=overlap_step
+        )
+        if comm.rank == 1:
+            del first
+            gc.collect()
+        train(model, second, comm.rank, range(2, 4))
+        if is_used and comm.rank == 0:
+            first.step()
+        train(model, second, comm.rank, range(4, 5))
+        return [parameter.detach() for parameter in model.parameters()]
+
+    if is_used:
+        with pytest.raises(UserError, match=r"optimizer 1 .* is used on some ranks and was deleted on others"):
+            simulate(2, run)
+    else:
+        one, other = simulate(2, run)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_ranks_at_the_steps_of_different_optimizers_are_named() -> None:
