@@ -259,9 +259,9 @@ class Compressor(Section, ABC):
         return len(shape) >= 2 and math.prod(shape) >= self.min_numel
 
     def converts_units(self) -> bool:
-        """Whether ``reduce`` takes gradients in their own units and converts them to ``state.units``, if these are set.
+        """Whether ``reduce`` converts gradients to ``state.units``, if these are set, and their mean back.
 
-        Its mean is in the latter units. For compressors that are faster so.
+        For compressors that are faster so.
         """
         return False
 

@@ -71,7 +71,7 @@ class Codec(Compressor):
     def decode_add(self, payload: Payload, out: torch.Tensor, bucket: Bucket) -> None:
         """Add the decoded payload to ``out`` (bucket.numel,)."""
 
-    # The exchange calls these two. A codec with fused kernels overrides them.
+    # The exchange calls these. A codec with fused kernels overrides them.
 
     def encode_with_residual(
         self, grad: torch.Tensor, feedback: Feedback | None, bucket: Bucket, state: State
@@ -90,6 +90,13 @@ class Codec(Compressor):
         for payload in payloads:
             self.decode_add(payload, out, bucket)
         out.div_(len(payloads))
+
+    def decode_mean_times(
+        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
+        """Write the mean of the decoded payloads to ``out``, each entry times its factor."""
+        self.decode_mean(payloads, out, bucket)
+        out.mul_(factors)
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()
@@ -113,8 +120,11 @@ class Codec(Compressor):
             return mean, new_state | of_mean
         payload = self.encode_with_residual(grad, feedback, bucket, state)
         layout = Layout.of(payload)
-        received = yield AllGather(layout.pack(payload), same_size=True)
-        self.decode_mean([layout.unpack(message) for message in received], grad, bucket)
+        received = [layout.unpack(message) for message in (yield AllGather(layout.pack(payload), same_size=True))]
+        if state.units is None:
+            self.decode_mean(received, grad, bucket)
+        else:
+            self.decode_mean_times(state.units.scale, received, grad, bucket)
         return grad, new_state
 
     @property

@@ -36,8 +36,13 @@ class UniformMean:
         return {"scales": scales, "codes": codes}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None:
+        self.decode_mean_times(None, payloads, out, bucket)
+
+    def decode_mean_times(
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
         codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
-        for_device(out.device).dequantize_mean(codes, scales, self.bits, _BLOCK, out)
+        for_device(out.device).dequantize_mean(codes, scales, self.bits, _BLOCK, out, factors=factors)
 
     def layout(self, bucket: Bucket) -> Layout:
         return _uniform_layout(self.bits, bucket.numel, bucket.dtype)
@@ -64,10 +69,15 @@ class TwoSignsMean:
         return {"scales": scales, "bits": bits}
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None:
+        self.decode_mean_times(None, payloads, out, bucket)
+
+    def decode_mean_times(
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
         # A sum of two codes is the mean of both of twice the size.
         bits = [row for payload in payloads for row in payload["bits"]]
         scales = [row for payload in payloads for row in 2 * payload["scales"]]
-        for_device(out.device).sign_mean(bits, scales, _BLOCK, out)
+        for_device(out.device).sign_mean(bits, scales, _BLOCK, out, factors=factors)
 
     def layout(self, bucket: Bucket) -> Layout:
         return _two_signs_layout(bucket.numel, bucket.dtype)

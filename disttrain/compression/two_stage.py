@@ -36,6 +36,10 @@ class Encoder(Protocol):
 
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None: ...
 
+    def decode_mean_times(
+        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None: ...
+
 
 class MeanEncoder(Encoder, Protocol):
     """An encoder of the mean alone. The sizes of its payloads depend only on the bucket."""
@@ -114,10 +118,6 @@ def reduce(
             return {"empty": grad[:0]}
         return encoder.encode_with_residual(chunk.of(grad), feedback, chunk.bucket, state)
 
-    def decode(encoder: Encoder, payloads: Sequence[Payload], chunk: Chunk) -> None:
-        if not chunk.is_empty:
-            encoder.decode_mean(payloads, chunk.of(grad), chunk.bucket)
-
     layouts: list[Layout] = []
     messages = []
     for chunk in chunks:
@@ -129,7 +129,8 @@ def reduce(
 
     start, end, _ = chunks[bucket.rank]
     mean = Chunk(start, end, bucket.part(start, end, "mean"))
-    decode(codec, [layouts[bucket.rank].unpack(message) for message in received], mean)
+    if not mean.is_empty:
+        codec.decode_mean([layouts[bucket.rank].unpack(message) for message in received], mean.of(grad), mean.bucket)
     new_state: NewState = {}
     mean_feedback = None
     if feedback is not None:
@@ -142,5 +143,11 @@ def reduce(
     packed = layouts[bucket.rank].pack(encode(encoder, mean, mean_feedback), layouts[0].nbytes)
     received = yield AllGather(packed, same_size=True)
     for message, layout, chunk in zip(received, layouts, chunks, strict=True):
-        decode(encoder, [layout.unpack(message)], chunk)
+        if chunk.is_empty:
+            continue
+        payloads, out = [layout.unpack(message)], chunk.of(grad)
+        if state.units is None:
+            encoder.decode_mean(payloads, out, chunk.bucket)
+        else:
+            encoder.decode_mean_times(chunk.of(state.units.scale), payloads, out, chunk.bucket)
     return grad, new_state

@@ -126,7 +126,8 @@ class BucketWhitening:
     def reduce(self, compressor: Compressor, grad: torch.Tensor) -> Program:
         """The compressor's program over the whitened gradient; its mean is returned in units of the gradient."""
         kernels, bound, state = for_device(grad.device), self._options.bound, self._state
-        if compressor.converts_units() and self._bucket.hierarchy is None:
+        converts = compressor.converts_units() and self._bucket.hierarchy is None
+        if converts:
             squares = kernels.whitened_squares(grad, self.scale, self._bucket.numels)
             state.units = Units(self.scale, bound)
         else:
@@ -135,7 +136,7 @@ class BucketWhitening:
             self._squares = squares
         mean, new_state = yield from hierarchical.reduce(compressor, grad, self._bucket, state)
         state.units = None
-        return mean.mul_(self.scale), new_state
+        return mean if converts else mean.mul_(self.scale), new_state
 
     @property
     def band(self) -> Band:

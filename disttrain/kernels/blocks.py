@@ -32,9 +32,13 @@ def to_blocks(vector: torch.Tensor, block: int) -> torch.Tensor:
     return blocks
 
 
-def store_mean(total: torch.Tensor, count: int, out: torch.Tensor, add: bool) -> None:
-    """Write, or add, ``total`` / ``count`` to ``out``, without the padding."""
+def store_mean(
+    total: torch.Tensor, count: int, out: torch.Tensor, add: bool, factors: torch.Tensor | None = None
+) -> None:
+    """Write, or add, ``total`` / ``count`` to ``out``, without the padding; times ``factors`` if there are any."""
     mean = total.div_(count).view(-1)[: out.numel()]
+    if factors is not None:
+        mean *= factors
     if add:
         out.add_(mean)
     else:

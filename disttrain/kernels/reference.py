@@ -181,14 +181,15 @@ class Kernels(WhiteningKernels):
         out: Tensor,
         *,
         add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
-        """Write, or add, the mean of several quantized vectors to ``out``."""
+        """Write, or add, the mean of several quantized vectors to ``out``, each entry times its factor."""
         levels = 2 ** (bits - 1) - 1
         total = torch.zeros(scales[0].numel(), block, dtype=out.dtype, device=out.device)
         for packed, scale in zip(codes, scales, strict=True):
             values = from_planes(packed.view(scale.numel(), -1), bits).to(out.dtype).sub_(levels)
             total += values * scale.unsqueeze(1)
-        store_mean(total, len(codes), out, add)
+        store_mean(total, len(codes), out, add, factors)
 
     # Powers of two
 
@@ -235,14 +236,21 @@ class Kernels(WhiteningKernels):
         return to_planes(negative.to(torch.uint8), 1), scales
 
     def sign_mean(
-        self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+        self,
+        bits: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        block: int,
+        out: Tensor,
+        *,
+        add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
-        """Write, or add, the mean of several vectors encoded by ``sign`` to ``out``."""
+        """Write, or add, the mean of several vectors encoded by ``sign`` to ``out``, each entry times its factor."""
         total = torch.zeros(scales[0].numel(), block, dtype=out.dtype, device=out.device)
         for packed, scale in zip(bits, scales, strict=True):
             negative = from_planes(packed.view(scale.numel(), -1), 1).bool()
             total += torch.where(negative, -scale.unsqueeze(1), scale.unsqueeze(1))
-        store_mean(total, len(bits), out, add)
+        store_mean(total, len(bits), out, add, factors)
 
     def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         """Encode with two bits an entry and two scales a block: (uint8 planes, scales (2 * blocks,)).

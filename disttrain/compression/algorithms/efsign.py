@@ -47,3 +47,12 @@ class EFSign(FusedCodec):
         kernels = for_device(out.device)
         decode = kernels.sign_mean if self.bits == 1 else kernels.sign_and_level_mean
         decode(bits, scales, self.block_size, out, add=add)
+
+    def decode_mean_times(
+        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
+        if self.bits != 1:
+            super().decode_mean_times(factors, payloads, out, bucket)
+            return
+        bits, scales = ([payload[key] for payload in payloads] for key in ("bits", "scales"))
+        for_device(out.device).sign_mean(bits, scales, self.block_size, out, factors=factors)

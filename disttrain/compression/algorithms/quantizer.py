@@ -47,3 +47,9 @@ class Quantizer(FusedCodec):
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
         codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
         for_device(out.device).dequantize_mean(codes, scales, self.width, self.block_size, out, add=add)
+
+    def decode_mean_times(
+        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
+        codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
+        for_device(out.device).dequantize_mean(codes, scales, self.width, self.block_size, out, factors=factors)

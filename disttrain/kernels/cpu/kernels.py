@@ -155,8 +155,11 @@ class CpuKernels(ThresholdSearchKernels):
         out: Tensor,
         *,
         add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
-        loops_quantize.dequantize(_stack(codes), _stack(scales), np.array(widths(bits)), block, add, out.numpy())
+        loops_quantize.dequantize(
+            _stack(codes), _stack(scales), np.array(widths(bits)), block, add, _array(factors), out.numpy()
+        )
 
     def natural(self, grad: Tensor, feedback: Feedback | None, block: int, seed: int) -> tuple[Tensor, Tensor]:
         codes, scales = empty_codes(grad, 8, block)
@@ -176,9 +179,16 @@ class CpuKernels(ThresholdSearchKernels):
         return bits, scales
 
     def sign_mean(
-        self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+        self,
+        bits: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        block: int,
+        out: Tensor,
+        *,
+        add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
-        loops_sign.sign_mean(_stack(bits), _stack(scales), block, add, out.numpy())
+        loops_sign.sign_mean(_stack(bits), _stack(scales), block, add, _array(factors), out.numpy())
 
     def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
         codes, low = empty_codes(grad, 2, block)
@@ -252,8 +262,11 @@ def _arrays(feedback: Feedback | None) -> tuple[Any, Any]:
     """Return ``residual`` and ``new_residual`` as arrays, None where there is none."""
     if feedback is None:
         return None, None
-    residual, new_residual, _ = feedback
-    return None if residual is None else residual.numpy(), new_residual.numpy()
+    return _array(feedback.residual), feedback.new_residual.numpy()
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.numpy()
 
 
 def _pack(codes: Any, bits: int) -> Tensor:

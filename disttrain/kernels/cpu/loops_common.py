@@ -98,6 +98,17 @@ def store_mean(work, count, add, out):
             out[i] = work[i] / count
 
 
+@inline
+def store_mean_times(factors, work, count, add, out):
+    """Write, or add, ``work`` / ``count`` times ``factors`` to ``out``."""
+    if add:
+        for i in range(out.size):
+            out[i] += work[i] / count * factors[i]
+    else:
+        for i in range(out.size):
+            out[i] = work[i] / count * factors[i]
+
+
 @jit_reassociated
 def _copy_and_sum_zeros(source, target):
     total = source.dtype.type(0)

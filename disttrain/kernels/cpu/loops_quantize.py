@@ -15,6 +15,7 @@ from disttrain.kernels.cpu.loops_common import (
     load_converted_block,
     mix,
     store_mean,
+    store_mean_times,
 )
 
 
@@ -157,19 +158,19 @@ def unpack_planes(packed, widths, code):
 
 
 @jit
-def dequantize(codes, scales, widths, block, add, out):
+def dequantize(codes, scales, widths, block, add, factors, out):
     work, code = np.empty(block, out.dtype), np.empty(block, np.uint8)
-    _dequantize(*borrow(codes, scales, widths, out, work, code), block, add)
+    _dequantize(*borrow(codes, scales, widths, factors, out, work, code), block, add)
     keep(work, code)
 
 
 @jit_borrowed
-def _dequantize(codes, scales, widths, out, work, code, block, add):
+def _dequantize(codes, scales, widths, factors, out, work, code, block, add):
     real = out.dtype.type
     bits = widths.sum()
     levels = real((1 << (bits - 1)) - 1)
     length = block * bits // 8
-    is_one = codes.shape[0] == 1
+    is_one = codes.shape[0] == 1 and factors is None
     for index in range(scales.shape[1]):
         values = out[index * block : (index + 1) * block]
         for part in range(codes.shape[0]):
@@ -187,5 +188,7 @@ def _dequantize(codes, scales, widths, out, work, code, block, add):
             else:
                 for i in range(block):
                     work[i] += (real(code[i]) - levels) * scale
-        if not is_one:
+        if factors is not None:
+            store_mean_times(factors[index * block : (index + 1) * block], work, real(codes.shape[0]), add, values)
+        elif not is_one:
             store_mean(work, real(codes.shape[0]), add, values)

@@ -14,6 +14,7 @@ from disttrain.kernels.cpu.loops_common import (
     load_block,
     load_converted_block,
     store_mean,
+    store_mean_times,
 )
 
 
@@ -79,17 +80,21 @@ def _sum_signs(bits, scales, index, work):
 
 
 @jit
-def sign_mean(bits, scales, block, add, out):
+def sign_mean(bits, scales, block, add, factors, out):
     work = np.empty(block, out.dtype)
-    _sign_mean(*borrow(bits, scales, out, work), block, add)
+    _sign_mean(*borrow(bits, scales, factors, out, work), block, add)
     keep(work)
 
 
 @jit_borrowed
-def _sign_mean(bits, scales, out, work, block, add):
+def _sign_mean(bits, scales, factors, out, work, block, add):
     for index in range(scales.shape[1]):
         _sum_signs(bits, scales, index, work)
-        store_mean(work, out.dtype.type(bits.shape[0]), add, out[index * block : (index + 1) * block])
+        count, start, end = out.dtype.type(bits.shape[0]), index * block, (index + 1) * block
+        if factors is None:
+            store_mean(work, count, add, out[start:end])
+        else:
+            store_mean_times(factors[start:end], work, count, add, out[start:end])
 
 
 @jit_reordered

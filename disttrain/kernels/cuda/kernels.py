@@ -102,14 +102,17 @@ class CudaKernels(ThresholdSearchKernels):
         out: Tensor,
         *,
         add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
         if not _suits_tiles(bits, block):
-            super().dequantize_mean(codes, scales, bits, block, out, add=add)
+            super().dequantize_mean(codes, scales, bits, block, out, add=add, factors=factors)
             return
         count = scales[0].numel()
         tiles.dequantize[(count,)](
-            torch.stack(list(codes)), torch.stack(list(scales)), out, out.numel(), len(codes), count,
-            ADD=add, LEVELS=2 ** (bits - 1) - 1, BITS=bits, PLANES=8 // bits, LENGTH=block * bits // 8, **_EXACT,
+            torch.stack(list(codes)), torch.stack(list(scales)), out if factors is None else factors, out,
+            out.numel(), len(codes), count,
+            ADD=add, HAS_FACTORS=factors is not None,
+            LEVELS=2 ** (bits - 1) - 1, BITS=bits, PLANES=8 // bits, LENGTH=block * bits // 8, **_EXACT,
         )  # fmt: skip
 
     def sign(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:
@@ -125,15 +128,23 @@ class CudaKernels(ThresholdSearchKernels):
         return bits, scales
 
     def sign_mean(
-        self, bits: Sequence[Tensor], scales: Sequence[Tensor], block: int, out: Tensor, *, add: bool = False
+        self,
+        bits: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        block: int,
+        out: Tensor,
+        *,
+        add: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
         if not _suits_tiles(1, block):
-            super().sign_mean(bits, scales, block, out, add=add)
+            super().sign_mean(bits, scales, block, out, add=add, factors=factors)
             return
         count = scales[0].numel()
         tiles.sign_mean[(count,)](
-            torch.stack(list(bits)), torch.stack(list(scales)), out, out.numel(), len(bits), count,
-            ADD=add, LENGTH=block // 8, **_EXACT,
+            torch.stack(list(bits)), torch.stack(list(scales)), out if factors is None else factors, out,
+            out.numel(), len(bits), count,
+            ADD=add, HAS_FACTORS=factors is not None, LENGTH=block // 8, **_EXACT,
         )  # fmt: skip
 
     def sign_and_level(self, grad: Tensor, feedback: Feedback | None, block: int) -> tuple[Tensor, Tensor]:

@@ -101,8 +101,9 @@ def quantize(
 
 @_jit
 def dequantize(
-    codes, scales, out, numel, count, blocks,
-    ADD: tl.constexpr, LEVELS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, LENGTH: tl.constexpr,
+    codes, scales, factors, out, numel, count, blocks,
+    ADD: tl.constexpr, HAS_FACTORS: tl.constexpr, LEVELS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr,
+    LENGTH: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     plane = tl.arange(0, PLANES)[:, None]
@@ -114,12 +115,14 @@ def dequantize(
         packed = tl.load(codes + (part * blocks + index) * LENGTH + column).to(tl.int32)
         code = (packed >> (plane * BITS)) & ((1 << BITS) - 1)
         total += (code - LEVELS).to(total.dtype) * tl.load(scales + part * blocks + index)
-    _store_mean(out, total, count, offsets, inside, ADD)
+    _store_mean(factors, out, total, count, offsets, inside, ADD, HAS_FACTORS)
 
 
 @triton.jit
-def _store_mean(out, total, count, offsets, inside, ADD: tl.constexpr):
+def _store_mean(factors, out, total, count, offsets, inside, ADD: tl.constexpr, HAS_FACTORS: tl.constexpr):
     mean = _divide(total, count.to(total.dtype))
+    if HAS_FACTORS:
+        mean *= tl.load(factors + offsets, mask=inside, other=0.0)
     if ADD:
         mean += tl.load(out + offsets, mask=inside, other=0.0)
     tl.store(out + offsets, mean, mask=inside)
@@ -146,7 +149,10 @@ def sign(
 
 
 @_jit
-def sign_mean(bits, scales, out, numel, count, blocks, ADD: tl.constexpr, LENGTH: tl.constexpr):
+def sign_mean(
+    bits, scales, factors, out, numel, count, blocks,
+    ADD: tl.constexpr, HAS_FACTORS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     plane = tl.arange(0, 8)[:, None]
     column = tl.arange(0, LENGTH)[None, :]
@@ -157,7 +163,7 @@ def sign_mean(bits, scales, out, numel, count, blocks, ADD: tl.constexpr, LENGTH
         packed = tl.load(bits + (part * blocks + index) * LENGTH + column).to(tl.int32)
         scale = tl.load(scales + part * blocks + index)
         total += tl.where(((packed >> plane) & 1) != 0, -scale, scale)
-    _store_mean(out, total, count, offsets, inside, ADD)
+    _store_mean(factors, out, total, count, offsets, inside, ADD, HAS_FACTORS)
 
 
 @_jit
@@ -205,4 +211,4 @@ def sign_and_level_mean(codes, scales, out, numel, count, blocks, ADD: tl.conste
         code = packed >> (2 * plane)
         magnitude = tl.where((code & 2) != 0, high, low)
         total += tl.where((code & 1) != 0, -magnitude, magnitude)
-    _store_mean(out, total, count, offsets, inside, ADD)
+    _store_mean(out, out, total, count, offsets, inside, ADD, False)

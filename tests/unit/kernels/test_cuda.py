@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -198,10 +199,13 @@ def check_means(
     name: str, payloads: list[torch.Tensor], scales: list[torch.Tensor], form: tuple[int, ...], out: torch.Tensor
 ) -> None:
     own = out.to(DEVICE, copy=True)
-    for add in (False, True):
-        getattr(REFERENCE, name)(payloads, scales, *form, out, add=add)
+    takes_factors = name != "sign_and_level_mean"
+    for add, with_factors in itertools.product((False, True), (False, True) if takes_factors else (False,)):
+        factors = torch.linspace(0, 2, len(out), dtype=out.dtype)
+        of_reference, of_own = ({"factors": factors.to(device)} if with_factors else {} for device in ("cpu", DEVICE))
+        getattr(REFERENCE, name)(payloads, scales, *form, out, add=add, **of_reference)
         parts, sizes = ([part.to(DEVICE) for part in all_parts] for all_parts in (payloads, scales))
-        getattr(KERNELS, name)(parts, sizes, *form, own, add=add)
+        getattr(KERNELS, name)(parts, sizes, *form, own, add=add, **of_own)
         torch.testing.assert_close(own.cpu(), out, rtol=1e-6, atol=1e-7)
 
 

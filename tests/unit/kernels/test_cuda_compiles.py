@@ -53,8 +53,12 @@ for dtype in (torch.float32, torch.float64):
             kernels.quantize(grad, feedback, 8 if seed is None else 4, 2048, seed)
     for add in (False, True):
         parts = [torch.ones(8192, dtype=torch.uint8)] * 3
-        kernels.dequantize_mean(parts, [torch.ones(4, dtype=dtype)] * 3, 8, 2048, grad, add=add)
-        kernels.sign_mean([part[:1024] for part in parts], [torch.ones(2, dtype=dtype)] * 3, 4096, grad, add=add)
+        for factors in (None, grad):
+            kernels.dequantize_mean(
+                parts, [torch.ones(4, dtype=dtype)] * 3, 8, 2048, grad, add=add, factors=factors
+            )
+            signs = [part[:1024] for part in parts]
+            kernels.sign_mean(signs, [torch.ones(2, dtype=dtype)] * 3, 4096, grad, add=add, factors=factors)
         levels = [torch.ones(4, dtype=dtype)] * 3
         kernels.sign_and_level_mean([part[:2048] for part in parts], levels, 4096, grad, add=add)
     kernels.orthogonalize(grad, [(2, 1024), (4, 1536)])

@@ -373,15 +373,19 @@ def test_quantize(samples: Iterator[Sample], bits: int, seed: int | None) -> Non
             )
 
 
+def factors_for(like: torch.Tensor) -> torch.Tensor:
+    """Return powers of two, so that products are exact."""
+    return torch.ldexp(torch.ones_like(like), torch.arange(len(like)) % 5 - 2)
+
+
 def check_dequantize(codes: torch.Tensor, scales: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
     """Compare both backends on one payload, three of one tensor and three scattered ones; return one decoded."""
-    for parts in (1, 3):
-        for add in (False, True):
-            outs = [torch.ones_like(like) for _ in range(2)]
-            for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
-                many = list(torch.stack([codes] * parts)) if parts == 3 and add else [codes.clone()] * parts
-                kernels.dequantize_mean(many, [scales] * parts, bits, BLOCK, out, add=add)
-            torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(like.dtype).eps, atol=0)
+    for parts, add, factors in itertools.product((1, 3), (False, True), (None, factors_for(like))):
+        outs = [torch.ones_like(like) for _ in range(2)]
+        for kernels, out in zip((REFERENCE, FAST), outs, strict=True):
+            many = list(torch.stack([codes] * parts)) if parts == 3 and add else [codes.clone()] * parts
+            kernels.dequantize_mean(many, [scales] * parts, bits, BLOCK, out, add=add, factors=factors)
+        torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(like.dtype).eps, atol=0)
     REFERENCE.dequantize_mean([codes], [scales], bits, BLOCK, out)
     return out
 
@@ -422,6 +426,12 @@ def test_sign(samples: Iterator[Sample]) -> None:
             kernels.sign_mean([bits, bits, bits], [scales, scales, 2 * scales], BLOCK, out)
         torch.testing.assert_close(outs[1], outs[0], rtol=4 * torch.finfo(total.dtype).eps, atol=0)
         assert ((outs[1] < 0) == ((total < 0) & (outs[1] != 0))).all()
+        mean, factors = outs[0], factors_for(total)
+        for kernels, add in itertools.product((REFERENCE, FAST), (False, True)):
+            out = torch.ones_like(total)
+            kernels.sign_mean([bits, bits, bits], [scales, scales, 2 * scales], BLOCK, out, add=add, factors=factors)
+            expected = mean * factors + (1 if add else 0)
+            torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(total.dtype).eps, atol=0)
 
 
 def test_sign_and_level(samples: Iterator[Sample]) -> None:
