@@ -7,10 +7,14 @@ and adds it. ``of four`` is the mean of four payloads, as an exchange computes i
 
 For compressors that are not codecs (PowerSGD, casts), ``encode`` is all their arithmetic: their program runs with
 collectives that return what was sent. Every compressor alternates with the copy; figures are medians over turns.
+
+With ``whiten=true``, gradients are converted to other units, and the mean of four is converted back. Of codecs that do
+not convert by themselves, ``encode`` then is all the arithmetic, too.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,13 +30,16 @@ from benchmarks.common.results import make_table, write_result
 from disttrain import compression
 from disttrain.comm.malloc import keep_freed_memory
 from disttrain.compression import Bucket, Codec, Compressor, State
-from disttrain.compression.base import dry_run
+from disttrain.compression.base import Program, dry_run
 from disttrain.compression.payload import Layout
+from disttrain.compression.whitening import BucketWhitening, Whitening
+from disttrain.kernels import Units, for_device
 
 # In addition to every registered compressor with its default options.
 MORE = [
     "qsgd:bits=8,error_feedback=true", "qsgd:bits=4,error_feedback=true", "topk:selection=estimated",
-    "topk:chunk_size=4096", "topk:chunk_size=4096,value_bits=4", "efsign:bits=2",
+    "topk:chunk_size=4096", "topk:chunk_size=4096,value_bits=4", "efsign:bits=2", "efsign:block_size=512",
+    "efsign:block_size=512,whiten=true", "powersgd:whiten=true",
 ]  # fmt: skip
 
 
@@ -64,8 +71,8 @@ def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[st
     target, work = torch.zeros_like(gradient), torch.zeros_like(gradient)
     rows = []
     for spec in specs:
-        built = compression.build(spec)
-        jobs = [lambda: target.copy_(gradient), *make_jobs(built, bucket, gradient, work)]
+        built = compression.build({key: value for key, value in spec.items() if key != "whiten"})
+        jobs = [lambda: target.copy_(gradient), *make_jobs(built, bucket, gradient, work, bool(spec.get("whiten")))]
         times: list[list[float]] = [[] for _ in jobs]
         for turn in range(turns + 2):
             for series, job in zip(times, jobs, strict=True):
@@ -88,18 +95,24 @@ def measure(specs: list[dict[str, Any]], width: int, turns: int) -> list[dict[st
 
 
 def make_jobs(
-    compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor
+    compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor, whiten: bool
 ) -> list[Callable[[], Any]]:
     """Return the calls to time: encoding and, for codecs, decoding one payload and four."""
     state = compressor.init_state(bucket)
-    if type(compressor).reduce is not Codec.reduce:
-        return [lambda: run_program(compressor, bucket, gradient, work, state)]
+    if type(compressor).reduce is not Codec.reduce or (whiten and not compressor.converts_units()):
+        reduce = functools.partial(compressor.reduce, bucket=bucket, state=state)
+        if whiten:
+            reduce = functools.partial(BucketWhitening(Whitening(), bucket, state).reduce, compressor)
+        return [lambda: run_program(reduce, bucket, gradient, work, state)]
     assert isinstance(compressor, Codec)
+    units = Units(torch.ones_like(gradient), bound=64.0) if whiten else None
 
     def encode() -> Any:
         if not compressor.error_feedback:
             return compressor.encode_with_residual(gradient, None, bucket, state)
-        feedback = state.feedback("residual")
+        if units is not None:
+            for_device(gradient.device).whitened_squares(gradient, units.scale, bucket.numels)
+        feedback = state.feedback("residual")._replace(units=units)
         payload = compressor.encode_with_residual(gradient, feedback, bucket, state)
         state.commit({"residual": feedback.new_residual})
         return payload
@@ -108,18 +121,26 @@ def make_jobs(
     layout = Layout.of(payload)
     packed = list(torch.stack([layout.pack(payload)] * 4))  # side by side, as they are received
     payloads = [layout.unpack(part) for part in packed]
+    if units is None:
+        decode_mean = compressor.decode_mean
+    else:
+        decode_mean = functools.partial(compressor.decode_mean_times, units.scale)
     return [
         encode,
         lambda: compressor.decode_add(payload, work, bucket),
-        lambda: compressor.decode_mean(payloads, work, bucket),
+        lambda: decode_mean(payloads, work, bucket),
     ]
 
 
 def run_program(
-    compressor: Compressor, bucket: Bucket, gradient: torch.Tensor, work: torch.Tensor, state: State
+    reduce: Callable[[torch.Tensor], Program],
+    bucket: Bucket,
+    gradient: torch.Tensor,
+    work: torch.Tensor,
+    state: State,
 ) -> None:
     """Run a whole step. The time includes a copy of the gradient, since programs may overwrite it."""
-    _, new_state = dry_run(compressor.reduce(work.copy_(gradient), bucket, state), bucket)
+    _, new_state = dry_run(reduce(work.copy_(gradient)), bucket)
     state.commit(new_state)
 
 
