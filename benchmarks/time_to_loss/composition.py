@@ -42,6 +42,17 @@ class Variant:
         """Variants of the same group may share processes."""
         return "hooks" if self.who == "ddp" and self != BASELINE else self.who
 
+    @property
+    def trains_as(self) -> Variant:
+        """The variant whose loss curve it has.
+
+        ``overlap_step`` only moves work. DDP's arithmetic is that of disttrain's dense training, and rounding to half
+        precision makes no difference that one run shows (docs/compressors.md).
+        """
+        setting = {key: value for key, value in self.setting.items() if key != "overlap_step"}
+        is_dense = setting in ({"name": "none"}, {"name": "fp16"}, {"name": "bf16"})
+        return OWN_DENSE if is_dense else Variant.of(self.who, setting)
+
 
 BASELINE = Variant.of("ddp", {"name": "none"})
 OWN_DENSE = Variant.of("disttrain", {"name": "dense"})

@@ -59,8 +59,7 @@ def compose_runs(
 ) -> list[Run]:
     """Return a record of each curve with the seconds that its steps take over the links.
 
-    DDP without a hook has the curve of disttrain's dense training, whose arithmetic is the same. ``turn_seconds`` are
-    the seconds by the times of each turn alone.
+    Some share a curve (``Variant.trains_as``). ``turn_seconds`` are the seconds by the times of each turn alone.
     """
     runs = []
     own_dense = timed[list(variants).index(OWN_DENSE)]
@@ -69,15 +68,16 @@ def compose_runs(
     for variant, seed in itertools.product(variants, range(seeds)):
         times = timed[list(variants).index(variant)]
         target = find_target(store.get(OWN_DENSE, seed)["evaluations"], tolerance)
-        curve = store.get(OWN_DENSE if variant == BASELINE else variant, seed)
-        sent = decode_runs(curve["sent_bytes"])
-        kinds = find_kinds(variant, decode_runs(curve["dense_fractions"]))
+        curve = store.get(variant.trains_as, seed)
+        sent, fractions = (decode_runs(curve[key]) for key in ("sent_bytes", "dense_fractions"))
+        is_cast = variant.setting["name"] in ("fp16", "bf16")
+        kinds = find_kinds(variant, [0.0] * len(sent) if is_cast else fractions)
         by_turn = seconds_by_turn(times, kinds, dense_seconds)
         its = {kind: median_seconds(times).get(kind, by_turn[0][kind]) for kind in by_turn[0]}
         total = cumulate(kinds, its)
         evaluations = [[step, round(float(total[step]), 4), loss] for step, loss in curve["evaluations"]]
         step = first_step_at(curve["evaluations"], target)
-        counted = [None] * len(sent) if variant == BASELINE else sent
+        counted = [None] * len(sent) if is_cast or variant == BASELINE else sent
         runs.append(
             {
                 **_describe(rate, "composed", variant, seed, target, step, evaluations, counted, kinds),

@@ -141,6 +141,21 @@ def test_composed_seconds_come_from_the_curve_and_the_times(tmp_path: Path) -> N
     assert (sign["ratio_low"], sign["ratio_high"]) == (0.7, 0.7)
 
 
+def test_variants_with_the_same_arithmetic_share_a_curve(tmp_path: Path) -> None:
+    write_curves(tmp_path / "curves.json", 3.0)
+    store = CurveStore(tmp_path / "curves.json", RECIPE, workers=2, evaluate_every=2)
+    cast = Variant.of("ddp", {"name": "fp16"})
+    sign = Variant.of("disttrain", {**SIGN.setting, "overlap_step": True})
+    timed = [
+        {DENSE: [[10.0], [20.0]]},
+        {DENSE: [[10.0], [20.0]]},
+        {COMPRESSED: [[4.0], [6.0]]},
+        {DENSE: [[10.0], [20.0]], COMPRESSED: [[1.0], [2.0]]},
+    ]
+    runs = compose_runs("1gbit", [BASELINE, OWN_DENSE, cast, sign], 1, store, timed, tolerance=0.5)
+    assert [row["seconds"] for row in make_rows(runs)] == [45, 45, 15, 31.5]
+
+
 def test_a_setting_that_never_reaches_the_target_says_so(tmp_path: Path) -> None:
     rows = compose(tmp_path / "curves.json", sign_loss=3.6)
     assert rows[2]["ratio"] is None
