@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +60,9 @@ def main(
             if run["seconds"] is not None:
                 axis.plot(run["seconds"], run["target"], "o", color=colors[name], markersize=3)
         axis.set_ylim(top=min(axis.get_ylim()[1], its[0]["target"] + 1))  # where the lines differ
-        axis.axhline(its[0]["target"], color=TARGET, linewidth=0.6, zorder=0)
+        axis.axhline(its[0]["target"], color=TARGET, linewidth=0.6, zorder=0, label="dense's final loss + tolerance")
         axis.set_xscale("log")
+        axis.set_xlabel(f"seconds of training ({mode})", fontsize=8)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
@@ -68,11 +70,9 @@ def main(
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("held-out loss, bits per byte", fontsize=8)
-    axes[0][len(links) // 2].set_xlabel(
-        f"seconds of training ({mode}); points: dense training's final loss + tolerance", fontsize=8
-    )
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    names = [textwrap.fill(name, 48) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(links), fontsize=7, frameon=False)
     figure.savefig(output, metadata={"Date": None})
 
 
