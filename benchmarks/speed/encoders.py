@@ -121,14 +121,11 @@ def make_jobs(
     layout = Layout.of(payload)
     packed = list(torch.stack([layout.pack(payload)] * 4))  # side by side, as they are received
     payloads = [layout.unpack(part) for part in packed]
-    if units is None:
-        decode_mean = compressor.decode_mean
-    else:
-        decode_mean = functools.partial(compressor.decode_mean_times, units.scale)
+    factors = None if units is None else units.scale
     return [
         encode,
         lambda: compressor.decode_add(payload, work, bucket),
-        lambda: decode_mean(payloads, work, bucket),
+        lambda: compressor.decode_mean_times(factors, payloads, work, bucket),
     ]
 
 

@@ -70,17 +70,18 @@ def compose_runs(
         target = find_target(store.get(OWN_DENSE, seed)["evaluations"], tolerance)
         curve = store.get(variant.trains_as, seed)
         sent, fractions = (decode_runs(curve[key]) for key in ("sent_bytes", "dense_fractions"))
-        is_cast = variant.setting["name"] in ("fp16", "bf16")
-        kinds = find_kinds(variant, [0.0] * len(sent) if is_cast else fractions)
+        if variant.trains_as.setting["name"] != variant.setting["name"]:
+            # Only the losses are those of dense training. All its steps are of one kind.
+            sent, fractions = [None] * len(sent), [0.0] * len(sent)
+        kinds = find_kinds(variant, fractions)
         by_turn = seconds_by_turn(times, kinds, dense_seconds)
         its = {kind: median_seconds(times).get(kind, by_turn[0][kind]) for kind in by_turn[0]}
         total = cumulate(kinds, its)
         evaluations = [[step, round(float(total[step]), 4), loss] for step, loss in curve["evaluations"]]
         step = first_step_at(curve["evaluations"], target)
-        counted = [None] * len(sent) if is_cast or variant == BASELINE else sent
         runs.append(
             {
-                **_describe(rate, "composed", variant, seed, target, step, evaluations, counted, kinds),
+                **_describe(rate, "composed", variant, seed, target, step, evaluations, sent, kinds),
                 "seconds": None if step is None else seconds_at(kinds, its, step),
                 "turn_seconds": None if step is None else [seconds_at(kinds, turn, step) for turn in by_turn],
                 "step_seconds": {kind: round(seconds, 5) for kind, seconds in its.items()},

@@ -92,11 +92,12 @@ class Codec(Compressor):
         out.div_(len(payloads))
 
     def decode_mean_times(
-        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
     ) -> None:
-        """Write the mean of the decoded payloads to ``out``, each entry times its factor."""
+        """``decode_mean``, with each entry times its factor if there are any."""
         self.decode_mean(payloads, out, bucket)
-        out.mul_(factors)
+        if factors is not None:
+            out.mul_(factors)
 
     def init_state(self, bucket: Bucket) -> State:
         state = State()
@@ -120,11 +121,9 @@ class Codec(Compressor):
             return mean, new_state | of_mean
         payload = self.encode_with_residual(grad, feedback, bucket, state)
         layout = Layout.of(payload)
-        received = [layout.unpack(message) for message in (yield AllGather(layout.pack(payload), same_size=True))]
-        if state.units is None:
-            self.decode_mean(received, grad, bucket)
-        else:
-            self.decode_mean_times(state.units.scale, received, grad, bucket)
+        received = yield AllGather(layout.pack(payload), same_size=True)
+        factors = None if state.units is None else state.units.scale
+        self.decode_mean_times(factors, [layout.unpack(message) for message in received], grad, bucket)
         return grad, new_state
 
     @property

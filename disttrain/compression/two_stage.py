@@ -37,7 +37,7 @@ class Encoder(Protocol):
     def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket) -> None: ...
 
     def decode_mean_times(
-        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
     ) -> None: ...
 
 
@@ -143,11 +143,7 @@ def reduce(
     packed = layouts[bucket.rank].pack(encode(encoder, mean, mean_feedback), layouts[0].nbytes)
     received = yield AllGather(packed, same_size=True)
     for message, layout, chunk in zip(received, layouts, chunks, strict=True):
-        if chunk.is_empty:
-            continue
-        payloads, out = [layout.unpack(message)], chunk.of(grad)
-        if state.units is None:
-            encoder.decode_mean(payloads, out, chunk.bucket)
-        else:
-            encoder.decode_mean_times(chunk.of(state.units.scale), payloads, out, chunk.bucket)
+        if not chunk.is_empty:
+            factors = None if state.units is None else chunk.of(state.units.scale)
+            encoder.decode_mean_times(factors, [layout.unpack(message)], chunk.of(grad), chunk.bucket)
     return grad, new_state

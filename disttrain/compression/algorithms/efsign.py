@@ -49,7 +49,7 @@ class EFSign(FusedCodec):
         decode(bits, scales, self.block_size, out, add=add)
 
     def decode_mean_times(
-        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
     ) -> None:
         if self.bits != 1:
             super().decode_mean_times(factors, payloads, out, bucket)

@@ -44,12 +44,20 @@ class Quantizer(FusedCodec):
         codes, scales = kernels.quantize(grad, feedback, self.width, self.block_size, seed)
         return {"scales": scales, "codes": codes}
 
-    def decode_mean(self, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket, *, add: bool = False) -> None:
-        codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
-        for_device(out.device).dequantize_mean(codes, scales, self.width, self.block_size, out, add=add)
-
-    def decode_mean_times(
-        self, factors: torch.Tensor, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    def decode_mean(
+        self,
+        payloads: Sequence[Payload],
+        out: torch.Tensor,
+        bucket: Bucket,
+        *,
+        add: bool = False,
+        factors: torch.Tensor | None = None,
     ) -> None:
         codes, scales = ([payload[key] for payload in payloads] for key in ("codes", "scales"))
-        for_device(out.device).dequantize_mean(codes, scales, self.width, self.block_size, out, factors=factors)
+        kernels = for_device(out.device)
+        kernels.dequantize_mean(codes, scales, self.width, self.block_size, out, add=add, factors=factors)
+
+    def decode_mean_times(
+        self, factors: torch.Tensor | None, payloads: Sequence[Payload], out: torch.Tensor, bucket: Bucket
+    ) -> None:
+        self.decode_mean(payloads, out, bucket, factors=factors)
